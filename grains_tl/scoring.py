@@ -1,0 +1,177 @@
+"""Log-probabilities of responses under any hooks: the one place where batches meet the model.
+
+``score_pairs`` runs the whole model; ``prepare_restart`` + ``restart_logprobs`` give the same numbers from cached
+residuals, for the many runs of a sweep that change nothing below some layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from grains_tl.models import forward_logits, hooked, is_bridge, require_layers, resid_post
+from grains_tl.objectives import Objective, token_logprobs
+from grains_tl.tokens import Batch, TokenizedPair, by_token_budget, scoring_batch
+from grains_tl.types import FwdHooks, HookedModel
+
+#: Hooks, or a function that makes them for a batch (for hooks that need to know where the prompt ends).
+HooksForBatch = FwdHooks | Callable[[Batch], FwdHooks]
+#: Tokens per forward pass; on a CPU larger batches are not faster.
+MAX_TOKENS = 2048
+
+
+def batch_logprobs(
+    model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None
+) -> Float[Tensor, "record 2"]:
+    """Weighted log-likelihood of chosen (0) and rejected (1) for each record of a batch, nats; differentiable."""
+    logits = forward_logits(model, batch.ids, batch.attention_mask, batch.keep, fwd_hooks)
+    return _gather(logits[batch.target_row, batch.target_keep], batch)
+
+
+def score_batches(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    objective: Objective = "sum",
+    *,
+    max_tokens: int = MAX_TOKENS,
+) -> Iterator[tuple[list[int], Batch]]:
+    """Records in length-bucketed batches, with the indices of the records in each."""
+    lengths = [2 * (len(t.prompt) + max(len(t.chosen), len(t.rejected))) for t in tokenized]
+    for group in by_token_budget(lengths, 2 * max_tokens):
+        yield group, scoring_batch(model, [tokenized[i] for i in group], objective)
+
+
+def score_pairs(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    fwd_hooks: HooksForBatch | None = None,
+    *,
+    objective: Objective = "sum",
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> Float[Tensor, "record 2"]:
+    """Log-likelihood of both responses of every record, nats.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: from ``tokenize_pairs``.
+        fwd_hooks: hooks to run with, or a function ``Batch -> hooks``.
+        objective: how response tokens are combined.
+        max_tokens: token budget of one forward pass.
+        progress: show a bar.
+
+    Returns:
+        ``[record, 2]`` on the CPU, column 0 chosen, 1 rejected; their difference is the margin f(x).
+    """
+    out = torch.zeros(len(tokenized), 2)
+    with torch.no_grad(), tqdm(total=len(tokenized), desc="score", unit="record", disable=not progress) as bar:
+        for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):
+            hooks = fwd_hooks(batch) if callable(fwd_hooks) else fwd_hooks
+            out[group] = batch_logprobs(model, batch, hooks).cpu()
+            bar.update(len(group))
+    return out
+
+
+def _gather(target_logits: Float[Tensor, "target vocab"], batch: Batch) -> Float[Tensor, "record 2"]:
+    weighted = token_logprobs(target_logits, batch.target_id) * batch.target_weight
+    flat = torch.zeros(2 * batch.n_records, dtype=weighted.dtype, device=weighted.device)
+    return flat.index_add(0, batch.target_slot, weighted).view(batch.n_records, 2)
+
+
+# -- restart from a cached residual -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A batch with its unsteered residuals, ready to be continued from any of some layers.
+
+    Attributes:
+        batch: the rows and targets.
+        resid: layer -> ``[batch, pos, d_model]`` residual after that block.
+        block_inputs: for a bridge, the further arguments each block was called with (masks, rotary tables).
+        base: ``[record, 2]`` log-likelihoods of the unsteered run.
+        exact: whether continuing reproduces ``base``; where it does not, full runs are used instead.
+    """
+
+    batch: Batch
+    resid: dict[int, Tensor]
+    block_inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    base: Float[Tensor, "record 2"]
+    exact: bool
+
+
+def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int]) -> Restart:
+    """One full run that keeps what ``restart_logprobs`` needs, and a check that continuing gives the same numbers."""
+    resid: dict[int, Tensor] = {}
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(layer: int) -> Any:
+        def hook_fn(act: Tensor, hook: Any) -> None:
+            resid[layer] = act.detach()
+
+        return hook_fn
+
+    def note_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        inputs.append((args[1:] if args else (), rest))
+
+    handles = []
+    if is_bridge(model):
+        handles = [block.register_forward_pre_hook(note_inputs, with_kwargs=True) for block in model.blocks]
+    try:
+        with torch.no_grad():
+            base = batch_logprobs(model, batch, [(resid_post(i), keep(i)) for i in require_layers(model, layers)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    restart = Restart(batch, resid, inputs, base, exact=True)
+    again = restart_logprobs(model, restart, max(resid), [])
+    # float32 round-off of a reordered sum is some 1e-5; a missing soft-cap or extra input shows as 1e-2 and more
+    return Restart(batch, resid, inputs, base, exact=bool((again - base).abs().max() < 1e-3))
+
+
+def restart_logprobs(
+    model: HookedModel, restart: Restart, layer: int, fwd_hooks: FwdHooks
+) -> Float[Tensor, "record 2"]:
+    """``batch_logprobs`` under hooks that act on ``blocks.{layer}.hook_resid_post`` and above only.
+
+    Runs the blocks after ``layer`` and unembeds the scored positions alone.
+    """
+    batch = restart.batch
+    if not restart.exact:
+        with torch.no_grad():
+            return batch_logprobs(model, batch, fwd_hooks)
+    here = resid_post(layer)
+    later = [(name, fn) for name, fn in fwd_hooks if name != here]
+    with torch.no_grad(), hooked(model, later):
+        resid = restart.resid[layer]
+        for name, fn in fwd_hooks:
+            if name == here:
+                steered = fn(resid, hook=model.hook_dict[name])  # type: ignore[attr-defined]
+                resid = resid if steered is None else steered
+        resid = _continue(model, restart, layer + 1, resid)
+        positions = batch.keep[batch.target_keep]
+        final = resid[batch.target_row, positions][:, None]
+        logits = model.unembed(model.ln_final(final))  # type: ignore[attr-defined]
+        return _gather(logits[:, 0], batch)
+
+
+def _continue(
+    model: HookedModel, restart: Restart, first: int, resid: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos d_model"]:
+    n_layers = int(model.cfg.n_layers)
+    if first == n_layers:
+        return resid
+    if not is_bridge(model):
+        mask = restart.batch.attention_mask
+        return model(resid, start_at_layer=first, stop_at_layer=n_layers, attention_mask=mask)
+    for block, (args, kwargs) in list(zip(model.blocks, restart.block_inputs, strict=True))[first:]:
+        out = block(resid, *args, **kwargs)
+        resid = out[0] if isinstance(out, tuple) else out
+    return resid

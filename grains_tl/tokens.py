@@ -1,0 +1,377 @@
+"""Everything about token ids: rules of one tokenizer, spans of prompt and response, padded batches with their targets.
+
+BOS, chat markers, padding and the border between prompt and response are decided here and nowhere else;
+``token_rules(model).describe()`` shows the decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from grains_tl.models import device_of
+from grains_tl.objectives import Objective, token_weights
+from grains_tl.types import HookedModel, PreferencePair, Text, plain_text
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """What was decided about a tokenizer.
+
+    Attributes:
+        bos: id put before plain-text prompts, or ``None``: added exactly if the tokenizer itself adds it. Chat templates
+            write their own markers, nothing is added to them.
+        eos: end-of-text / end-of-turn id, also the default replacement of masked tokens (as in GrAInS for LLMs).
+        pad: id under padding; the attention mask hides it, so any id will do where there is no pad token.
+        special: ids that are never content.
+        n_ctx: longest sequence the model takes.
+        has_chat_template: whether conversational prompts can be rendered.
+    """
+
+    bos: int | None
+    eos: int
+    pad: int
+    special: frozenset[int]
+    n_ctx: int
+    has_chat_template: bool
+
+    def describe(self) -> str:
+        """One line for a human."""
+        bos = "no BOS added" if self.bos is None else f"BOS id {self.bos} added to plain-text prompts"
+        chat = "chat template present" if self.has_chat_template else "no chat template"
+        return f"{bos}; pad id {self.pad}, padded right and masked; end id {self.eos}; context {self.n_ctx}; {chat}"
+
+
+def token_rules(model: HookedModel) -> TokenRules:
+    """Decide BOS, padding and special tokens for a model once.
+
+    Raises:
+        ValueError: the model has no tokenizer.
+
+    Example:
+        >>> token_rules(model).describe()  # doctest: +SKIP
+        'no BOS added; pad id 2, padded right and masked; end id 2; context 8192; chat template present'
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer; set model.tokenizer (or model.set_tokenizer) first")
+    probe = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    special = {int(i) for i in tokenizer.all_special_ids}
+    fallback = next(i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id, bos, 0) if i is not None)
+    eos = fallback if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    pad = fallback if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return TokenRules(
+        bos=int(bos) if bos is not None and probe and probe[0] == bos else None,
+        eos=int(eos),
+        pad=int(pad),
+        special=frozenset(special),
+        n_ctx=int(model.cfg.n_ctx),
+        has_chat_template=getattr(tokenizer, "chat_template", None) is not None,
+    )
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A preference record as token ids.
+
+    Attributes:
+        prompt: ids up to the border.
+        chosen: ids of the preferred response after the border.
+        rejected: ids of the other response.
+        content: for every prompt token, whether it carries the user's words (not BOS, special, or chat template).
+        strings: the prompt's tokens as text.
+        moved_border: how many prompt tokens were given to the responses because a token merges across the border
+            (0 almost always). Both responses then begin with those characters, so their comparison stays right.
+    """
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    content: tuple[bool, ...]
+    strings: tuple[str, ...]
+    moved_border: int = 0
+
+    @property
+    def n_content(self) -> int:
+        """Number of content tokens in the prompt."""
+        return sum(self.content)
+
+
+def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[TokenizedPair]:
+    """Tokenize records and check them against the model, all before anything runs.
+
+    Spans come from tokenizing prompt and prompt + response: the prompt is what both tokenizations share. For
+    conversational records the response ends with its words; the end-of-turn marker is not scored.
+
+    Raises:
+        ValueError: no records, a record that is too long for the context, a response without tokens, a conversational
+            record for a tokenizer without chat template; the message names the record (from 1).
+
+    Example:
+        >>> toks = tokenize_pairs(model, load_bundled("sentiment", "choose"))  # doctest: +SKIP
+        >>> toks[0].chosen, toks[0].moved_border                              # doctest: +SKIP
+    """
+    rules = token_rules(model)
+    records = list(pairs)
+    if not records:
+        raise ValueError("no records; at least one preference pair is needed")
+    tokenized = []
+    for number, pair in enumerate(records, start=1):
+        try:
+            tokenized.append(_tokenize(model.tokenizer, rules, pair))
+        except ValueError as error:
+            raise ValueError(f"record {number}: {error}") from None
+    return tokenized
+
+
+def prompt_ids(model: HookedModel, prompt: Text) -> list[int]:
+    """Ids of one prompt under the model's token rules (for generation).
+
+    Raises:
+        ValueError: an empty prompt, or one longer than the context.
+    """
+    rules = token_rules(model)
+    if not plain_text(prompt).strip():
+        raise ValueError(f"the prompt is empty ({plain_text(prompt)!r}); some text is needed")
+    ids, _ = _encode(model.tokenizer, rules, prompt, _render(model.tokenizer, rules, prompt))
+    if len(ids) >= rules.n_ctx:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context holds {rules.n_ctx}; shorten it")
+    return ids
+
+
+def _tokenize(tokenizer: Any, rules: TokenRules, pair: PreferencePair) -> TokenizedPair:
+    prompt_text = _render(tokenizer, rules, pair.prompt)
+    prompt, offsets = _encode(tokenizer, rules, pair.prompt, prompt_text)
+    responses = [_response_text(tokenizer, rules, pair.prompt, prompt_text, r) for r in (pair.chosen, pair.rejected)]
+    full = [_encode(tokenizer, rules, pair.prompt, prompt_text + text)[0] for text in responses]
+    border = min(_common_prefix(prompt, ids) for ids in full)
+    if border == 0:
+        raise ValueError("the whole prompt merges with the responses into one token; write a longer prompt")
+    for name, ids in zip(("chosen", "rejected"), full, strict=True):
+        if len(ids) == border:
+            raise ValueError(f"{name} has no tokens of its own after the prompt; write a longer response")
+        if len(ids) > rules.n_ctx:
+            raise ValueError(
+                f"prompt + {name} is {len(ids)} tokens, the model's context holds {rules.n_ctx}; shorten the prompt"
+            )
+    if full[0] == full[1]:
+        raise ValueError("chosen and rejected give the same tokens; there is nothing to prefer")
+    content = _content_mask(tokenizer, rules, pair.prompt, prompt_text, prompt, offsets)
+    return TokenizedPair(
+        prompt=tuple(prompt[:border]),
+        chosen=tuple(full[0][border:]),
+        rejected=tuple(full[1][border:]),
+        content=tuple(content[:border]),
+        strings=tuple(tokenizer.decode([i]) for i in prompt[:border]),
+        moved_border=len(prompt) - border,
+    )
+
+
+def _render(tokenizer: Any, rules: TokenRules, prompt: Text) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if not rules.has_chat_template:
+        raise ValueError("the prompt is a conversation, but the tokenizer has no chat template; give plain text")
+    return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+
+
+def _response_text(tokenizer: Any, rules: TokenRules, prompt: Text, prompt_text: str, response: Text) -> str:
+    if isinstance(prompt, str):
+        return str(response)
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+    full = tokenizer.apply_chat_template([*prompt, *response], tokenize=False)
+    if not full.startswith(prompt_text):
+        raise ValueError("the chat template renders prompt + response differently from the prompt alone; use plain text")
+    rest = full[len(prompt_text) :]
+    words = str(response[-1]["content"]).strip()
+    end = rest.rfind(words)
+    if end < 0:
+        raise ValueError(f"the chat template rewrites the response {words!r}; use plain text")
+    return rest[: end + len(words)]
+
+
+def _encode(
+    tokenizer: Any, rules: TokenRules, prompt: Text, text: str
+) -> tuple[list[int], list[tuple[int, int]] | None]:
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
+    ids = list(encoding["input_ids"])
+    offsets = list(encoding["offset_mapping"]) if fast else None
+    if rules.bos is not None and isinstance(prompt, str) and ids[:1] != [rules.bos]:
+        ids = [rules.bos, *ids]
+        offsets = None if offsets is None else [(0, 0), *offsets]
+    return ids, offsets
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def _content_mask(
+    tokenizer: Any,
+    rules: TokenRules,
+    prompt: Text,
+    text: str,
+    ids: Sequence[int],
+    offsets: list[tuple[int, int]] | None,
+) -> list[bool]:
+    """Content: not special and, in a conversation, inside the words of a message."""
+    content = [token not in rules.special for token in ids]
+    if isinstance(prompt, str):
+        return content
+    if offsets is None:
+        raise ValueError("a conversation needs a fast tokenizer (character offsets) to tell words from template")
+    inside = [False] * len(text)
+    start = 0
+    for message in prompt:
+        words = str(message.get("content", "")).strip()
+        at = text.find(words, start) if words else -1
+        if at >= 0:
+            inside[at : at + len(words)] = [True] * len(words)
+            start = at + len(words)
+    return [keep and any(inside[a:b]) for keep, (a, b) in zip(content, offsets, strict=True)]
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows and what is to be read from them.
+
+    One row serves both responses where one input is the beginning of the other (always so for single-token responses:
+    the last token of a response is never an input).
+
+    Attributes:
+        ids: ``[batch, pos]`` token ids.
+        attention_mask: ``[batch, pos]``.
+        offset: ``[batch]`` padding before each row (0 when padded right).
+        prompt_len: ``[batch]`` number of prompt tokens of each row.
+        record: ``[batch]`` which of the given records the row belongs to.
+        keep: ``[kept]`` positions whose logits are needed.
+        target_row, target_keep, target_id, target_weight, target_slot: one entry per scored response token: its row,
+            its place in ``keep``, its id, its weight in the objective, and ``2 * record + (0 chosen | 1 rejected)``.
+        n_records: number of records in the batch.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+    offset: Int[Tensor, "batch"]
+    prompt_len: Int[Tensor, "batch"]
+    record: Int[Tensor, "batch"]
+    keep: Int[Tensor, "kept"]
+    target_row: Int[Tensor, "target"]
+    target_keep: Int[Tensor, "target"]
+    target_id: Int[Tensor, "target"]
+    target_weight: Float[Tensor, "target"]
+    target_slot: Int[Tensor, "target"]
+    n_records: int
+
+    def prompt_mask(self) -> Bool[Tensor, "batch pos"]:
+        """True at the prompt's tokens."""
+        position = torch.arange(self.ids.shape[1], device=self.ids.device)[None] - self.offset[:, None]
+        return (position >= 0) & (position < self.prompt_len[:, None])
+
+    def scatter_prompt(self, per_record: Sequence[Sequence[bool]]) -> Bool[Tensor, "batch pos"]:
+        """Spread one boolean per prompt token of every record over the rows."""
+        mask = torch.zeros_like(self.ids, dtype=torch.bool)
+        for row, (record, offset) in enumerate(zip(self.record.tolist(), self.offset.tolist(), strict=True)):
+            flags = torch.tensor(list(per_record[record]), dtype=torch.bool, device=mask.device)
+            mask[row, offset : offset + len(flags)] = flags
+        return mask
+
+
+def scoring_batch(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    objective: Objective = "sum",
+    *,
+    padding_side: str = "right",
+) -> Batch:
+    """Rows and targets for the contrastive objective of some records.
+
+    Args:
+        model: gives the pad id and the device.
+        tokenized: records; the same one may stand in the list many times (steps of a path, masked variants).
+        objective: ``"sum"``, ``"mean"`` or ``"single"``, see ``objectives.token_weights``.
+        padding_side: ``"right"`` (default) or ``"left"``; results agree to rounding.
+    """
+    rows: list[tuple[int, ...]] = []
+    owner: list[int] = []
+    targets: list[tuple[int, int, int, float, int]] = []  # row, position in the row, id, weight, slot
+    for record, pair in enumerate(tokenized):
+        inputs = [pair.prompt + pair.chosen[:-1], pair.prompt + pair.rejected[:-1]]
+        weights = token_weights(pair.chosen, pair.rejected, objective)
+        short, long = sorted(inputs, key=len)
+        shared = long[: len(short)] == short
+        for side, (response, weight) in enumerate(zip((pair.chosen, pair.rejected), weights, strict=True)):
+            if side == 0 or not shared:
+                rows.append(long if shared else inputs[side])
+                owner.append(record)
+            for i, (token, w) in enumerate(zip(response, weight, strict=True)):
+                if w:
+                    targets.append((len(rows) - 1, len(pair.prompt) - 1 + i, token, w, 2 * record + side))
+    ids, mask, offset = pad_rows(model, rows, padding_side=padding_side)
+    device = ids.device
+    row, position, token_id, weight_, slot = (torch.tensor(column) for column in zip(*targets, strict=True))
+    position = position + offset.cpu()[row]
+    keep, target_keep = position.unique(return_inverse=True)
+    return Batch(
+        ids=ids,
+        attention_mask=mask,
+        offset=offset,
+        prompt_len=torch.tensor([len(tokenized[o].prompt) for o in owner], device=device),
+        record=torch.tensor(owner, device=device),
+        keep=keep.to(device),
+        target_row=row.to(device),
+        target_keep=target_keep.to(device),
+        target_id=token_id.to(device),
+        target_weight=weight_.to(device),
+        target_slot=slot.to(device),
+        n_records=len(tokenized),
+    )
+
+
+def pad_rows(
+    model: HookedModel, rows: Sequence[Sequence[int]], *, padding_side: str = "right"
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "batch"]]:
+    """Ids, attention mask and left offset of rows padded to the longest, on the model's device."""
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side={padding_side!r}; it is 'left' or 'right'")
+    device, pad = device_of(model), token_rules(model).pad
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    offset = torch.zeros(len(rows), dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = longest - len(row) if padding_side == "left" else 0
+        ids[i, start : start + len(row)] = torch.tensor(row)
+        mask[i, start : start + len(row)] = 1
+        offset[i] = start
+    return ids.to(device), mask.to(device), offset.to(device)
+
+
+def by_token_budget(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped so that every group, padded to its longest, stays under ``max_tokens``; similar lengths together.
+
+    Example:
+        >>> by_token_budget([3, 9, 4], max_tokens=10)
+        [[0, 2], [1]]
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[index] <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

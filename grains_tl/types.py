@@ -1,0 +1,124 @@
+"""The vocabulary: what a model must offer, what a hook is, what a preference record is.
+
+Axis names used in every shape: ``batch`` (rows of a forward pass), ``pos`` (token positions), ``d_model`` (residual
+width), ``layer`` (counted from 0), ``record`` (preference records), ``vocab``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+#: A hook function ``fn(act, hook)``; returns the new activation, or ``None`` to leave it as it is.
+HookFn = Callable[..., Any]
+#: What ``run_with_hooks(fwd_hooks=...)`` and ``model.hooks(fwd_hooks=...)`` take.
+FwdHooks = list[tuple[str, HookFn]]
+#: One chat message: ``{"role": ..., "content": ...}``.
+Message = Mapping[str, str]
+#: A prompt or response: plain text, or a conversation that goes through the model's chat template.
+Text = str | Sequence[Message]
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """What the package needs of a model: a ``TransformerBridge`` or a ``HookedTransformer`` has all of it."""
+
+    cfg: Any
+    tokenizer: Any
+    blocks: Any
+
+    def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One preference record in the TRL format.
+
+    Attributes:
+        prompt: text, or a list of ``{"role", "content"}`` messages (rendered with the model's chat template).
+        chosen: the preferred response; text continues a text prompt as it stands (mind the leading space), messages
+            (or plain text) answer a conversational prompt.
+        rejected: the dispreferred response, likewise.
+        image: reserved for vision-language models.
+        meta: any further columns of the source row (domain, split, ...).
+
+    Raises:
+        ValueError: a field is empty, or ``chosen`` equals ``rejected``.
+
+    Example:
+        >>> pair = PreferencePair(prompt="The soup was cold. Dinner was", chosen=" great", rejected=" awful")
+        >>> pair.chosen
+        ' great'
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    image: Any = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "chosen", "rejected"):
+            value = getattr(self, name)
+            if plain_text(value).strip() == "":
+                raise ValueError(f"{name} is empty ({value!r}); a preference record needs some text in it")
+        if self.chosen == self.rejected:
+            raise ValueError(
+                f"chosen equals rejected ({plain_text(self.chosen)!r}); there is nothing to prefer, drop the record"
+            )
+        if isinstance(self.prompt, str) and not (isinstance(self.chosen, str) and isinstance(self.rejected, str)):
+            raise ValueError(
+                "a text prompt needs text responses; write the prompt as messages too if the responses are messages"
+            )
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Signed scores of the input tokens of one record.
+
+    Attributes:
+        scores: ``[pos]``, nats; positive pushes towards ``chosen``. One per prompt token.
+        tokens: the prompt's tokens as text, same length.
+        content: ``[pos]``, False for special tokens, BOS and chat-template tokens.
+        is_image: ``[pos]``, all False without an image.
+        gap: completeness gap in nats, ``sum(scores) - (f(x) - f(x'))``, signed as captum's convergence delta; ``None``
+            for methods that promise no completeness.
+        objective: f(x) in nats, the contrastive log-likelihood of the unchanged prompt.
+        baseline_objective: f(x') in nats; ``None`` for methods without a baseline run.
+        method: name of the attribution method.
+    """
+
+    scores: Tensor
+    tokens: list[str]
+    content: Tensor
+    is_image: Tensor
+    gap: float | None
+    objective: float
+    baseline_objective: float | None
+    method: str
+
+    @property
+    def relative_gap(self) -> float | None:
+        """``|gap| / |f(x) - f(x')|``; ``None`` where there is no gap. Above 0.05 the scores have not converged."""
+        if self.gap is None or self.baseline_objective is None:
+            return None
+        return abs(self.gap) / max(abs(self.objective - self.baseline_objective), 1e-12)
+
+    def __str__(self) -> str:
+        order = self.scores.abs().argsort(descending=True)[:5].tolist()
+        top = ", ".join(f"{self.tokens[i]!r} {self.scores[i]:+.2f}" for i in order)
+        gap = "none" if self.gap is None else f"{self.gap:+.2f} nats"
+        return f"{self.method}: f(x) = {self.objective:+.2f} nats, gap {gap}; largest: {top}"
+
+
+def plain_text(text: Text) -> str:
+    """The words of a text or conversation, without template markers."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(str(message.get("content", "")) for message in text)

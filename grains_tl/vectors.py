@@ -1,0 +1,392 @@
+"""From differences to steering vectors: reduction, sign, size, arithmetic, files. No model is run here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from grains_tl.caching import Differences
+from grains_tl.steering import Operator, Positions, steer_hook
+from grains_tl.types import FwdHooks, HookedModel
+
+#: ``"mean"``: mean(d+) - mean(d-). ``"svd"``: first right singular vector of the per-record differences d+ - d-.
+#: ``"pca"``: the paper's PC(d+) - PC(d-), each on centred data.
+Reduce = Literal["mean", "svd", "pca"]
+#: Both sides, or only the tokens toward chosen (the paper's setting for vision-language models).
+Side = Literal["both", "toward_chosen"]
+
+FORMAT = "grains_tl.steering_vectors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SteeringVectors:
+    """One direction per layer, with its size and the scale that ``alpha`` is measured in.
+
+    Attributes:
+        directions: ``[layer, d_model]``, unit length; +alpha pushes towards chosen.
+        layers: the layer each row belongs to, counted from 0 (``blocks.{l}.hook_resid_post``).
+        magnitudes: ``[layer]``, length of the mean difference along the direction, in residual units.
+        resid_norms: ``[layer]``, typical residual norm: ``alpha=0.2`` is a step of 0.2 of it.
+        info: how the vectors were made (model, method, seeds, versions, ...); saved as the manifest.
+
+    Raises:
+        ValueError: shapes that do not fit each other, non-finite or zero rows.
+
+    Example:
+        >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
+        >>> [name for name, _ in v.hooks(alpha=0.2, layers=[5])]
+        ['blocks.5.hook_resid_post']
+        >>> v.cosine(v + v).tolist()
+        [1.0, 1.0]
+    """
+
+    directions: Float[Tensor, "layer d_model"]
+    layers: tuple[int, ...]
+    magnitudes: Float[Tensor, "layer"]
+    resid_norms: Float[Tensor, "layer"]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.layers)
+        shapes = (tuple(self.directions.shape[:1]), tuple(self.magnitudes.shape), tuple(self.resid_norms.shape))
+        if self.directions.ndim != 2 or shapes != ((n,), (n,), (n,)):
+            raise ValueError(
+                f"{n} layers need directions [{n}, d_model], magnitudes [{n}] and resid_norms [{n}]; got "
+                f"{tuple(self.directions.shape)}, {tuple(self.magnitudes.shape)}, {tuple(self.resid_norms.shape)}"
+            )
+        norms = self.directions.norm(dim=-1)
+        bad = [layer for layer, norm in zip(self.layers, norms.tolist(), strict=True) if abs(norm - 1) > 1e-3]
+        if bad:
+            raise ValueError(f"directions at layers {bad} are not unit vectors; use SteeringVectors.from_raw")
+
+    @classmethod
+    def from_raw(
+        cls,
+        raw: Float[Tensor, "layer d_model"],
+        layers: Sequence[int],
+        resid_norms: Float[Tensor, "layer"],
+        info: Mapping[str, Any] | None = None,
+    ) -> SteeringVectors:
+        """Split vectors of any length into unit directions and magnitudes.
+
+        Raises:
+            ValueError: a zero or non-finite row, named by its layer.
+        """
+        size = raw.float().norm(dim=-1)
+        bad = [layer for layer, s in zip(layers, size.tolist(), strict=True) if not (math.isfinite(s) and s > 0)]
+        if bad:
+            raise ValueError(f"the vector at layers {bad} is zero or not finite: there is no direction to steer along")
+        return cls(raw.float() / size[:, None], tuple(layers), size, resid_norms.float(), dict(info or {}))
+
+    # -- use --
+
+    def hooks(
+        self,
+        alpha: float,
+        layers: Sequence[int] | None = None,
+        *,
+        operator: Operator = "add_renorm",
+        positions: Positions | Bool[Tensor, "batch pos"] = "all",
+        prompt_len: int | Int[Tensor, "batch"] | None = None,
+        scale: Literal["residual", "raw"] = "residual",
+    ) -> FwdHooks:
+        """Steering hooks for ``run_with_hooks``, ``model.hooks`` or ``grains_tl.generate``.
+
+        Args:
+            alpha: step as a fraction of the layer's typical residual norm; with ``scale="raw"`` a multiple of the
+                vector's own length. For ``operator="ablate"`` the share of the component taken out.
+            layers: at which of the stored layers; may be left out if there is only one.
+            operator: ``"add_renorm"`` (the paper's), ``"add"``, ``"ablate"`` or ``"clamp"``.
+            positions: ``"all"``, ``"prompt"``, ``"generated"``, ``"last"`` or a ``[batch, pos]`` mask.
+            prompt_len: see ``steer_hook``.
+            scale: unit of ``alpha``.
+
+        Returns:
+            ``[(hook name, fn)]``, one per layer.
+
+        Raises:
+            ValueError: a layer that is not stored, several stored layers and none named, a non-finite ``alpha``.
+        """
+        if scale not in ("residual", "raw"):
+            raise ValueError(f"scale={scale!r}; it is 'residual' or 'raw'")
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha={alpha}; a finite number is needed")
+        if layers is None and len(self.layers) > 1:
+            raise ValueError(f"name the layers to steer: layers=[...]; stored are {list(self.layers)}")
+        hooks: FwdHooks = []
+        for layer in self.layers if layers is None else layers:
+            row = self._row(layer)
+            unit = self.resid_norms[row] if scale == "residual" else self.magnitudes[row]
+            amount = alpha if operator == "ablate" else alpha * float(unit)
+            hooks += steer_hook(
+                layer, self.directions[row], amount, operator=operator, positions=positions, prompt_len=prompt_len
+            )
+        return hooks
+
+    def at(self, layers: Sequence[int]) -> SteeringVectors:
+        """The same for some of the stored layers."""
+        rows = [self._row(layer) for layer in layers]
+        return replace(
+            self,
+            directions=self.directions[rows],
+            layers=tuple(layers),
+            magnitudes=self.magnitudes[rows],
+            resid_norms=self.resid_norms[rows],
+        )
+
+    def _row(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise ValueError(f"no vector for layer {layer}; stored are {list(self.layers)}")
+        return self.layers.index(layer)
+
+    # -- arithmetic --
+
+    @property
+    def raw(self) -> Float[Tensor, "layer d_model"]:
+        """Directions times magnitudes."""
+        return self.directions * self.magnitudes[:, None]
+
+    def __add__(self, other: SteeringVectors) -> SteeringVectors:
+        """Sum of the raw vectors (directions times magnitudes)."""
+        self._require_same_space(other)
+        return self.from_raw(self.raw + other.raw, self.layers, self.resid_norms, _combined(self, "+", other))
+
+    def __sub__(self, other: SteeringVectors) -> SteeringVectors:
+        self._require_same_space(other)
+        return self.from_raw(self.raw - other.raw, self.layers, self.resid_norms, _combined(self, "-", other))
+
+    def __mul__(self, factor: float) -> SteeringVectors:
+        """Scale the magnitude; ``alpha`` counts residual norms, so only the factor's sign shows unless ``scale="raw"``."""
+        return self.from_raw(self.raw * factor, self.layers, self.resid_norms, self.info)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SteeringVectors:
+        return self * -1.0
+
+    def cosine(self, other: SteeringVectors) -> Float[Tensor, "layer"]:
+        """Cosine per layer with other vectors of the same layers."""
+        self._require_same_space(other)
+        return (self.directions * other.directions).sum(-1)
+
+    def _require_same_space(self, other: SteeringVectors) -> None:
+        if self.layers != other.layers or self.directions.shape != other.directions.shape:
+            raise ValueError(
+                f"vectors of different spaces: layers {list(self.layers)} x d_model {self.directions.shape[1]} and "
+                f"layers {list(other.layers)} x d_model {other.directions.shape[1]}; use .at(layers) to align them"
+            )
+
+    # -- files --
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file with the manifest in its header; complete or not at all.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
+            >>> path = v.save(pathlib.Path(tempfile.mkdtemp()) / "v.safetensors")
+            >>> load_vectors(path).layers
+            (4, 5)
+        """
+        from safetensors.torch import save
+
+        tensors = {
+            "directions": self.directions.contiguous(),
+            "magnitudes": self.magnitudes.contiguous(),
+            "resid_norms": self.resid_norms.contiguous(),
+        }
+        manifest = {**self.info, "layers": list(self.layers), "hook_point": "blocks.{layer}.hook_resid_post"}
+        header = {"format": FORMAT, "version": str(FORMAT_VERSION), "manifest": json.dumps(manifest)}
+        return write_atomically(path, save(tensors, metadata=header))
+
+    def require_match(self, model: HookedModel) -> None:
+        """Refuse a model these vectors were not made for.
+
+        Raises:
+            ValueError: naming what differs (model shape, or the weights' fingerprint).
+        """
+        made_for = self.info.get("model")
+        have = model_identity(model)
+        if made_for is None:
+            if self.directions.shape[1] != have["d_model"] or max(self.layers) >= have["n_layers"]:
+                raise ValueError(
+                    f"vectors of d_model {self.directions.shape[1]} up to layer {max(self.layers)} do not fit "
+                    f"{have['name']} (d_model {have['d_model']}, {have['n_layers']} layers)"
+                )
+            return
+        keys = ("d_model", "n_layers", "n_heads", "d_vocab")
+        different = [f"{k}: {made_for.get(k)} -> {have[k]}" for k in keys if made_for.get(k) != have[k]]
+        if not different and not _close(made_for.get("fingerprint"), have["fingerprint"]):
+            different = ["the embedding weights (same shape, other values)"]
+        if different:
+            raise ValueError(
+                f"these vectors were made for {made_for.get('name')}, the model is {have['name']}; different: "
+                f"{'; '.join(different)}. Build vectors for this model, or load the one they belong to"
+            )
+
+
+def load_vectors(path: str | Path, model: HookedModel | None = None) -> SteeringVectors:
+    """Read vectors written by ``SteeringVectors.save``; nothing in the file is executed.
+
+    Args:
+        path: the file.
+        model: if given, refuse vectors made for another model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, a newer format version, broken shapes, or vectors of another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; write one with vectors.save(path)")
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            header = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{file} holds {header.get('format')!r}, not {FORMAT!r}; write it with vectors.save(path)")
+    if int(header.get("version", "0")) > FORMAT_VERSION:
+        raise ValueError(f"{file} has format version {header['version']}; this package reads up to {FORMAT_VERSION}")
+    wanted = {"directions", "magnitudes", "resid_norms"}
+    if set(tensors) != wanted:
+        raise ValueError(f"{file} holds the tensors {sorted(tensors)}; {sorted(wanted)} are needed")
+    info = json.loads(header["manifest"])
+    layers = tuple(int(layer) for layer in info.pop("layers"))
+    info.pop("hook_point", None)
+    vectors = SteeringVectors(layers=layers, info=info, **{k: v.float() for k, v in tensors.items()})
+    if model is not None:
+        vectors.require_match(model)
+    return vectors
+
+
+def reduce_vectors(
+    differences: Differences,
+    *,
+    reduce: Reduce = "mean",
+    side: Side = "both",
+    info: Mapping[str, Any] | None = None,
+) -> SteeringVectors:
+    """One direction per layer from the differences of all records.
+
+    The sign is fixed for the final vector: its inner product with the mean difference is not negative (the principal
+    components of the paper have an arbitrary sign, and fixing each of the two before subtracting can leave the result
+    pointing the wrong way).
+
+    Args:
+        differences: from ``collect_differences``.
+        reduce: ``"mean"``, ``"svd"`` or ``"pca"``.
+        side: ``"both"``, or ``"toward_chosen"`` for d+ alone.
+        info: manifest entries.
+
+    Raises:
+        ValueError: unknown ``reduce`` or ``side``, fewer than two records for ``"pca"``, or a zero difference.
+    """
+    check_reduction(reduce, side, len(differences.toward_chosen))
+    up = differences.toward_chosen.double()
+    down = differences.toward_rejected.double() if side == "both" else torch.zeros_like(up)
+    mean = (up - down).mean(0)
+    if reduce == "mean":
+        raw = mean
+    elif reduce == "svd":
+        raw = torch.stack([_first_singular(m) for m in (up - down).unbind(1)])
+    else:
+        raw = torch.stack([_principal(m) for m in up.unbind(1)])
+        if side == "both":
+            raw = raw - torch.stack([_principal(m) for m in down.unbind(1)])
+    sign = torch.where((raw * mean).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    vectors = SteeringVectors.from_raw(sign * raw, differences.layers, differences.resid_norms, info)
+    along = (vectors.directions * mean.float()).sum(-1)
+    return replace(vectors, magnitudes=along.clamp(min=1e-12))
+
+
+def check_reduction(reduce: str, side: str, n_records: int) -> None:
+    """Refuse an unknown reduction, or too few records for it (ValueError)."""
+    if reduce not in get_args(Reduce):
+        raise ValueError(f"reduce={reduce!r}; it is one of {get_args(Reduce)}")
+    if side not in get_args(Side):
+        raise ValueError(f"side={side!r}; it is one of {get_args(Side)}")
+    if reduce == "pca" and n_records < 2:
+        raise ValueError(f"reduce='pca' needs at least 2 records, {n_records} given; use reduce='mean'")
+
+
+def model_identity(model: HookedModel) -> dict[str, Any]:
+    """What ties vectors to a model: its name, shape, and a fingerprint of its embedding that survives a change of class
+    or dtype."""
+    from grains_tl.models import device_of, embed_tokens
+
+    cfg = model.cfg
+    rows = torch.linspace(0, int(cfg.d_vocab) - 1, 16).long().to(device_of(model))
+    norms = embed_tokens(model, rows[None])[0].double().norm(dim=-1)
+    return {
+        "name": str(getattr(cfg, "model_name", "unknown")),
+        "n_layers": int(cfg.n_layers),
+        "d_model": int(cfg.d_model),
+        "n_heads": int(cfg.n_heads),
+        "d_vocab": int(cfg.d_vocab),
+        "fingerprint": [round(x, 6) for x in norms.tolist()],
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions that go into manifests and reports."""
+    names = ("grains-tl", "transformer-lens", "transformers", "torch")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_atomically(path: str | Path, content: bytes) -> Path:
+    """Write beside the target and rename: a reader sees the old file or the new one, never half of it."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _first_singular(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, "d_model"]:
+    return torch.linalg.svd(matrix, full_matrices=False).Vh[0]
+
+
+def _principal(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, "d_model"]:
+    """First principal component of centred data, oriented to the data's mean."""
+    component = _first_singular(matrix - matrix.mean(0))
+    return component * (-1.0 if component @ matrix.mean(0) < 0 else 1.0)
+
+
+def _combined(a: SteeringVectors, sign: str, b: SteeringVectors) -> dict[str, Any]:
+    return {**a.info, "combined": [a.info.get("method", "?"), sign, b.info.get("method", "?")]}
+
+
+def _close(a: Any, b: Any) -> bool:
+    if a is None or len(a) != len(b):
+        return False
+    return all(math.isclose(x, y, rel_tol=1e-2, abs_tol=1e-6) for x, y in zip(a, b, strict=True))
