@@ -95,30 +95,81 @@ def read_out(
         progress: show a bar.
     """
     check_readout(readout)
-    layers = require_layers(model, layers)
     masked = [()] * len(tokenized) if masked is None else masked
-    replacement = None if masker == "attention" else replacement_embedding(model, masker)
-    out = torch.zeros(len(tokenized), len(layers), int(model.cfg.d_model))
-    rows = [(i, ids, start) for i, t in enumerate(tokenized) for ids, start in _rows(t, readout)]
+    owner, rows = zip(*((i, row) for i, t in enumerate(tokenized) for row in _rows(t, readout)), strict=True)
+    found = _run_rows(
+        model,
+        rows,
+        [masked[i] for i in owner],
+        [tokenized[i].content for i in owner],
+        layers=require_layers(model, layers),
+        masker=masker,
+        norms=norms,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
     share = 1.0 if readout == "prompt_end" else 0.5
+    out = torch.zeros(len(tokenized), *found.shape[1:])
+    return out.index_add(0, torch.tensor(owner), share * found)
+
+
+def read_out_responses(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    *,
+    layers: Sequence[int],
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> Float[Tensor, "record 2 layer d_model"]:
+    """Residuals at the last token of prompt + chosen (0) and prompt + rejected (1), as CAA reads them."""
+    rows = [row for t in tokenized for row in _rows(t, "response_end")]
+    contents = [t.content for t in tokenized for _ in range(2)]
+    found = _run_rows(
+        model,
+        rows,
+        [()] * len(rows),
+        contents,
+        layers=require_layers(model, layers),
+        masker="eos",
+        norms=None,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    return found.view(len(tokenized), 2, *found.shape[1:])
+
+
+def _run_rows(
+    model: HookedModel,
+    rows: Sequence[tuple[tuple[int, ...], int]],
+    masked: Sequence[Sequence[int]],
+    contents: Sequence[Sequence[bool]],
+    *,
+    layers: list[int],
+    masker: Masker,
+    norms: list[Float[Tensor, "layer token"]] | None,
+    max_tokens: int,
+    progress: bool,
+) -> Float[Tensor, "row layer d_model"]:
+    """Read-out of each row (ids, first position read), with its masked positions taken out, in a few full batches."""
+    replacement = None if masker == "attention" else replacement_embedding(model, masker)
+    out = torch.zeros(len(rows), len(layers), int(model.cfg.d_model))
     with torch.no_grad(), tqdm(total=len(rows), desc="cache", unit="run", disable=not progress) as bar:
-        for group in by_token_budget([len(ids) for _, ids, _ in rows], max_tokens):
-            part = [rows[g] for g in group]
-            ids, mask, _ = pad_rows(model, [r for _, r, _ in part])
+        for group in by_token_budget([len(ids) for ids, _ in rows], max_tokens):
+            ids, mask, _ = pad_rows(model, [rows[g][0] for g in group])
             weights = torch.zeros(ids.shape)
             hidden = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
-            for row, (record, sequence, start) in enumerate(part):
-                weights[row, start : len(sequence)] = 1.0 / (len(sequence) - start)
-                hidden[row, list(masked[record])] = True
-            store = torch.zeros(len(part), len(layers), out.shape[-1])
+            for place, g in enumerate(group):
+                sequence, start = rows[g]
+                weights[place, start : len(sequence)] = 1.0 / (len(sequence) - start)
+                hidden[place, list(masked[g])] = True
+            store = torch.zeros(len(group), *out.shape[1:])
             hooks = mask_hook(model, hidden, masker, replacement) if bool(hidden.any()) else []
             if norms is not None:
-                hooks = hooks + _norm_hooks(layers, [tokenized[i].content for i, _, _ in part], norms)
+                hooks = hooks + _norm_hooks(layers, [contents[g] for g in group], norms)
             with hooked(model, hooks + cache_hook(layers, weights, store)):
                 run_blocks(model, ids, mask, stop=layers[-1] + 1)
-            for row, (record, _, _) in enumerate(part):
-                out[record] += share * store[row]
-            bar.update(len(part))
+            out[group] = store
+            bar.update(len(group))
     return out
 
 
