@@ -30,9 +30,9 @@ def attribute(
     *,
     method: Method = "integrated_gradients",
     n_steps: int = 32,
-    baseline: str | Float[Tensor, "d_model"] = "zero",
+    baseline: str | Float[Tensor, d_model] = "zero",
     objective: Objective = "sum",
-    masker: Masker = "eos",
+    masker: Masker = "mean_embedding",
     max_tokens: int = MAX_TOKENS,
 ) -> Attribution:
     """Signed scores of the prompt's tokens for one record.
@@ -82,9 +82,9 @@ def attribute_all(
     *,
     method: Method = "integrated_gradients",
     n_steps: int = 32,
-    baseline: str | Float[Tensor, "d_model"] = "zero",
+    baseline: str | Float[Tensor, d_model] = "zero",
     objective: Objective = "sum",
-    masker: Masker = "eos",
+    masker: Masker = "mean_embedding",
     content_only: bool = False,
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
@@ -127,7 +127,7 @@ def check_attribution_options(method: str, n_steps: int, baseline: str | Tensor,
     require_objective(objective)
 
 
-def path_nodes(n_steps: int) -> tuple[Float[Tensor, "step"], Float[Tensor, "step"]]:
+def path_nodes(n_steps: int) -> tuple[Float[Tensor, step], Float[Tensor, step]]:
     """Gauss-Legendre nodes and weights on [0, 1]; exact for polynomials of degree ``2 * n_steps - 1``.
 
     Example:
@@ -141,9 +141,9 @@ def path_nodes(n_steps: int) -> tuple[Float[Tensor, "step"], Float[Tensor, "step
 
 def interpolate_hook(
     model: HookedModel,
-    alphas: Float[Tensor, "batch"],
+    alphas: Float[Tensor, batch],
     prompt_mask: Bool[Tensor, "batch pos"],
-    baseline: Float[Tensor, "d_model"],
+    baseline: Float[Tensor, d_model],
     probe: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> FwdHooks:
     """One hook that moves the prompt's embeddings towards a baseline: ``x' + alpha * (x - x')``.
@@ -181,7 +181,11 @@ def _n_rows(pair: TokenizedPair, method: str, n_steps: int) -> int:
 
 
 def _batches(
-    model: HookedModel, records: Sequence[TokenizedPair], runs: Iterable[tuple[int, int]], objective: Objective, max_tokens: int
+    model: HookedModel,
+    records: Sequence[TokenizedPair],
+    runs: Iterable[tuple[int, int]],
+    objective: Objective,
+    max_tokens: int,
 ) -> Iterable[tuple[list[tuple[int, int]], Batch]]:
     """(record, variant) runs in batches under the token budget; a record in a batch stands for one run."""
     todo = list(runs)
@@ -217,10 +221,15 @@ def _gradient_scores(
             for run, (record, _) in enumerate(part):
                 real[record] = values[run]
     if not is_ig:
-        return [_result(model, r, g, torch.zeros(()), method, real[i].item(), None) for i, (r, g) in enumerate(zip(records, mean_grad, strict=True))]
+        return [
+            _result(model, r, g, torch.zeros(()), method, real[i].item(), None)
+            for i, (r, g) in enumerate(zip(records, mean_grad, strict=True))
+        ]
     ends = torch.zeros(2, len(records))
     with torch.no_grad():
-        for part, batch in _batches(model, records, [(r, e) for r in range(len(records)) for e in (0, 1)], objective, max_tokens):
+        for part, batch in _batches(
+            model, records, [(r, e) for r in range(len(records)) for e in (0, 1)], objective, max_tokens
+        ):
             alphas = torch.tensor([float(e) for _, e in part], device=batch.ids.device)[batch.record]
             hooks = interpolate_hook(model, alphas, batch.prompt_mask(), start)
             logprobs = batch_logprobs(model, batch, hooks)
@@ -233,8 +242,8 @@ def _gradient_scores(
 
 
 def _prompt_gradients(
-    model: HookedModel, batch: Batch, alphas: Float[Tensor, "run"], start: Float[Tensor, "d_model"]
-) -> tuple[Float[Tensor, "run"], Float[Tensor, "batch pos d_model"]]:
+    model: HookedModel, batch: Batch, alphas: Float[Tensor, run], start: Float[Tensor, d_model]
+) -> tuple[Float[Tensor, run], Float[Tensor, "batch pos d_model"]]:
     shape = (*batch.ids.shape, int(model.cfg.d_model))
     probe = torch.zeros(shape, device=batch.ids.device, requires_grad=True)
     hooks = interpolate_hook(model, alphas[batch.record], batch.prompt_mask(), start, probe)
@@ -243,7 +252,9 @@ def _prompt_gradients(
         values = logprobs[:, 0] - logprobs[:, 1]
         (grads,) = torch.autograd.grad(values.sum(), probe)
     if not torch.isfinite(grads).all():
-        raise ValueError("the gradient has NaN or infinite entries; check the model's weights and its dtype (use float32)")
+        raise ValueError(
+            "the gradient has NaN or infinite entries; check the model's weights and its dtype (use float32)"
+        )
     return values.detach(), grads
 
 

@@ -36,7 +36,7 @@ class Differences:
     toward_chosen: Float[Tensor, "record layer d_model"]
     toward_rejected: Float[Tensor, "record layer d_model"]
     layers: tuple[int, ...]
-    resid_norms: Float[Tensor, "layer"]
+    resid_norms: Float[Tensor, layer]
 
     def subset(self, records: Sequence[int]) -> Differences:
         """The same for some records (repeats allowed: a bootstrap sample)."""
@@ -76,7 +76,7 @@ def read_out(
     masked: Sequence[Sequence[int]] | None = None,
     *,
     layers: Sequence[int],
-    masker: Masker = "eos",
+    masker: Masker = "mean_embedding",
     readout: Readout = "prompt_end",
     norms: list[Float[Tensor, "layer token"]] | None = None,
     max_tokens: int = MAX_TOKENS,
@@ -179,7 +179,7 @@ def collect_differences(
     selections: Sequence[Selection],
     *,
     layers: Sequence[int] | None = None,
-    masker: Masker = "eos",
+    masker: Masker = "mean_embedding",
     readout: Readout = "prompt_end",
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,

@@ -44,10 +44,10 @@ def random_token_differences(
     selections: Sequence[Selection],
     *,
     layers: Sequence[int],
-    resid_norms: Float[Tensor, "layer"],
+    resid_norms: Float[Tensor, layer],
     n_draws: int = 20,
     seed: int = 0,
-    masker: Masker = "eos",
+    masker: Masker = "mean_embedding",
     readout: Readout = "prompt_end",
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
@@ -97,7 +97,7 @@ def caa_differences(
     tokenized: Sequence[TokenizedPair],
     *,
     layers: Sequence[int],
-    resid_norms: Float[Tensor, "layer"],
+    resid_norms: Float[Tensor, layer],
     max_tokens: int = MAX_TOKENS,
 ) -> Differences:
     """Contrastive activation addition (arXiv 2312.06681): h(prompt + chosen) - h(prompt + rejected), last token.

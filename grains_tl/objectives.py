@@ -18,9 +18,7 @@ def require_objective(objective: str) -> None:
         raise ValueError(f"objective={objective!r}; it is one of {get_args(Objective)}")
 
 
-def token_logprobs(
-    logits: Float[Tensor, "*shape vocab"], targets: Int[Tensor, "*shape"]
-) -> Float[Tensor, "*shape"]:
+def token_logprobs(logits: Float[Tensor, "*shape vocab"], targets: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """log p(target) at each position, nats, computed in float32.
 
     Example:

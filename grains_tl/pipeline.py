@@ -18,7 +18,15 @@ from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair, token_rules, tokenize_pairs
 from grains_tl.types import Attribution, HookedModel, PreferencePair
-from grains_tl.vectors import Reduce, Side, SteeringVectors, check_reduction, model_identity, package_versions, reduce_vectors
+from grains_tl.vectors import (
+    Reduce,
+    Side,
+    SteeringVectors,
+    check_reduction,
+    model_identity,
+    package_versions,
+    reduce_vectors,
+)
 
 
 def build_vectors(
@@ -33,7 +41,7 @@ def build_vectors(
     objective: Objective = "sum",
     n_steps: int = 32,
     baseline: str = "zero",
-    masker: Masker = "eos",
+    masker: Masker = "mean_embedding",
     readout: Readout = "prompt_end",
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
@@ -96,7 +104,9 @@ def build_vectors(
         progress=progress,
     )
     settings = {**options, "top_k": top_k, "reduce": reduce, "side": side, "readout": readout}
-    return reduce_vectors(differences, reduce=reduce, side=side, info=manifest(model, tokenized, settings, attributions))
+    return reduce_vectors(
+        differences, reduce=reduce, side=side, info=manifest(model, tokenized, settings, attributions)
+    )
 
 
 def attribute_records(

