@@ -36,6 +36,7 @@ h3 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
 p, ul, dl { margin: .5rem 0 1rem; }
 a { color: #1f5a96; }
 .verdicts { border-left: 4px solid #4477aa; background: #f5f7fa; padding: .7rem 1.1rem; margin: 1.2rem 0; }
+.verdict, .verdicts p { white-space: pre-line; }
 .verdicts p { margin: .35rem 0; font-size: 1.05rem; }
 .note { color: #555; font-size: .9rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.2rem; }
@@ -87,7 +88,8 @@ def report_html(results: Mapping[str, Any]) -> str:
     model = results["settings"].get("model")
     sets = results["sets"]
     verdicts = "".join(
-        f'<p><a href="#set-{i}">{_text(one["name"])}</a>: {_text(one["verdict"])}</p>' for i, one in enumerate(sets)
+        f'<p><a href="#set-{i}">{_text(one["name"])}</a>
+{_text(one["verdict"])}</p>' for i, one in enumerate(sets)
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -103,7 +105,7 @@ def report_html(results: Mapping[str, Any]) -> str:
 <p class="note">grains_tl report{"" if model is None else f" on {_text(model)}"}; {_count(len(sets), "record set")}</p>
 <div class="verdicts">{verdicts or "<p>No record set was run.</p>"}</div>
 {_how_to_read()}
-{"".join(_set_section(one, i, nonce) for i, one in enumerate(sets))}
+{"".join(_set_section(one, i, results["settings"], nonce) for i, one in enumerate(sets))}
 <h2 id="settings">Settings and versions</h2>
 <p>The run took {_number(results["seconds"], ".0f")} seconds.</p>
 {_settings_table(results["settings"])}
@@ -121,9 +123,11 @@ def _how_to_read() -> str:
         "alpha": "the size of the step, as a fraction of the layer's typical residual norm, so that one alpha means "
         "one thing at every layer.",
         "uncertainty": "two kinds, and neither replaces the other. Over test records: the standard error (se) says how "
-        "the effect would differ on other test records. Over building records: the bootstrap interval says how it "
-        "would differ had the vector been built from other records; for random controls, which are drawn rather than "
-        "built, the range of draws stands in its place. The table names the kind.",
+        "the effect would differ on other test records. Over building records: the bootstrap says how it would differ "
+        "had the vector been built from other records. Random controls are drawn rather than built: their effect is the "
+        "mean over draws, and the range of draws stands in place of the bootstrap. The column &ldquo;interval&rdquo; "
+        "names what low and high run over.",
+        "p, random tokens": "share of the draws of random tokens whose effect is at least as large.",
         "f(x)": "the contrastive log-likelihood of a prompt, which the token scores explain: how much more the model "
         "expects the chosen response than the rejected one, in nats.",
         "completeness gap": "what the token scores add up to, minus the change of f they should explain. Small against "
@@ -133,8 +137,11 @@ def _how_to_read() -> str:
     return f'<h3 id="how-to-read">How to read this</h3>\n<dl>{rows}</dl>'
 
 
-def _set_section(one: Mapping[str, Any], index: int, nonce: str) -> str:
+def _set_section(one: Mapping[str, Any], index: int, settings: Mapping[str, Any], nonce: str) -> str:
     n, base, chosen = one["n"], one["base"], one["chosen"]
+    # where a run compares at a fixed alpha, the chosen one is that of the continuations alone
+    fixed = settings.get("alpha")
+    alpha = fixed if isinstance(fixed, int | float) else chosen.get("alpha")
     size = f"""Vectors are built from {_number(n.get("build"), "d")} records; layer and alpha are chosen on
 {_number(n.get("choose"), "d")} others; effects are measured on {_number(n.get("test"), "d")} test records (single draws
 on {_number(n.get("test_for_draws"), "d")} of them)."""
@@ -143,15 +150,15 @@ on {_number(n.get("test_for_draws"), "d")} of them)."""
     return f"""
 <h2 id="set-{index}">{_text(one["name"])}</h2>
 <p>{_text(one["about"])}</p>
-<p>Result: {_text(one["verdict"])}</p>
+<p class="verdict">{_text(one["verdict"])}</p>
 <p>{size} {start}</p>
 <h3>Which tokens cause it</h3>
 {_token_pictures(one["tokens"], nonce)}
 {_attribution_table(one["attribution"])}
 <h3>Where steering works</h3>
-{_layer_plot(one["sweep"], chosen)}
+{_layer_plot(one["sweep"], chosen.get("layer"), alpha)}
 <h3>Against controls</h3>
-<p>Effects at layer {_number(chosen.get("layer"), "d")} with alpha {_number(chosen.get("alpha"), "g")}, on test records;
+<p>Effects at layer {_number(chosen.get("layer"), "d")} with alpha {_number(alpha, "g")}, on test records;
 effect, se, low and high in nats.</p>
 {_control_plot(one["table"], one["draws"])}
 {_control_table(one["table"])}
@@ -214,18 +221,16 @@ def _attribution_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return _table(("method", "median relative gap", "records", "seconds"), cells, numbers=(1, 2, 3)) if rows else ""
 
 
-def _layer_plot(sweep: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
-    """One alpha of the sweep: the chosen one, or else the nearest that was tried."""
+def _layer_plot(sweep: Sequence[Mapping[str, Any]], layer: int | None, wanted: float | None) -> str:
+    """One alpha of the sweep: the wanted one, or else the nearest that was tried."""
     frame = pd.DataFrame(list(sweep))
     if not len(frame):
         return _nothing("No layers were swept.")
-    wanted = chosen.get("alpha")
     alpha = min(set(frame["alpha"]), key=lambda a: (abs(a - (a if wanted is None else wanted)), -abs(a)))
     tried = frame[frame["alpha"] == alpha]
-    layer = chosen.get("layer")
     caption = f"Effect over layers at alpha {_number(alpha, 'g')} on the records for choosing"
     caption += "." if tried["n"].isna().all() else f" (n = {_number(tried['n'].max(), 'd')})."
-    figure = plot_layers(tried, None if layer is None else int(layer))
+    figure = plot_layers(tried, layer)
     return f"<figure>{_image(figure, 'Effect over layers')}<figcaption>{caption}</figcaption></figure>"
 
 

@@ -27,7 +27,7 @@ def compare(
 
     Returns:
         ``difference`` of the means, its 95 % interval ``low`` .. ``high`` (resampling building records, test records and
-        draws together), ``beaten``: share of draws with a smaller mean effect, and ``n_draws``.
+        draws together), ``beaten``: number of draws with a smaller mean effect, of ``n_draws``.
     """
     rng = np.random.default_rng(seed)
     a, b = resampled.numpy(), random.numpy()
@@ -39,7 +39,7 @@ def compare(
     )
     estimate = float(own.mean() - random.mean())
     low, high = np.quantile(difference, [0.025, 0.975]) + estimate - float(difference.mean())
-    beaten = float((random.mean(-1) < own.mean()).float().mean())
+    beaten = int((random.mean(-1) < own.mean()).sum())
     return {"difference": estimate, "low": float(low), "high": float(high), "beaten": beaten, "n_draws": len(b)}
 
 

@@ -240,6 +240,16 @@ def test_missing_numbers_are_dashes(results: dict[str, Any]) -> None:
     assert not re.search(r"\bnan\b|\bNone\b", text)
 
 
+def test_alpha_of_the_comparison_is_named_where_it_is_not_the_chosen_one(results: dict[str, Any]) -> None:
+    one = results["sets"][0]
+    one["sweep"] += [{**row, "alpha": 0.4, "n": 77} for row in one["sweep"]]
+    for settings, alpha, n in (({}, "0.4", 77), ({"alpha": 0.2}, "0.2", 24)):
+        one["chosen"] = {"layer": 15, "alpha": 0.4}
+        text = Page(report_html({**results, "settings": settings, "sets": [one]})).text
+        assert f"Effects at layer 15 with alpha {alpha}" in text
+        assert f"over layers at alpha {alpha} on the records for choosing (n = {n})" in text
+
+
 def test_empty_parts_are_said_to_be_empty(results: dict[str, Any]) -> None:
     one = results["sets"][0]
     for part in ("tokens", "attribution", "sweep", "table", "continuations"):
