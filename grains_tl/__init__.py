@@ -5,13 +5,17 @@ The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_v
 
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
 from grains_tl.caching import Differences, cache_hook, collect_differences, read_out
+from grains_tl.controls import caa_differences, random_direction_vectors, random_token_differences
 from grains_tl.data import load_bundled, load_pairs
+from grains_tl.evaluate import Setting, measure, next_token_kl
 from grains_tl.generation import generate
 from grains_tl.masking import Selection, mask_hook, select_tokens
 from grains_tl.models import load_model
 from grains_tl.pipeline import build_vectors
+from grains_tl.plotting import plot_controls, plot_layers, plot_tokens, show_tokens
 from grains_tl.scoring import score_pairs
 from grains_tl.steering import steer_hook
+from grains_tl.sweep import sweep
 from grains_tl.tokens import TokenizedPair, TokenRules, token_rules, tokenize_pairs
 from grains_tl.types import Attribution, PreferencePair
 from grains_tl.vectors import SteeringVectors, load_vectors, reduce_vectors
@@ -23,12 +27,14 @@ __all__ = [
     "Differences",
     "PreferencePair",
     "Selection",
+    "Setting",
     "SteeringVectors",
     "TokenRules",
     "TokenizedPair",
     "attribute",
     "attribute_all",
     "build_vectors",
+    "caa_differences",
     "cache_hook",
     "collect_differences",
     "generate",
@@ -38,11 +44,20 @@ __all__ = [
     "load_pairs",
     "load_vectors",
     "mask_hook",
+    "measure",
+    "next_token_kl",
+    "plot_controls",
+    "plot_layers",
+    "plot_tokens",
+    "random_direction_vectors",
+    "random_token_differences",
     "read_out",
     "reduce_vectors",
     "score_pairs",
     "select_tokens",
+    "show_tokens",
     "steer_hook",
+    "sweep",
     "token_rules",
     "tokenize_pairs",
 ]

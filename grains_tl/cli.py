@@ -122,7 +122,7 @@ def _attribution_options(parser: argparse.ArgumentParser) -> None:
     from grains_tl.masking import Masker
     from grains_tl.objectives import Objective
 
-    parser.add_argument("--method", default="integrated_gradients", choices=get_args(Method))
+    parser.add_argument("--method", default="leave_one_out", choices=get_args(Method))
     parser.add_argument("--n-steps", type=int, default=32, help="steps of integrated gradients (default 32)")
     parser.add_argument("--objective", default="sum", choices=get_args(Objective))
     parser.add_argument("--masker", default="mean_embedding", choices=get_args(Masker))
@@ -202,6 +202,9 @@ def _build(args: argparse.Namespace) -> None:
     path = vectors.save(args.out)
     checkpoint.unlink(missing_ok=True)
     print(f"{path}: {len(vectors.layers)} layers x d_model {vectors.directions.shape[1]} from {len(pairs)} records")
+    print(f"tokens: {vectors.info['token_rules']}")
+    if vectors.info["moved_borders"]:
+        print(f"{vectors.info['moved_borders']} records have a token across prompt and response; scored from before it")
     gap = vectors.info["median_relative_gap"]
     if gap is not None:
         share = vectors.info["converged_share"]

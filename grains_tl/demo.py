@@ -28,6 +28,8 @@ from grains_tl.evaluate import Setting, margins, mean_and_se, measure, next_toke
 from grains_tl.generation import generate
 from grains_tl.masking import Masker, Selection, select_tokens
 from grains_tl.pipeline import attribute_records, check_top_k
+from grains_tl.plotting import figure_png, plot_controls, plot_layers
+from grains_tl.report import write_report
 from grains_tl.tokens import TokenizedPair, token_rules, tokenize_pairs
 from grains_tl.types import Attribution, HookedModel, PreferencePair
 from grains_tl.uncertainty import compare, resampled_means
@@ -96,7 +98,7 @@ QUICK = DemoSettings(
 def run_demo(
     model: HookedModel, out: str | Path, settings: DemoSettings | None = None, *, progress: bool = True
 ) -> dict[str, Any]:
-    """Run the whole story and write ``results.json`` and ``report.html`` into a folder.
+    """Run the whole story and write ``results.json``, ``report.html`` and its figures as PNGs into a folder.
 
     Attributions that are finished are kept in ``attributions.partial.jsonl`` there until the end, so that an interrupted
     run does not start from nothing.
@@ -110,8 +112,6 @@ def run_demo(
     Returns:
         The results, as in ``results.json``.
     """
-    from grains_tl.report import write_report
-
     settings = settings or DemoSettings()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +132,11 @@ def run_demo(
     }
     write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
     write_report(results, folder)
+    for found in sets:
+        layers = plot_layers(pd.DataFrame(found["sweep"]), found["chosen"]["layer"])
+        controls = plot_controls(pd.DataFrame(found["table"]), found["draws"])
+        write_atomically(folder / f"{found['name']}-layers.png", figure_png(layers))
+        write_atomically(folder / f"{found['name']}-controls.png", figure_png(controls))
     checkpoint.unlink(missing_ok=True)
     return results
 

@@ -88,8 +88,7 @@ def report_html(results: Mapping[str, Any]) -> str:
     model = results["settings"].get("model")
     sets = results["sets"]
     verdicts = "".join(
-        f'<p><a href="#set-{i}">{_text(one["name"])}</a>
-{_text(one["verdict"])}</p>' for i, one in enumerate(sets)
+        f'<p><a href="#set-{i}">{_text(one["name"])}</a>\n{_text(one["verdict"])}</p>' for i, one in enumerate(sets)
     )
     return f"""<!DOCTYPE html>
 <html lang="en">

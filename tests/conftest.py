@@ -24,10 +24,53 @@ import grains_tl as gr
 from grains_tl import models as gr_models
 
 TL_MAJOR = int(metadata.version("transformer-lens").split(".")[0])
-WORDS = (
-    "<pad> <bos> <eos> the a film food hotel was is great awful good bad cold warm soup room and but very not "
-    "one two three four five six . , ! ? : question answer yes no overall it this that we they liked hated"
-).split()
+WORDS = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "the",
+    "a",
+    "film",
+    "food",
+    "hotel",
+    "was",
+    "is",
+    "great",
+    "awful",
+    "good",
+    "bad",
+    "cold",
+    "warm",
+    "soup",
+    "room",
+    "and",
+    "but",
+    "very",
+    "not",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    ".",
+    ",",
+    "!",
+    "?",
+    ":",
+    "question",
+    "answer",
+    "yes",
+    "no",
+    "overall",
+    "it",
+    "this",
+    "that",
+    "we",
+    "they",
+    "liked",
+    "hated",
+]
 CHAT_TEMPLATE = (  # user -> "question : words <eos> ", assistant -> "answer : words <eos> "
     "{% for m in messages %}"
     "{{ ('answer' if m['role'] == 'assistant' else 'question') + ' : ' + m['content'] + ' <eos> ' }}"
@@ -83,9 +126,9 @@ def tiny_hf(architecture: str = "llama") -> Any:
     return model.eval().requires_grad_(False)
 
 
-def tiny_model(kind: str = "bridge", architecture: str = "llama", chat: bool = True) -> Any:
+def tiny_model(kind: str = "bridge", architecture: str = "llama", tokenizer: Any = None) -> Any:
     """A TransformerLens model around ``tiny_hf``."""
-    hf_model, tokenizer = tiny_hf(architecture), tiny_tokenizer(chat)
+    hf_model, tokenizer = tiny_hf(architecture), tiny_tokenizer() if tokenizer is None else tokenizer
     gr_models._keep_tokenizer_as_is(tokenizer, "tiny")
     make = gr_models._hooked if kind == "hooked" else gr_models._bridge
     return make(hf_model, tokenizer, "tiny").eval().requires_grad_(False)

@@ -17,7 +17,9 @@ def embeddings(hf: Any, ids: Sequence[int]) -> Tensor:
     return hf.get_input_embeddings()(torch.tensor([list(ids)]))
 
 
-def response_logprobs(hf: Any, prompt: Sequence[int], response: Sequence[int], prompt_embeds: Tensor | None = None) -> Tensor:
+def response_logprobs(
+    hf: Any, prompt: Sequence[int], response: Sequence[int], prompt_embeds: Tensor | None = None
+) -> Tensor:
     """``[batch, response]`` log-probability of each response token, from full logits; the prompt may be embeddings."""
     if prompt_embeds is None:
         prompt_embeds = embeddings(hf, prompt)
@@ -81,7 +83,9 @@ def residuals(hf: Any, ids: Sequence[int], prompt_embeds: Tensor | None = None) 
     """``[layer, pos, d_model]`` outputs of all decoder layers for one sequence."""
     found: list[Tensor] = []
     handles = [
-        block(hf, layer).register_forward_hook(lambda module, args, output: found.append(first_tensor(output)[0].detach()))
+        block(hf, layer).register_forward_hook(
+            lambda module, args, output: found.append(first_tensor(output)[0].detach())
+        )
         for layer in range(n_blocks(hf))
     ]
     try:

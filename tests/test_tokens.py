@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import KINDS, WORDS, tiny_hf, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import response_logprobs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import grains_tl as gr
-from conftest import WORDS, tiny_hf, tiny_model, tiny_tokenizer
 from grains_tl.scoring import batch_logprobs
 from grains_tl.tokens import Batch, by_token_budget, pad_rows, prompt_ids, scoring_batch
-from oracles import response_logprobs
 
 LOGPROB_ATOL = 1e-4  # float32 round-off of log-probabilities of some nats, summed in another order
 BOS, EOS = WORDS.index("<bos>"), WORDS.index("<eos>")
@@ -171,13 +171,23 @@ def test_missing_special_tokens(special: dict[str, str], eos: int, pad: int) -> 
     assert rules.describe().startswith("no BOS added")
 
 
-def test_tokenizer_without_special_tokens_scores_the_same() -> None:
-    """The pad id is a word there; the attention mask must hide it."""
-    model = tiny_model()
-    records = [gr.PreferencePair("film was", " good", " bad"), gr.PreferencePair("this film was very", " good", " not bad")]
-    wanted = gr.score_pairs(model, gr.tokenize_pairs(model, records))
-    model.tokenizer = bare_tokenizer()
-    torch.testing.assert_close(gr.score_pairs(model, gr.tokenize_pairs(model, records)), wanted, atol=LOGPROB_ATOL, rtol=0)
+# BUG (reported): TransformerLens gives such a tokenizer an "<|endoftext|>" beyond the embedding's last row (or, for a
+# HookedTransformer, a special id None); token_rules takes it for pad and eos.
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizer_without_special_tokens_scores_the_same(kind: str, pairs: list[gr.PreferencePair]) -> None:
+    """Whatever id is under the padding, the attention mask must hide it."""
+    hf, model = tiny_hf(), tiny_model(kind, tokenizer=bare_tokenizer())
+    tokenized = gr.tokenize_pairs(model, pairs)
+    wanted = torch.tensor(
+        [[response_logprobs(hf, t.prompt, r).sum() for r in (t.chosen, t.rejected)] for t in tokenized]
+    )
+    torch.testing.assert_close(gr.score_pairs(model, tokenized), wanted, atol=LOGPROB_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decided_ids_are_in_the_vocabulary(kind: str) -> None:
+    rules = gr.token_rules(tiny_model(kind, tokenizer=bare_tokenizer()))
+    assert 0 <= rules.eos < len(WORDS) and 0 <= rules.pad < len(WORDS)
 
 
 def test_special_tokens_are_no_content() -> None:
@@ -205,9 +215,19 @@ def test_conversation_spans_and_content() -> None:
 def test_several_turns() -> None:
     turns = [*CHAT, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "and we liked it"}]
     pair = one(tiny_tokenizer(), turns, "great", "awful")
-    assert [s for s, keep in zip(pair.strings, pair.content, strict=True) if keep] == "food was good yes and we liked it".split()
+    assert [s for s, keep in zip(pair.strings, pair.content, strict=True) if keep] == [
+        "food",
+        "was",
+        "good",
+        "yes",
+        "and",
+        "we",
+        "liked",
+        "it",
+    ]
 
 
+# BUG (reported): _content_mask takes the first occurrence of the words, which may be the role marker.
 def test_words_that_also_stand_in_the_template_are_found_in_the_message() -> None:
     """A user who writes a role's name: the role marker is template, the user's word is content."""
     pair = one(tiny_tokenizer(), [{"role": "user", "content": "question"}], "great", "awful")
@@ -215,6 +235,7 @@ def test_words_that_also_stand_in_the_template_are_found_in_the_message() -> Non
     assert pair.content == (False, False, True, False, False, False)
 
 
+# BUG (reported): _response_text looks for the response's words from the end (rfind), inside the end marker.
 def test_response_that_also_stands_in_the_end_marker() -> None:
     """ "e" is in "<eos>"; a letter as answer is what multiple-choice records have."""
     pair = one(tiny_tokenizer(), CHAT, "e", "awful")
@@ -318,7 +339,9 @@ def test_prompt_mask_leaves_the_response_out() -> None:
 def test_left_and_right_padding_agree(model: Any, pairs: list[gr.PreferencePair]) -> None:
     tokenized = gr.tokenize_pairs(model, pairs)
     with torch.no_grad():
-        right, left = (batch_logprobs(model, scoring_batch(model, tokenized, padding_side=s)) for s in ("right", "left"))
+        right, left = (
+            batch_logprobs(model, scoring_batch(model, tokenized, padding_side=s)) for s in ("right", "left")
+        )
     torch.testing.assert_close(left, right, atol=LOGPROB_ATOL, rtol=0)
 
 
