@@ -24,58 +24,22 @@ import grains_tl as gr
 from grains_tl import models as gr_models
 
 TL_MAJOR = int(metadata.version("transformer-lens").split(".")[0])
-WORDS = [
-    "<pad>",
-    "<bos>",
-    "<eos>",
-    "the",
-    "a",
-    "film",
-    "food",
-    "hotel",
-    "was",
-    "is",
-    "great",
-    "awful",
-    "good",
-    "bad",
-    "cold",
-    "warm",
-    "soup",
-    "room",
-    "and",
-    "but",
-    "very",
-    "not",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    ".",
-    ",",
-    "!",
-    "?",
-    ":",
-    "question",
-    "answer",
-    "yes",
-    "no",
-    "overall",
-    "it",
-    "this",
-    "that",
-    "we",
-    "they",
-    "liked",
-    "hated",
-]
+WORDS = (
+    "<pad> <bos> <eos> the a film food hotel was is great awful good bad cold warm soup room and but very not "
+    "one two three four five six . , ! ? : question answer yes no overall it this that we they liked hated"
+).split()
 CHAT_TEMPLATE = (  # user -> "question : words <eos> ", assistant -> "answer : words <eos> "
     "{% for m in messages %}"
     "{{ ('answer' if m['role'] == 'assistant' else 'question') + ' : ' + m['content'] + ' <eos> ' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'answer : ' }}{% endif %}"
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """TransformerLens 3 says that its class is going away; that is known, everything else stays an error."""
+    config.addinivalue_line("filterwarnings", "ignore:HookedTransformer is deprecated:DeprecationWarning")
+
+
 KINDS = ["bridge", pytest.param("hooked", marks=pytest.mark.skipif(TL_MAJOR >= 4, reason="removed in TL 4"))]
 
 

@@ -54,7 +54,8 @@ def test_every_public_name_has_help() -> None:
 
 
 def test_importing_the_package_loads_no_heavy_library() -> None:
-    code = "import sys, grains_tl; print([m for m in ('transformer_lens', 'transformers', 'matplotlib') if m in sys.modules])"
+    heavy = ("transformer_lens", "transformers", "matplotlib")
+    code = f"import sys, grains_tl; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
 
