@@ -8,12 +8,14 @@ from grains_tl.caching import Differences, cache_hook, collect_differences, read
 from grains_tl.controls import caa_differences, random_direction_vectors, random_token_differences
 from grains_tl.data import load_bundled, load_pairs
 from grains_tl.evaluate import Setting, measure, next_token_kl
+from grains_tl.faithfulness import compare_attributions
 from grains_tl.generation import generate
 from grains_tl.masking import Selection, mask_hook, select_tokens
 from grains_tl.models import load_model
 from grains_tl.pipeline import build_vectors
 from grains_tl.plotting import plot_controls, plot_layers, plot_tokens, show_tokens
 from grains_tl.scoring import score_pairs
+from grains_tl.selfcheck import check_model
 from grains_tl.steering import steer_hook
 from grains_tl.sweep import sweep
 from grains_tl.tokens import TokenizedPair, TokenRules, token_rules, tokenize_pairs
@@ -36,7 +38,9 @@ __all__ = [
     "build_vectors",
     "caa_differences",
     "cache_hook",
+    "check_model",
     "collect_differences",
+    "compare_attributions",
     "generate",
     "interpolate_hook",
     "load_bundled",

@@ -154,7 +154,7 @@ def _hooked(hf_model: Any, tokenizer: Any, label: str) -> Any:
         fold_value_biases=False,
         refactor_factored_attn_matrices=False,
     )
-    return model.to(hf_model.device)
+    return model if hf_model.device.type == "cpu" else model.to(hf_model.device)  # .to() prints a line
 
 
 # -- what differs between the classes ---------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
 install_import_hook("grains_tl", "beartype.beartype")
 
+from collections.abc import Iterator
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +116,14 @@ def bridge() -> Any:
 def hf() -> Any:
     """The same weights as a plain Hugging Face model."""
     return tiny_hf()
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """As a user meets it: without the run-time shape checks, which would refuse bad values before our own messages do."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""The self-check passes on sound models and names what a broken one breaks; compared methods are judged by masking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import grains_tl as gr
+from grains_tl.faithfulness import compare_attributions
+from grains_tl.selfcheck import check_model
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_sound_models_pass_every_check(architecture: str) -> None:
+    frame = check_model(tiny_model("bridge", architecture))
+    assert frame["ok"].all(), frame[~frame["ok"]].to_string()
+
+
+def test_hooked_and_bridge_pass_alike(model: Any) -> None:
+    assert check_model(model)["ok"].all()
+
+
+def test_a_model_with_nan_weights_is_named() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.original_model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    failed = set(check_model(model).query("not ok")["check"])
+    assert {"residual parts sum up", "gradients at the attribution point"} <= failed
+
+
+def test_an_edit_that_leaks_backwards_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    # a hook point that reads the layer after its own
+    monkeypatch.setattr("grains_tl.selfcheck.resid_post", lambda layer: f"blocks.{2 - layer}.hook_resid_post")
+    failed = set(check_model(model).query("not ok")["check"])
+    assert "an edit at a layer changes nothing before it" in failed
+
+
+def test_compared_methods_and_their_removal_effects(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    frame = compare_attributions(bridge, pairs, top_k=1, n_steps=4, n_draws=3, progress=False).set_index("method")
+    assert list(frame.index) == ["leave_one_out", "integrated_gradients", "gradient_x_input", "random_tokens"]
+    assert frame["relative_gap"].notna().tolist() == [False, True, False, False]
+    assert frame.loc["gradient_x_input", "relative_seconds"] == 1.0
+    # with one token a side, leave-one-out takes out exactly the token with the largest effect
+    scores = [gr.attribute(bridge, p, method="leave_one_out") for p in pairs]
+    largest = sum(float(a.scores[a.content].max().clamp(min=0)) for a in scores) / len(pairs)
+    assert frame.loc["leave_one_out", "removed_chosen"] == pytest.approx(largest, abs=1e-5)
+    others = frame.drop(index="leave_one_out")["removed_chosen"]
+    assert others.max() <= largest + 1e-5
+
+
+def test_comparison_refuses_bad_options_before_running(
+    bridge: Any, pairs: list[gr.PreferencePair], unchecked: None
+) -> None:
+    with pytest.raises(ValueError, match="no methods"):
+        compare_attributions(bridge, pairs, methods=[])
+    with pytest.raises(ValueError, match="method='magic'"):
+        compare_attributions(bridge, pairs, methods=["magic"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="top_k=99"):
+        compare_attributions(bridge, pairs, top_k=99)
