@@ -46,15 +46,9 @@ def count_tokens(model: Any) -> Iterator[dict[str, int]]:
 
 def fewest_tokens(tokenized: Sequence[TokenizedPair], n_steps: int) -> dict[str, int]:
     """The least the method needs: every distinct row once per step and at both ends, three prompts for the caching."""
-    rows = [_row_tokens(t) for t in tokenized]
+    rows = [sum(map(len, t.inputs)) for t in tokenized]
     prompts = sum(len(t.prompt) for t in tokenized)
     return {"forward": (n_steps + 2) * sum(rows) + 3 * prompts, "backward": n_steps * sum(rows)}
-
-
-def _row_tokens(pair: TokenizedPair) -> int:
-    inputs = sorted((pair.prompt + pair.chosen[:-1], pair.prompt + pair.rejected[:-1]), key=len)
-    shared = inputs[1][: len(inputs[0])] == inputs[0]
-    return len(inputs[1]) + (0 if shared else len(inputs[0]))
 
 
 def plain_loop(hf_model: Any, tokenized: Sequence[TokenizedPair], n_steps: int, top_k: int, eos: int) -> Tensor:

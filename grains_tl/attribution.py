@@ -30,7 +30,7 @@ def attribute(
     *,
     method: Method = "leave_one_out",
     n_steps: int = 32,
-    baseline: str | Float[Tensor, d_model] = "zero",
+    baseline: str | Float[Tensor, "d_model"] = "zero",
     objective: Objective = "sum",
     masker: Masker = "mean_embedding",
     max_tokens: int = MAX_TOKENS,
@@ -83,7 +83,7 @@ def attribute_all(
     *,
     method: Method = "leave_one_out",
     n_steps: int = 32,
-    baseline: str | Float[Tensor, d_model] = "zero",
+    baseline: str | Float[Tensor, "d_model"] = "zero",
     objective: Objective = "sum",
     masker: Masker = "mean_embedding",
     content_only: bool = False,
@@ -101,9 +101,9 @@ def attribute_all(
     """
     check_attribution_options(method, n_steps, baseline, objective)
     results: list[Attribution | None] = [None] * len(tokenized)
-    lengths = [(len(t.prompt) + max(len(t.chosen), len(t.rejected))) * _n_rows(t, method, n_steps) for t in tokenized]
+    n_rows = [len(t.inputs) * _n_runs(t, method, n_steps) for t in tokenized]
     with tqdm(total=len(tokenized), desc=method, unit="record", disable=not progress) as bar:
-        for group in by_token_budget(lengths, max_tokens):
+        for group in by_token_budget([t.longest for t in tokenized], max_tokens, n_rows):
             records = [tokenized[i] for i in group]
             if method == "leave_one_out":
                 found = _leave_one_out(model, records, objective, masker, content_only, max_tokens)
@@ -128,7 +128,7 @@ def check_attribution_options(method: str, n_steps: int, baseline: str | Tensor,
     require_objective(objective)
 
 
-def path_nodes(n_steps: int) -> tuple[Float[Tensor, step], Float[Tensor, step]]:
+def path_nodes(n_steps: int) -> tuple[Float[Tensor, "step"], Float[Tensor, "step"]]:
     """Gauss-Legendre nodes and weights on [0, 1]; exact for polynomials of degree ``2 * n_steps - 1``.
 
     Example:
@@ -142,9 +142,9 @@ def path_nodes(n_steps: int) -> tuple[Float[Tensor, step], Float[Tensor, step]]:
 
 def interpolate_hook(
     model: HookedModel,
-    alphas: Float[Tensor, batch],
+    alphas: Float[Tensor, "batch"],
     prompt_mask: Bool[Tensor, "batch pos"],
-    baseline: Float[Tensor, d_model],
+    baseline: Float[Tensor, "d_model"],
     probe: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> FwdHooks:
     """One hook that moves the prompt's embeddings towards a baseline: ``x' + alpha * (x - x')``.
@@ -176,9 +176,8 @@ def interpolate_hook(
     return [(attribution_point(model), hook_fn)]
 
 
-def _n_rows(pair: TokenizedPair, method: str, n_steps: int) -> int:
-    runs = {"integrated_gradients": n_steps, "gradient_x_input": 1, "leave_one_out": len(pair.prompt)}[method]
-    return runs * (1 if len(pair.chosen) == len(pair.rejected) == 1 else 2)
+def _n_runs(pair: TokenizedPair, method: str, n_steps: int) -> int:
+    return {"integrated_gradients": n_steps, "gradient_x_input": 1, "leave_one_out": len(pair.prompt)}[method]
 
 
 def _batches(
@@ -190,8 +189,8 @@ def _batches(
 ) -> Iterable[tuple[list[tuple[int, int]], Batch]]:
     """(record, variant) runs in batches under the token budget; a record in a batch stands for one run."""
     todo = list(runs)
-    lengths = [2 * (len(records[r].prompt) + max(len(records[r].chosen), len(records[r].rejected))) for r, _ in todo]
-    for group in by_token_budget(lengths, max(max_tokens * 2, max(lengths))):
+    lengths, n_rows = [records[r].longest for r, _ in todo], [len(records[r].inputs) for r, _ in todo]
+    for group in by_token_budget(lengths, max_tokens, n_rows):
         part = [todo[i] for i in group]
         yield part, scoring_batch(model, [records[r] for r, _ in part], objective)
 
@@ -243,8 +242,8 @@ def _gradient_scores(
 
 
 def _prompt_gradients(
-    model: HookedModel, batch: Batch, alphas: Float[Tensor, run], start: Float[Tensor, d_model]
-) -> tuple[Float[Tensor, run], Float[Tensor, "batch pos d_model"]]:
+    model: HookedModel, batch: Batch, alphas: Float[Tensor, "run"], start: Float[Tensor, "d_model"]
+) -> tuple[Float[Tensor, "run"], Float[Tensor, "batch pos d_model"]]:
     shape = (*batch.ids.shape, int(model.cfg.d_model))
     probe = torch.zeros(shape, device=batch.ids.device, requires_grad=True)
     hooks = interpolate_hook(model, alphas[batch.record], batch.prompt_mask(), start, probe)

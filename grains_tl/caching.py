@@ -36,7 +36,7 @@ class Differences:
     toward_chosen: Float[Tensor, "record layer d_model"]
     toward_rejected: Float[Tensor, "record layer d_model"]
     layers: tuple[int, ...]
-    resid_norms: Float[Tensor, layer]
+    resid_norms: Float[Tensor, "layer"]
 
     def subset(self, records: Sequence[int]) -> Differences:
         """The same for some records (repeats allowed: a bootstrap sample)."""

@@ -44,7 +44,7 @@ def random_token_differences(
     selections: Sequence[Selection],
     *,
     layers: Sequence[int],
-    resid_norms: Float[Tensor, layer],
+    resid_norms: Float[Tensor, "layer"],
     n_draws: int = 20,
     seed: int = 0,
     masker: Masker = "mean_embedding",
@@ -97,7 +97,7 @@ def caa_differences(
     tokenized: Sequence[TokenizedPair],
     *,
     layers: Sequence[int],
-    resid_norms: Float[Tensor, layer],
+    resid_norms: Float[Tensor, "layer"],
     max_tokens: int = MAX_TOKENS,
 ) -> Differences:
     """Contrastive activation addition (arXiv 2312.06681): h(prompt + chosen) - h(prompt + rejected), last token.

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from grains_tl.types import PreferencePair
@@ -138,10 +139,15 @@ def _pair(row: Any, columns: Mapping[str, str], number: int) -> PreferencePair:
 def _field(row: Mapping[str, Any], name: str, column: str, number: int) -> Any:
     try:
         if "{" in column:
+            empty = [used for used in _columns_of(column) if row[used] is None]
+            if empty:
+                raise ValueError(f"the cells {empty} are missing")
             lists = {k: _Items(v) if isinstance(v, str) else v for k, v in row.items()}
             return column.format_map(lists)
         value = row[column]
-    except (KeyError, IndexError) as error:
+    except ValueError as error:
+        raise ValueError(f"row {number}, {name}: {error}") from None
+    except KeyError as error:
         raise KeyError(
             f"row {number} has no column {error!s} for {name!r}; it has {list(row)}. "
             f'Map it: columns={{"{name}": "<your column>"}}'
@@ -151,11 +157,20 @@ def _field(row: Mapping[str, Any], name: str, column: str, number: int) -> Any:
     return value
 
 
+def _columns_of(template: str) -> list[str]:
+    """Names of the columns a template uses."""
+    fields = [field for _, field, _, _ in Formatter().parse(template) if field]
+    return [field.partition("[")[0] for field in fields]
+
+
 class _Items(str):
     """A cell; ``{cell}`` is its text and ``{cell[0]}`` the first item of its semicolon list."""
 
     def __getitem__(self, index: Any) -> str:
-        return [item.strip() for item in str.split(self, ";") if item.strip()][int(index)]
+        items = [item.strip() for item in str.split(self, ";") if item.strip()]
+        if int(index) >= len(items):
+            raise ValueError(f"item [{index}] is wanted of a cell with {len(items)} items: {str(self)!r}")
+        return items[int(index)]
 
 
 def _name(source: Any) -> str:

@@ -94,7 +94,7 @@ def next_token_kl(
     fwd_hooks: HooksForBatch,
     *,
     max_tokens: int = MAX_TOKENS,
-) -> Float[Tensor, record]:
+) -> Float[Tensor, "record"]:
     """KL(steered || base) of the next-token distribution at the end of each prompt, nats: what steering costs there."""
     out = torch.zeros(len(tokenized))
     with torch.no_grad():

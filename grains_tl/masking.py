@@ -60,7 +60,7 @@ def random_selection(content: Sequence[bool], like: Selection, generator: torch.
     return Selection(tuple(doubled[:n_up]), tuple(doubled[n_up : n_up + n_down]))
 
 
-def replacement_embedding(model: HookedModel, how: str) -> Float[Tensor, d_model]:
+def replacement_embedding(model: HookedModel, how: str) -> Float[Tensor, "d_model"]:
     """The vector that stands in for a masked token, in the space of the attribution point.
 
     Raises:
@@ -85,7 +85,7 @@ def mask_hook(
     model: HookedModel,
     masked: Bool[Tensor, "batch pos"],
     how: Masker = "mean_embedding",
-    replacement: Float[Tensor, d_model] | None = None,
+    replacement: Float[Tensor, "d_model"] | None = None,
 ) -> FwdHooks:
     """Hooks that take tokens out of the input.
 

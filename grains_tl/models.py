@@ -236,7 +236,7 @@ def forward_logits(
     model: HookedModel,
     ids: Int[Tensor, "batch pos"],
     attention_mask: Int[Tensor, "batch pos"],
-    keep: Int[Tensor, kept],
+    keep: Int[Tensor, "kept"],
     fwd_hooks: FwdHooks | None = None,
 ) -> Float[Tensor, "batch kept vocab"]:
     """Logits at the positions ``keep`` only, with hooks; the unembedding is not computed anywhere else.

@@ -40,8 +40,7 @@ def score_batches(
     max_tokens: int = MAX_TOKENS,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Records in length-bucketed batches, with the indices of the records in each."""
-    lengths = [2 * (len(t.prompt) + max(len(t.chosen), len(t.rejected))) for t in tokenized]
-    for group in by_token_budget(lengths, 2 * max_tokens):
+    for group in by_token_budget([t.longest for t in tokenized], max_tokens, [len(t.inputs) for t in tokenized]):
         yield group, scoring_batch(model, [tokenized[i] for i in group], objective)
 
 

@@ -22,12 +22,12 @@ Positions = Literal["all", "prompt", "generated", "last"]
 
 def steer_hook(
     layer: int,
-    direction: Float[Tensor, d_model],
+    direction: Float[Tensor, "d_model"],
     amount: float,
     *,
     operator: Operator = "add_renorm",
     positions: Positions | Bool[Tensor, "batch pos"] = "all",
-    prompt_len: int | Int[Tensor, batch] | None = None,
+    prompt_len: int | Int[Tensor, "batch"] | None = None,
 ) -> FwdHooks:
     """Steer the residual stream after one block.
 
@@ -83,7 +83,7 @@ def steer_hook(
 
 
 def _apply(
-    act: Float[Tensor, "*shape d_model"], unit: Float[Tensor, d_model], amount: float, operator: Operator
+    act: Float[Tensor, "*shape d_model"], unit: Float[Tensor, "d_model"], amount: float, operator: Operator
 ) -> Float[Tensor, "*shape d_model"]:
     if operator == "add":
         return act + (amount * unit).to(act.dtype)
@@ -101,7 +101,7 @@ def _apply(
 def _scope(
     act: Float[Tensor, "batch pos d_model"],
     positions: Positions | Bool[Tensor, "batch pos"],
-    prompt_len: int | Int[Tensor, batch] | None,
+    prompt_len: int | Int[Tensor, "batch"] | None,
 ) -> Bool[Tensor, "rows pos"] | None:
     """True where to steer; ``None`` for everywhere."""
     if isinstance(positions, str) and positions == "all":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grains_tl.models import device_of
 from grains_tl.objectives import Objective, token_weights
-from grains_tl.types import HookedModel, PreferencePair, Text, plain_text
+from grains_tl.types import HookedModel, Message, PreferencePair, Text, plain_text
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,13 @@ def token_rules(model: HookedModel) -> TokenRules:
         raise ValueError("the model has no tokenizer; set model.tokenizer (or model.set_tokenizer) first")
     probe = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
-    special = {int(i) for i in tokenizer.all_special_ids}
-    fallback = next(i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id, bos, 0) if i is not None)
-    eos = fallback if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    pad = fallback if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # TransformerLens may have given the tokenizer special tokens that the embedding has no row for
+    known = range(int(model.cfg.d_vocab))
+    special = {int(i) for i in tokenizer.all_special_ids if i in known}
+    candidates = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id, bos) if i in known]
+    fallback = candidates[0] if candidates else 0
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id in known else fallback
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id in known else fallback
     return TokenRules(
         bos=int(bos) if bos is not None and probe and probe[0] == bos else None,
         eos=int(eos),
@@ -101,6 +104,21 @@ class TokenizedPair:
     def n_content(self) -> int:
         """Number of content tokens in the prompt."""
         return sum(self.content)
+
+    @property
+    def inputs(self) -> tuple[tuple[int, ...], ...]:
+        """Input rows that score both responses: one, if an input is the beginning of the other, else two.
+
+        The last token of a response is never an input.
+        """
+        rows = (self.prompt + self.chosen[:-1], self.prompt + self.rejected[:-1])
+        short, long = sorted(rows, key=len)
+        return (long,) if long[: len(short)] == short else rows
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest input row."""
+        return max(len(row) for row in self.inputs)
 
 
 def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[TokenizedPair]:
@@ -192,11 +210,14 @@ def _response_text(tokenizer: Any, rules: TokenRules, prompt: Text, prompt_text:
             "the chat template renders prompt + response differently from the prompt alone; use plain text"
         )
     rest = full[len(prompt_text) :]
-    words = str(response[-1]["content"]).strip()
-    end = rest.rfind(words)
-    if end < 0:
-        raise ValueError(f"the chat template rewrites the response {words!r}; use plain text")
-    return rest[: end + len(words)]
+    end = 0
+    for message in response:
+        words = str(message["content"]).strip()
+        at = rest.find(words, end)
+        if at < 0:
+            raise ValueError(f"the chat template rewrites the response {words!r}; use plain text")
+        end = at + len(words)
+    return rest[:end]
 
 
 def _encode(
@@ -234,14 +255,29 @@ def _content_mask(
     if offsets is None:
         raise ValueError("a conversation needs a fast tokenizer (character offsets) to tell words from template")
     inside = [False] * len(text)
-    start = 0
-    for message in prompt:
-        words = str(message.get("content", "")).strip()
-        at = text.find(words, start) if words else -1
-        if at >= 0:
-            inside[at : at + len(words)] = [True] * len(words)
-            start = at + len(words)
+    for begin, end in _message_spans(tokenizer, prompt, text):
+        inside[begin:end] = [True] * (end - begin)
     return [keep and any(inside[a:b]) for keep, (a, b) in zip(content, offsets, strict=True)]
+
+
+def _message_spans(tokenizer: Any, prompt: Sequence[Message], text: str) -> list[tuple[int, int]]:
+    """Where each message's words stand in the rendered text.
+
+    The template is rendered again with a marker in place of one message's words: what stands before the marker is the
+    same text, so the words begin there (searching for the words could find a role marker that says the same).
+    """
+    marker = "\u2603marker\u2603"
+    spans = []
+    for i, message in enumerate(prompt):
+        words = str(message.get("content", "")).strip()
+        if not words:
+            continue
+        changed = [{**m, "content": marker} if i == j else m for j, m in enumerate(prompt)]
+        rendered = tokenizer.apply_chat_template(changed, tokenize=False, add_generation_prompt=True)
+        begin = rendered.find(marker)
+        if begin >= 0 and text[begin : begin + len(words)] == words:
+            spans.append((begin, begin + len(words)))
+    return spans
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -268,15 +304,15 @@ class Batch:
 
     ids: Int[Tensor, "batch pos"]
     attention_mask: Int[Tensor, "batch pos"]
-    offset: Int[Tensor, batch]
-    prompt_len: Int[Tensor, batch]
-    record: Int[Tensor, batch]
-    keep: Int[Tensor, kept]
-    target_row: Int[Tensor, target]
-    target_keep: Int[Tensor, target]
-    target_id: Int[Tensor, target]
-    target_weight: Float[Tensor, target]
-    target_slot: Int[Tensor, target]
+    offset: Int[Tensor, "batch"]
+    prompt_len: Int[Tensor, "batch"]
+    record: Int[Tensor, "batch"]
+    keep: Int[Tensor, "kept"]
+    target_row: Int[Tensor, "target"]
+    target_keep: Int[Tensor, "target"]
+    target_id: Int[Tensor, "target"]
+    target_weight: Float[Tensor, "target"]
+    target_slot: Int[Tensor, "target"]
     n_records: int
 
     def prompt_mask(self) -> Bool[Tensor, "batch pos"]:
@@ -312,13 +348,11 @@ def scoring_batch(
     owner: list[int] = []
     targets: list[tuple[int, int, int, float, int]] = []  # row, position in the row, id, weight, slot
     for record, pair in enumerate(tokenized):
-        inputs = [pair.prompt + pair.chosen[:-1], pair.prompt + pair.rejected[:-1]]
+        inputs = pair.inputs
         weights = token_weights(pair.chosen, pair.rejected, objective)
-        short, long = sorted(inputs, key=len)
-        shared = long[: len(short)] == short
         for side, (response, weight) in enumerate(zip((pair.chosen, pair.rejected), weights, strict=True)):
-            if side == 0 or not shared:
-                rows.append(long if shared else inputs[side])
+            if side < len(inputs):
+                rows.append(inputs[side])
                 owner.append(record)
             for i, (token, w) in enumerate(zip(response, weight, strict=True)):
                 if w:
@@ -346,7 +380,7 @@ def scoring_batch(
 
 def pad_rows(
     model: HookedModel, rows: Sequence[Sequence[int]], *, padding_side: str = "right"
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, batch]]:
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "batch"]]:
     """Ids, attention mask and left offset of rows padded to the longest, on the model's device."""
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side={padding_side!r}; it is 'left' or 'right'")
@@ -363,17 +397,26 @@ def pad_rows(
     return ids.to(device), mask.to(device), offset.to(device)
 
 
-def by_token_budget(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def by_token_budget(lengths: Sequence[int], max_tokens: int, n_rows: Sequence[int] | None = None) -> list[list[int]]:
     """Indices grouped so that every group, padded to its longest, stays under ``max_tokens``; similar lengths together.
+
+    Args:
+        lengths: length of each item's longest row.
+        max_tokens: budget of a group; an item larger than that stands alone.
+        n_rows: rows of each item, default 1.
 
     Example:
         >>> by_token_budget([3, 9, 4], max_tokens=10)
         [[0, 2], [1]]
     """
+    counts = [1] * len(lengths) if n_rows is None else n_rows
     groups: list[list[int]] = []
+    rows = 0
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[index] <= max_tokens:
+        rows += counts[index]
+        if groups and rows * lengths[index] <= max_tokens:
             groups[-1].append(index)
         else:
             groups.append([index])
+            rows = counts[index]
     return groups

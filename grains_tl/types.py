@@ -66,6 +66,8 @@ class PreferencePair:
     def __post_init__(self) -> None:
         for name in ("prompt", "chosen", "rejected"):
             value = getattr(self, name)
+            if not isinstance(value, (str, list, tuple)):
+                raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; text or a list of messages is needed")
             if plain_text(value).strip() == "":
                 raise ValueError(f"{name} is empty ({value!r}); a preference record needs some text in it")
         if self.chosen == self.rejected:
@@ -111,7 +113,7 @@ class Attribution:
         return abs(self.gap) / max(abs(self.objective - self.baseline_objective), 1e-12)
 
     def __str__(self) -> str:
-        order = self.scores.abs().argsort(descending=True)[:5].tolist()
+        order = self.scores.nan_to_num(0.0).abs().argsort(descending=True)[:5].tolist()
         top = ", ".join(f"{self.tokens[i]!r} {self.scores[i]:+.2f}" for i in order)
         gap = "none" if self.gap is None else f"{self.gap:+.2f} nats"
         return f"{self.method}: f(x) = {self.objective:+.2f} nats, gap {gap}; largest: {top}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def compare(
-    own: Float[Tensor, record],
+    own: Float[Tensor, "record"],
     resampled: Float[Tensor, "draw_a record"],
     random: Float[Tensor, "draw_b record"],
     *,

@@ -54,8 +54,8 @@ class SteeringVectors:
 
     directions: Float[Tensor, "layer d_model"]
     layers: tuple[int, ...]
-    magnitudes: Float[Tensor, layer]
-    resid_norms: Float[Tensor, layer]
+    magnitudes: Float[Tensor, "layer"]
+    resid_norms: Float[Tensor, "layer"]
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class SteeringVectors:
         cls,
         raw: Float[Tensor, "layer d_model"],
         layers: Sequence[int],
-        resid_norms: Float[Tensor, layer],
+        resid_norms: Float[Tensor, "layer"],
         info: Mapping[str, Any] | None = None,
     ) -> SteeringVectors:
         """Split vectors of any length into unit directions and magnitudes.
@@ -99,7 +99,7 @@ class SteeringVectors:
         *,
         operator: Operator = "add_renorm",
         positions: Positions | Bool[Tensor, "batch pos"] = "all",
-        prompt_len: int | Int[Tensor, batch] | None = None,
+        prompt_len: int | Int[Tensor, "batch"] | None = None,
         scale: Literal["residual", "raw"] = "residual",
     ) -> FwdHooks:
         """Steering hooks for ``run_with_hooks``, ``model.hooks`` or ``grains_tl.generate``.
@@ -176,7 +176,7 @@ class SteeringVectors:
     def __neg__(self) -> SteeringVectors:
         return self * -1.0
 
-    def cosine(self, other: SteeringVectors) -> Float[Tensor, layer]:
+    def cosine(self, other: SteeringVectors) -> Float[Tensor, "layer"]:
         """Cosine per layer with other vectors of the same layers."""
         self._require_same_space(other)
         return (self.directions * other.directions).sum(-1)
@@ -373,11 +373,11 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
     return target
 
 
-def _first_singular(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, d_model]:
+def _first_singular(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, "d_model"]:
     return torch.linalg.svd(matrix, full_matrices=False).Vh[0]
 
 
-def _principal(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, d_model]:
+def _principal(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, "d_model"]:
     """First principal component of centred data, oriented to the data's mean."""
     component = _first_singular(matrix - matrix.mean(0))
     return component * (-1.0 if component @ matrix.mean(0) < 0 else 1.0)

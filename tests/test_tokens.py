@@ -28,7 +28,7 @@ class NoModel:
     """Enough of a model to tokenize for; running it is a mistake."""
 
     def __init__(self, tokenizer: Any, n_ctx: int = 64) -> None:
-        self.cfg, self.tokenizer, self.blocks = SimpleNamespace(n_ctx=n_ctx), tokenizer, []
+        self.cfg, self.tokenizer, self.blocks = SimpleNamespace(n_ctx=n_ctx, d_vocab=len(WORDS)), tokenizer, []
 
     def hooks(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the model was run")

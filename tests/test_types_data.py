@@ -220,6 +220,7 @@ def test_empty_semicolon_list_is_said_to_be_empty(tmp_path: Path) -> None:
 
 
 # BUG (reported): TypeError: 'int' object is not iterable, without the row.
+@pytest.mark.usefixtures("as_shipped")
 @pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
 def test_numbers_in_place_of_text_are_refused_with_their_row(field: str) -> None:
     with pytest.raises(ValueError, match="row 1"):
