@@ -43,6 +43,13 @@ class Differences:
         index = list(records)
         return Differences(self.toward_chosen[index], self.toward_rejected[index], self.layers, self.resid_norms)
 
+    def at(self, layers: Sequence[int]) -> Differences:
+        """The same for some of the layers."""
+        rows = [self.layers.index(layer) for layer in layers]
+        return Differences(
+            self.toward_chosen[:, rows], self.toward_rejected[:, rows], tuple(layers), self.resid_norms[rows]
+        )
+
 
 def cache_hook(
     layers: Sequence[int], weights: Float[Tensor, "batch pos"], store: Float[Tensor, "batch layer d_model"]

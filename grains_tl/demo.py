@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from grains_tl.attribution import Method
 from grains_tl.caching import Differences, collect_differences
+from grains_tl.comparison import RANDOM_TOKENS, SIGN_TUNED, Comparison, compare_with_controls
 from grains_tl.controls import (
     bootstrap_vectors,
     caa_differences,
@@ -24,7 +24,7 @@ from grains_tl.controls import (
     random_token_vectors,
 )
 from grains_tl.data import load_bundled
-from grains_tl.evaluate import Setting, margins, mean_and_se, measure, next_token_kl
+from grains_tl.evaluate import effects, mean_and_se, next_token_kl
 from grains_tl.generation import generate
 from grains_tl.masking import Masker, Selection, select_tokens
 from grains_tl.pipeline import attribute_records, check_top_k
@@ -32,7 +32,6 @@ from grains_tl.plotting import figure_png, plot_controls, plot_layers
 from grains_tl.report import write_report
 from grains_tl.tokens import TokenizedPair, token_rules, tokenize_pairs
 from grains_tl.types import Attribution, HookedModel, PreferencePair
-from grains_tl.uncertainty import compare, resampled_means
 from grains_tl.vectors import SteeringVectors, package_versions, reduce_vectors, write_atomically
 
 ABOUT = {
@@ -117,8 +116,7 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     checkpoint = folder / "attributions.partial.jsonl"
-    sets = [_run_set(model, name, settings, checkpoint, progress) for name in settings.sets]
-    results = {
+    results: dict[str, Any] = {
         "settings": {
             "model": str(getattr(model.cfg, "model_name", "?")),
             "class": type(model).__name__,
@@ -127,16 +125,20 @@ def run_demo(
             **{k: str(v) if isinstance(v, (tuple, list)) else v for k, v in asdict(settings).items()},
         },
         "versions": package_versions(),
-        "seconds": round(time.perf_counter() - started, 1),
-        "sets": sets,
+        "seconds": 0.0,
+        "sets": [],
     }
-    write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
-    write_report(results, folder)
-    for found in sets:
+    for name in settings.sets:
+        found = _run_set(model, name, settings, checkpoint, progress)
+        results["sets"].append(found)
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        # after every set, so that a finished one is never lost
+        write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
+        write_report(results, folder)
         layers = plot_layers(pd.DataFrame(found["sweep"]), found["chosen"]["layer"])
         controls = plot_controls(pd.DataFrame(found["table"]), found["draws"])
-        write_atomically(folder / f"{found['name']}-layers.png", figure_png(layers))
-        write_atomically(folder / f"{found['name']}-controls.png", figure_png(controls))
+        write_atomically(folder / f"{name}-layers.png", figure_png(layers))
+        write_atomically(folder / f"{name}-controls.png", figure_png(controls))
     checkpoint.unlink(missing_ok=True)
     return results
 
@@ -198,9 +200,19 @@ def _run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: 
 
     _say(progress, f"{name}: {method} at layer {layer}; controls and test split")
     draws = _draws(model, tokens[0], selections[method], differences, method, layer, settings, progress)
-    table, dots, verdict, base = _measure_all(
-        model, tokens[1], tokens[2], vectors, draws, method, layer, settings, progress
+    compared = compare_with_controls(
+        model,
+        tokens[1],
+        tokens[2],
+        vectors,
+        draws,
+        name=method,
+        alpha=settings.alpha,
+        n_test_draws=settings.n_test_draws,
+        seed=settings.seed,
+        progress=progress,
     )
+    base, base_se = mean_and_se(compared.base)
     return {
         "name": name,
         "about": ABOUT[name],
@@ -210,7 +222,11 @@ def _run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: 
             "test": len(test),
             "test_for_draws": min(settings.n_test_draws, len(test)),
         },
-        "base": base,
+        "base": {
+            "margin": base.item(),
+            "margin_se": base_se.item(),
+            "accuracy": (compared.base > 0).float().mean().item(),
+        },
         "tokens": [_token_row(attributions[m][i], build[i]) for i in range(min(2, len(build))) for m in attributions],
         "attribution": [
             {"method": m, "median_relative_gap": _median_gap(found), "seconds": seconds[m], "n": len(found)}
@@ -218,10 +234,10 @@ def _run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: 
         ],
         "sweep": sweep.to_dict("records"),
         "chosen": {"method": method, "layer": layer, "alpha": alpha},
-        "table": table,
-        "draws": dots,
+        "table": compared.table.to_dict("records"),
+        "draws": compared.draws,
         "continuations": _continuations(model, test, vectors[method], layer, alpha),
-        "verdict": verdict,
+        "verdict": _verdict(compared, method, layer, settings.alpha),
     }
 
 
@@ -249,26 +265,6 @@ def _attribute(
     return found, seconds
 
 
-def _effect_settings(vectors: SteeringVectors, alpha: float) -> list[Setting]:
-    """The two runs that an effect is made of."""
-    layer = vectors.layers[0]
-    return [Setting(layer, vectors.hooks(sign * alpha, [layer])) for sign in (1, -1)]
-
-
-def _effects(
-    model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
-    vectors: Sequence[SteeringVectors],
-    alpha: float,
-    progress: bool,
-) -> tuple[Tensor, Tensor]:
-    """``[record]`` unsteered margins and ``[vector, record]`` effects, nats."""
-    settings = [s for v in vectors for s in _effect_settings(v, alpha)]
-    base, steered = measure(model, tokenized, settings, progress=progress)
-    both = margins(steered).view(len(vectors), 2, len(tokenized))
-    return margins(base), (both[:, 0] - both[:, 1]) / 2
-
-
 def _sweep(
     model: HookedModel,
     tokenized: Sequence[TokenizedPair],
@@ -279,8 +275,9 @@ def _sweep(
     grid = [(name, layer) for name in differences for layer in differences[name].layers]
     reduced = {name: reduce_vectors(d) for name, d in differences.items()}
     vectors = [reduced[name].at([layer]) for name, layer in grid]
-    _, effects = _effects(model, tokenized, vectors, settings.alpha, progress)
-    mean, se = mean_and_se(effects)
+    _, found = effects(model, tokenized, vectors, settings.alpha, progress=progress)
+
+    mean, se = mean_and_se(found)
     return pd.DataFrame(
         [
             {"vector": name, "layer": layer, "alpha": settings.alpha, "effect": m, "se": s, "n": len(tokenized)}
@@ -321,8 +318,7 @@ def _draws(
     progress: bool,
 ) -> dict[str, list[SteeringVectors]]:
     """Vectors that show the spread: over chance directions, over chance tokens, over building records."""
-    own = _at_layer(differences[method], layer)
-    n_draws, seed = settings.n_draws, settings.seed
+    own, n_draws, seed = differences[method].at([layer]), settings.n_draws, settings.seed
     random = random_token_differences(
         model,
         tokenized,
@@ -335,100 +331,31 @@ def _draws(
         seed=seed,
     )
     return {
-        "random tokens": random_token_vectors(random, seed=settings.seed),
+        RANDOM_TOKENS: random_token_vectors(random, seed=seed),
         "random direction": random_direction_vectors(reduce_vectors(own), n_draws=n_draws, seed=seed),
         method: bootstrap_vectors(own, n_draws=n_draws, seed=seed),
-        "CAA": bootstrap_vectors(_at_layer(differences["CAA"], layer), n_draws=n_draws, seed=seed),
+        "CAA": bootstrap_vectors(differences["CAA"].at([layer]), n_draws=n_draws, seed=seed),
     }
 
 
-def _at_layer(differences: Differences, layer: int) -> Differences:
-    row = differences.layers.index(layer)
-    return Differences(
-        differences.toward_chosen[:, [row]],
-        differences.toward_rejected[:, [row]],
-        (layer,),
-        differences.resid_norms[[row]],
-    )
-
-
-def _measure_all(
-    model: HookedModel,
-    choose: Sequence[TokenizedPair],
-    test: Sequence[TokenizedPair],
-    vectors: dict[str, SteeringVectors],
-    draws: dict[str, list[SteeringVectors]],
-    method: str,
-    layer: int,
-    settings: DemoSettings,
-    progress: bool,
-) -> tuple[list[dict[str, Any]], dict[str, list[float]], str, dict[str, float]]:
-    base, effects = _effects(model, test, list(vectors.values()), settings.alpha, progress)
-    names = [name for name, group in draws.items() for _ in group]
-    part = test[: settings.n_test_draws]
-    _, drawn = _effects(model, part, [v for group in draws.values() for v in group], settings.alpha, progress)
-    samples = {name: drawn[[i for i, n in enumerate(names) if n == name]] for name in draws}
-    # a sceptic's control: each random draw may choose its sign on the choosing split, as if it had been tuned
-    _, tuning = _effects(model, choose, draws["random tokens"], settings.alpha, progress)
-    samples["random tokens, sign tuned"] = samples["random tokens"] * tuning.mean(-1, keepdim=True).sign()
-    own = effects[list(vectors).index(method)][: len(part)]
-    compared = {
-        name: compare(own, samples[method], s, seed=settings.seed) for name, s in samples.items() if "random" in name
-    }
-
-    table = []
-    for name, effect in zip(vectors, effects, strict=True):
-        mean, se = mean_and_se(effect)
-        low, high = mean - 1.96 * se, mean + 1.96 * se
-        interval, n_draws = "test records", 0
-        if name in samples:
-            spread = resampled_means(samples[name], seed=settings.seed)
-            # centred on the full estimate: the draws are measured on fewer records
-            shift = mean.item() - float(np.mean(spread))
-            low, high = (torch.tensor(x + shift) for x in np.quantile(spread, [0.025, 0.975]))
-            interval, n_draws = "building + test records", len(samples[name])
-        p_random = float((samples["random tokens"].mean(-1) >= effect[: len(part)].mean()).float().mean())
-        table.append(_row(name, mean, se, low, high, interval, n_draws, len(test), p_random if name != "CAA" else None))
-    for name in ("random tokens", "random tokens, sign tuned", "random direction"):
-        means = samples[name].mean(-1)
-        low, high = means.quantile(0.025), means.quantile(0.975)
-        se = means.std() / len(means) ** 0.5
-        table.append(_row(name, means.mean(), se, low, high, "draws", len(means), len(part), None))
-    dots = {name: s.mean(-1).tolist() for name, s in samples.items()}
-    mean, se = mean_and_se(base)
-    base_row = {"margin": mean.item(), "margin_se": se.item(), "accuracy": (base > 0).float().mean().item()}
-    return (
-        table,
-        dots,
-        _verdict(method, layer, settings, compared, float(effects[list(vectors).index("CAA")].mean())),
-        base_row,
-    )
-
-
-def _verdict(method: str, layer: int, settings: DemoSettings, compared: dict[str, dict[str, float]], caa: float) -> str:
+def _verdict(found: Comparison, method: str, layer: int, alpha: float) -> str:
     def say(name: str) -> str:
-        c = compared[name]
+        c = found.against[name]
         yes = c["low"] > 0 and c["beaten"] >= 0.95 * c["n_draws"]
         return (
             f"{'yes' if yes else 'no'}, by {c['difference']:+.2f} nats (95 % interval {c['low']:+.2f} to "
             f"{c['high']:+.2f}; above {c['beaten']:.0f} of {c['n_draws']:.0f} draws)"
         )
 
+    caa = found.table.set_index("vector")["effect"]["CAA"]
     return "\n".join(
         [
-            f"attribution beats random tokens: {say('random tokens')}",
-            f"random tokens, sign tuned on the choosing split: {say('random tokens, sign tuned')}",
+            f"attribution beats random tokens: {say(RANDOM_TOKENS)}",
+            f"random tokens, sign tuned on the choosing split: {say(SIGN_TUNED)}",
             f"random directions: {say('random direction')}",
-            f"attribution by {method}, layer {layer}, alpha {settings.alpha}; CAA at the same size: {caa:+.2f} nats",
+            f"attribution by {method}, layer {layer}, alpha {alpha}; CAA at the same size: {caa:+.2f} nats",
         ]
     )
-
-
-def _row(
-    vector: str, effect: Any, se: Any, low: Any, high: Any, interval: str, n_draws: int, n: int, p: float | None
-) -> dict[str, Any]:
-    numbers = {k: float(v) for k, v in (("effect", effect), ("se", se), ("low", low), ("high", high))}
-    return {"vector": vector, **numbers, "interval": interval, "n_draws": n_draws, "n": n, "p_random_tokens": p}
 
 
 def _token_row(a: Attribution, pair: PreferencePair) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS, HooksForBatch, prepare_restart, restart_logprobs, score_batches
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import HookedModel
+from grains_tl.vectors import SteeringVectors
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,35 @@ def measure(
                 steered[i, group] = restart_logprobs(model, restart, setting.layer, hooks).cpu()
                 bar.update(len(group))
     return base, steered
+
+
+def effects(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    vectors: Sequence[SteeringVectors],
+    alpha: float,
+    *,
+    objective: Objective = "sum",
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> tuple[Float[Tensor, "record"], Float[Tensor, "vector record"]]:
+    """Half the change of the margin between +alpha and -alpha, for single-layer vectors.
+
+    The two signs together cancel what any push of that size does to the margin, whatever its direction.
+
+    Returns:
+        ``(base, effect)``: unsteered margins ``[record]`` and effects ``[vector, record]``, nats.
+
+    Raises:
+        ValueError: vectors of several layers; take one with ``vectors.at([layer])``.
+    """
+    several = [v.layers for v in vectors if len(v.layers) != 1]
+    if several:
+        raise ValueError(f"effects takes vectors of one layer, got layers {several[0]}; use vectors.at([layer])")
+    settings = [Setting(v.layers[0], v.hooks(sign * alpha)) for v in vectors for sign in (1, -1)]
+    base, steered = measure(model, tokenized, settings, objective=objective, max_tokens=max_tokens, progress=progress)
+    both = margins(steered).view(len(vectors), 2, len(tokenized))
+    return margins(base), (both[:, 0] - both[:, 1]) / 2
 
 
 def margins(logprobs: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape"]:

@@ -23,7 +23,7 @@ from grains_tl.types import FwdHooks, HookedModel
 #: Hooks, or a function that makes them for a batch (for hooks that need to know where the prompt ends).
 HooksForBatch = FwdHooks | Callable[[Batch], FwdHooks]
 #: Tokens per forward pass; on a CPU larger batches are not faster.
-MAX_TOKENS = 1024
+MAX_TOKENS = 512
 
 
 def batch_logprobs(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None) -> Float[Tensor, "record 2"]:

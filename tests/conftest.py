@@ -8,11 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from jaxtyping import config as jaxtyping_config
-from jaxtyping import config, install_import_hook
+from jaxtyping import install_import_hook
 
 install_import_hook("grains_tl", "beartype.beartype")
 
-from collections.abc import Iterator
 from collections.abc import Iterator
 from importlib import metadata
 from types import SimpleNamespace
@@ -63,7 +62,7 @@ def tiny_hf(architecture: str = "llama") -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if architecture == "llama":
-            hf_config: Any = LlamaConfig(
+            config: Any = LlamaConfig(
                 vocab_size=len(WORDS),
                 hidden_size=32,
                 intermediate_size=64,
@@ -77,9 +76,9 @@ def tiny_hf(architecture: str = "llama") -> Any:
                 pad_token_id=0,
                 tie_word_embeddings=False,
             )
-            model: Any = LlamaForCausalLM(hf_config)
+            model: Any = LlamaForCausalLM(config)
         else:
-            hf_config = GPT2Config(
+            config = GPT2Config(
                 vocab_size=len(WORDS),
                 n_embd=32,
                 n_layer=3,
@@ -89,7 +88,7 @@ def tiny_hf(architecture: str = "llama") -> Any:
                 bos_token_id=1,
                 eos_token_id=2,
             )
-            model = GPT2LMHeadModel(hf_config)
+            model = GPT2LMHeadModel(config)
     return model.eval().requires_grad_(False)
 
 
@@ -99,14 +98,6 @@ def tiny_model(kind: str = "bridge", architecture: str = "llama", tokenizer: Any
     gr_models._keep_tokenizer_as_is(tokenizer, "tiny")
     make = gr_models._hooked if kind == "hooked" else gr_models._bridge
     return make(hf_model, tokenizer, "tiny").eval().requires_grad_(False)
-
-
-@pytest.fixture
-def as_shipped() -> Iterator[None]:
-    """Type and shape checks off, as for a user, who is to get the package's own errors."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session", params=KINDS)

@@ -16,7 +16,7 @@ import grains_tl as gr
 MODULES = [m.name for m in pkgutil.iter_modules(gr.__path__) if m.name != "__main__"]
 
 
-# BUG (reported): ruff's UP037 took the quotes off one-axis shapes (Float[Tensor, "d_model"]); such an annotation names an
+# Was a bug: ruff's UP037 took the quotes off one-axis shapes (Float[Tensor, "d_model"]); such an annotation names an
 # undefined variable, cannot be resolved, and switches the checks of its whole function off without a word.
 @pytest.mark.parametrize("name", MODULES)
 def test_annotations_can_be_resolved(name: str) -> None:
@@ -27,7 +27,7 @@ def test_annotations_can_be_resolved(name: str) -> None:
             typing.get_type_hints(inspect.unwrap(thing))
 
 
-# BUG (reported): see above.
+# Was a bug: see above.
 def test_wrong_shapes_are_refused_under_test() -> None:
     with pytest.raises(TypeCheckError, match="direction"):
         gr.steer_hook(0, torch.ones(2, 2), 1.0)

@@ -67,7 +67,7 @@ def test_any_batching_gives_the_same(model: Any, pairs: list[gr.PreferencePair],
     torch.testing.assert_close(gr.score_pairs(model, tokenized, max_tokens=max_tokens), single, atol=LOGPROB_ATOL, rtol=0)
 
 
-# BUG (reported): a record with two rows counts as one, so a pass holds up to twice the budget.
+# Was a bug: a record with two rows counts as one, so a pass holds up to twice the budget.
 def test_token_budget_holds_for_a_forward_pass(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     tokenized = gr.tokenize_pairs(bridge, pairs) * 4
     budget = 100
@@ -130,7 +130,7 @@ def test_single_needs_a_token_that_differs() -> None:
         token_weights([1, 2], [1, 2, 3], "single")
 
 
-@pytest.mark.usefixtures("as_shipped")
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_objective(unchecked: None) -> None:
     unknown: Any = "product"
     with pytest.raises(ValueError, match="product"):

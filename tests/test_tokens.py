@@ -171,7 +171,7 @@ def test_missing_special_tokens(special: dict[str, str], eos: int, pad: int) -> 
     assert rules.describe().startswith("no BOS added")
 
 
-# BUG (reported): TransformerLens gives such a tokenizer an "<|endoftext|>" beyond the embedding's last row (or, for a
+# Was a bug: TransformerLens gives such a tokenizer an "<|endoftext|>" beyond the embedding's last row (or, for a
 # HookedTransformer, a special id None); token_rules takes it for pad and eos.
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizer_without_special_tokens_scores_the_same(kind: str, pairs: list[gr.PreferencePair]) -> None:
@@ -227,7 +227,7 @@ def test_several_turns() -> None:
     ]
 
 
-# BUG (reported): _content_mask takes the first occurrence of the words, which may be the role marker.
+# Was a bug: _content_mask takes the first occurrence of the words, which may be the role marker.
 def test_words_that_also_stand_in_the_template_are_found_in_the_message() -> None:
     """A user who writes a role's name: the role marker is template, the user's word is content."""
     pair = one(tiny_tokenizer(), [{"role": "user", "content": "question"}], "great", "awful")
@@ -235,7 +235,7 @@ def test_words_that_also_stand_in_the_template_are_found_in_the_message() -> Non
     assert pair.content == (False, False, True, False, False, False)
 
 
-# BUG (reported): _response_text looks for the response's words from the end (rfind), inside the end marker.
+# Was a bug: _response_text looks for the response's words from the end (rfind), inside the end marker.
 def test_response_that_also_stands_in_the_end_marker() -> None:
     """ "e" is in "<eos>"; a letter as answer is what multiple-choice records have."""
     pair = one(tiny_tokenizer(), CHAT, "e", "awful")
@@ -351,13 +351,15 @@ def test_unknown_padding_side() -> None:
 
 
 @settings(deadline=None)
-@given(lengths=st.lists(st.integers(1, 200), max_size=40), budget=st.integers(1, 500))
-def test_budget_is_kept_and_nothing_is_lost(lengths: list[int], budget: int) -> None:
-    groups = by_token_budget(lengths, budget)
+@given(items=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 9)), max_size=40), budget=st.integers(1, 900))
+def test_budget_is_kept_and_nothing_is_lost(items: list[tuple[int, int]], budget: int) -> None:
+    lengths, n_rows = [length for length, _ in items], [rows for _, rows in items]
+    groups = by_token_budget(lengths, budget, n_rows)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
-        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
-    for shorter, longer in zip(groups, groups[1:], strict=False):  # similar lengths together
-        assert max(lengths[i] for i in shorter) <= min(lengths[i] for i in longer)
-        # and no batch is cut before it is full
-        assert (len(shorter) + 1) * lengths[longer[0]] > budget
+        assert len(group) == 1 or sum(n_rows[i] for i in group) * max(lengths[i] for i in group) <= budget
+    for shorter, longer in zip(groups, groups[1:], strict=False):
+        first = longer[0]
+        assert max(lengths[i] for i in shorter) <= min(lengths[i] for i in longer)  # similar lengths together
+        assert (sum(n_rows[i] for i in shorter) + n_rows[first]) * lengths[first] > budget  # and no batch cut early
+    assert by_token_budget(lengths, budget) == by_token_budget(lengths, budget, [1] * len(lengths))

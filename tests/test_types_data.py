@@ -204,14 +204,14 @@ def test_short_csv_row(tmp_path: Path) -> None:
         gr.load_pairs(write(tmp_path / "p.csv", "prompt,chosen,rejected\nx, a\n"))
 
 
-# BUG (reported): a missing cell becomes the word "None".
+# Was a bug: a missing cell becomes the word "None".
 def test_short_csv_row_under_a_template(tmp_path: Path) -> None:
     path = write(tmp_path / "p.csv", "q,good,bad\nx,a\n")
     with pytest.raises(ValueError, match="row 1"):
         gr.load_pairs(path, {"prompt": "{q}", "chosen": " {good}", "rejected": " {bad}"})
 
 
-# BUG (reported): the message says "no column list index out of range".
+# Was a bug: the message says "no column list index out of range".
 def test_empty_semicolon_list_is_said_to_be_empty(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", TRUTHFULQA_HEADER + "Law,Can pigs fly?,No,\n")
     with pytest.raises((KeyError, ValueError), match="row 1") as error:
@@ -219,8 +219,8 @@ def test_empty_semicolon_list_is_said_to_be_empty(tmp_path: Path) -> None:
     assert "index out of range" not in str(error.value)
 
 
-# BUG (reported): TypeError: 'int' object is not iterable, without the row.
-@pytest.mark.usefixtures("as_shipped")
+# Was a bug: TypeError: 'int' object is not iterable, without the row.
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
 def test_numbers_in_place_of_text_are_refused_with_their_row(field: str) -> None:
     with pytest.raises(ValueError, match="row 1"):
@@ -287,7 +287,7 @@ def test_attribution_as_text_names_the_largest_scores() -> None:
     assert "t6" not in text and "gap none" in text
 
 
-# BUG (reported): NaN sorts first.
+# Was a bug: NaN sorts first.
 def test_attribution_as_text_is_not_filled_with_skipped_tokens() -> None:
     text = str(attribution([float("nan")] * 5 + [2.0, -1.0]))
     assert "t5" in text and "t6" in text
