@@ -258,6 +258,11 @@ def _prompt_gradients(
     return values.detach(), grads
 
 
+def _require_finite(values: Tensor, name: str) -> None:
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{name} has NaN or infinite entries; check the model's weights and its dtype (use float32)")
+
+
 def _result(
     model: HookedModel,
     record: TokenizedPair,
@@ -283,6 +288,7 @@ def _leave_one_out(
 ) -> list[Attribution]:
     replacement = None if masker == "attention" else replacement_embedding(model, masker)
     base = score_pairs(model, records, objective=objective, max_tokens=max_tokens)
+    _require_finite(base, "the log-likelihood")
     values = base[:, 0] - base[:, 1]
     scores = [torch.full((len(r.prompt),), float("nan")) for r in records]
     runs = [(i, p) for i, r in enumerate(records) for p in range(len(r.prompt)) if r.content[p] or not content_only]

@@ -49,13 +49,22 @@ def generate(
         raise ValueError("no prompts; give at least one")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}; at least 1 is needed")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; at least 1 is needed")
     if temperature < 0:
         raise ValueError(f"temperature={temperature}; 0 (greedy) or a positive number")
     encoded = [prompt_ids(model, p) for p in prompts]
+    longest, n_ctx = max(len(ids) for ids in encoded), int(model.cfg.n_ctx)
+    if longest + max_new_tokens > n_ctx:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are too long, the model's context holds "
+            f"{n_ctx}; shorten one of them"
+        )
     texts: list[str] = []
     for start in range(0, len(encoded), batch_size):
         rows = encoded[start : start + batch_size]
-        texts += _continue(model, rows, fwd_hooks, max_new_tokens, temperature, seed)
+        # every batch has a seed of its own: copies of a prompt must not repeat with the batch
+        texts += _continue(model, rows, fwd_hooks, max_new_tokens, temperature, seed + start)
     return texts
 
 
@@ -67,15 +76,14 @@ def _continue(
     temperature: float,
     seed: int,
 ) -> list[str]:
-    ids, mask, _ = pad_rows(model, rows, padding_side="left")
+    # A prompt of one token would look like a decoding step to a hook: it gets a (masked) position of padding.
+    ids, mask, _ = pad_rows(model, rows, padding_side="left", at_least=2)
     prompt_len = ids.shape[1]
     hooks = fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks
     rules = token_rules(model)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling["temperature"] = temperature
-    # With a cache a prompt of one token looks like a decoding step to a hook, so such a prompt is decoded without.
-    cached = prompt_len > 1
     with torch.no_grad(), torch.random.fork_rng(), hooked(model, hooks or []):
         torch.manual_seed(seed)
         if is_bridge(model):
@@ -84,7 +92,6 @@ def _continue(
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=rules.pad,
-                use_cache=cached,
                 **sampling,
             )
         else:
@@ -94,7 +101,6 @@ def _continue(
                 stop_at_eos=True,
                 eos_token_id=rules.eos,
                 padding_side="left",
-                use_past_kv_cache=cached,
                 verbose=False,
                 **sampling,
             )

@@ -100,7 +100,7 @@ def _apply(
 
 def _scope(
     act: Float[Tensor, "batch pos d_model"],
-    positions: Positions | Bool[Tensor, "batch pos"],
+    positions: Positions | Bool[Tensor, "mask_batch mask_pos"],
     prompt_len: int | Int[Tensor, "batch"] | None,
 ) -> Bool[Tensor, "rows pos"] | None:
     """True where to steer; ``None`` for everywhere."""

@@ -379,13 +379,13 @@ def scoring_batch(
 
 
 def pad_rows(
-    model: HookedModel, rows: Sequence[Sequence[int]], *, padding_side: str = "right"
+    model: HookedModel, rows: Sequence[Sequence[int]], *, padding_side: str = "right", at_least: int = 1
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "batch"]]:
-    """Ids, attention mask and left offset of rows padded to the longest, on the model's device."""
+    """Ids, attention mask and left offset of rows padded to the longest (or to ``at_least``), on the model's device."""
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side={padding_side!r}; it is 'left' or 'right'")
     device, pad = device_of(model), token_rules(model).pad
-    longest = max(len(row) for row in rows)
+    longest = max(at_least, *(len(row) for row in rows))
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     offset = torch.zeros(len(rows), dtype=torch.long)

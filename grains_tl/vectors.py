@@ -67,7 +67,9 @@ class SteeringVectors:
                 f"{tuple(self.directions.shape)}, {tuple(self.magnitudes.shape)}, {tuple(self.resid_norms.shape)}"
             )
         norms = self.directions.norm(dim=-1)
-        bad = [layer for layer, norm in zip(self.layers, norms.tolist(), strict=True) if abs(norm - 1) > 1e-3]
+        bad = [
+            layer for layer, norm in zip(self.layers, norms.tolist(), strict=True) if not abs(norm - 1) <= 1e-3
+        ]  # NaN too
         if bad:
             raise ValueError(f"directions at layers {bad} are not unit vectors; use SteeringVectors.from_raw")
 
@@ -261,15 +263,19 @@ def load_vectors(path: str | Path, model: HookedModel | None = None) -> Steering
         raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"{file} holds {header.get('format')!r}, not {FORMAT!r}; write it with vectors.save(path)")
-    if int(header.get("version", "0")) > FORMAT_VERSION:
-        raise ValueError(f"{file} has format version {header['version']}; this package reads up to {FORMAT_VERSION}")
+    version = header.get("version", "none")
+    if not version.isdigit() or int(version) > FORMAT_VERSION:
+        raise ValueError(f"{file} has format version {version}; this package reads up to {FORMAT_VERSION}")
     wanted = {"directions", "magnitudes", "resid_norms"}
     if set(tensors) != wanted:
         raise ValueError(f"{file} holds the tensors {sorted(tensors)}; {sorted(wanted)} are needed")
-    info = json.loads(header["manifest"])
-    layers = tuple(int(layer) for layer in info.pop("layers"))
-    info.pop("hook_point", None)
-    vectors = SteeringVectors(layers=layers, info=info, **{k: v.float() for k, v in tensors.items()})
+    try:
+        info = json.loads(header["manifest"])
+        layers = tuple(int(layer) for layer in info.pop("layers"))
+        info.pop("hook_point", None)
+        vectors = SteeringVectors(layers=layers, info=info, **{k: v.float() for k, v in tensors.items()})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} has a broken manifest or tensors ({type(error).__name__}: {error})") from None
     if model is not None:
         vectors.require_match(model)
     return vectors
@@ -309,6 +315,8 @@ def reduce_vectors(
         raw = torch.stack([_principal(m) for m in up.unbind(1)])
         if side == "both":
             raw = raw - torch.stack([_principal(m) for m in down.unbind(1)])
+    # a decomposition of zeros gives an arbitrary axis: no difference must stay no direction
+    raw = torch.where(mean.norm(dim=-1, keepdim=True) > 0, raw, torch.zeros_like(raw))
     sign = torch.where((raw * mean).sum(-1, keepdim=True) < 0, -1.0, 1.0)
     vectors = SteeringVectors.from_raw(sign * raw, differences.layers, differences.resid_norms, info)
     along = (vectors.directions * mean.float()).sum(-1)

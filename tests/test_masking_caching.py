@@ -273,7 +273,7 @@ def test_layers_in_any_order_come_sorted_and_upper_blocks_do_not_run(model: Any,
     tokenized = gr.tokenize_pairs(model, pairs)
     everything = gr.read_out(model, tokenized, layers=LAYERS)
     ran: list[int] = []
-    handle = model.blocks[2].register_forward_pre_hook(lambda module, args: ran.append(1))
+    handle = model.blocks[2].mlp.register_forward_pre_hook(lambda module, args: ran.append(1))
     try:
         assert torch.equal(gr.read_out(model, tokenized, layers=[1, 0, 1]), everything[:, :2])
     finally:

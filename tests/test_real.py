@@ -11,7 +11,7 @@ import pytest
 import torch
 from captum.attr import IntegratedGradients
 from conftest import KINDS, TL_MAJOR
-from oracles import block, edited, greedy, margin, pair_logprobs, relative_error, residuals, steered
+from oracles import edited, greedy, margin, pair_logprobs, relative_error, residuals, steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -195,7 +195,7 @@ def test_nothing_stays_after_an_exception(real: Any, ids: Tensor, step: Tensor) 
 @contextmanager
 def head_taken_out(plain: Any) -> Iterator[None]:
     """Zero one head's output before the output projection, with a plain PyTorch hook."""
-    projection = block(plain, LAYER).self_attn.o_proj
+    projection = plain.model.layers[LAYER].self_attn.o_proj
     width = plain.config.hidden_size // plain.config.num_attention_heads
 
     def zero(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
