@@ -81,17 +81,22 @@ def _continue(
     prompt_len = ids.shape[1]
     hooks = fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks
     rules = token_rules(model)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling["temperature"] = temperature
+    sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
     with torch.no_grad(), torch.random.fork_rng(), hooked(model, hooks or []):
         torch.manual_seed(seed)
         if is_bridge(model):
+            if sampling:
+                sampling |= {"top_k": 0, "top_p": 1.0}
             out = model.original_model.generate(  # type: ignore[attr-defined]
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=rules.pad,
+                do_sample=bool(sampling),
+                # a checkpoint may bring decoding settings of its own: the likelihood alone decides here
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                num_beams=1,
                 **sampling,
             )
         else:
@@ -102,6 +107,7 @@ def _continue(
                 eos_token_id=rules.eos,
                 padding_side="left",
                 verbose=False,
+                do_sample=bool(sampling),
                 **sampling,
             )
     return [_text(model, row[prompt_len:].tolist(), rules.eos) for row in out]

@@ -18,7 +18,7 @@ LAYER = 1
 N_NEW = 12
 LENGTH = 4.0  # of the step, about the residual's own norm in the tiny model: it turns the continuation
 ALMOST_GREEDY = 1e-4  # a temperature so low that every logit but the largest has probability 0 in float32
-PROMPTS = ["this film was very", "but the room was warm and", "food"]
+PROMPTS = [
     "the soup was cold but the room was warm . overall it was",
     "the film was good and",
     "question : was the food bad ? answer :",
