@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from grains_tl.masking import Masker, mask_hook, replacement_embedding
 from grains_tl.models import attribution_point, embed_tokens
-from grains_tl.objectives import Objective, require_objective
+from grains_tl.objectives import Objective, require_objective, token_weights
 from grains_tl.scoring import MAX_TOKENS, batch_logprobs, score_pairs
 from grains_tl.tokens import Batch, TokenizedPair, by_token_budget, scoring_batch, tokenize_pairs
 from grains_tl.types import Attribution, FwdHooks, HookedModel, PreferencePair
@@ -100,6 +100,11 @@ def attribute_all(
         on_result: called with (index, attribution) as soon as a record is finished, so that it can be kept.
     """
     check_attribution_options(method, n_steps, baseline, objective)
+    for number, pair in enumerate(tokenized, start=1):
+        try:
+            token_weights(pair.chosen, pair.rejected, objective)
+        except ValueError as error:
+            raise ValueError(f"record {number}: {error}") from None
     results: list[Attribution | None] = [None] * len(tokenized)
     n_rows = [len(t.inputs) * _n_runs(t, method, n_steps) for t in tokenized]
     with tqdm(total=len(tokenized), desc=method, unit="record", disable=not progress) as bar:

@@ -259,6 +259,38 @@ def forward_logits(
         return model.unembed(model.ln_final(resid[:, keep]))  # type: ignore[attr-defined]
 
 
+def model_identity(model: HookedModel) -> dict[str, Any]:
+    """What ties results to a model: its name, its shape, and a fingerprint of what it computes.
+
+    The fingerprint is a handful of log-probabilities (nats) of one short run, which sees every weight, and the norms of
+    the embeddings in it; both survive a change of class and, within a tolerance, of dtype.
+    """
+    cfg = model.cfg
+    ids = torch.linspace(0, int(cfg.d_vocab) - 1, 6).long()[None].to(device_of(model))
+    last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+    with torch.no_grad():
+        logprobs = forward_logits(model, ids, torch.ones_like(ids), last)[0, 0].float().log_softmax(-1)
+    return {
+        "name": str(getattr(cfg, "model_name", "unknown")),
+        "n_layers": int(cfg.n_layers),
+        "d_model": int(cfg.d_model),
+        "n_heads": int(cfg.n_heads),
+        "d_vocab": int(cfg.d_vocab),
+        "fingerprint": {
+            "logprobs": [round(x, 2) for x in logprobs[ids[0]].tolist()],
+            "norms": [float(f"{x:.4g}") for x in embed_tokens(model, ids)[0].double().norm(dim=-1).tolist()],
+        },
+    }
+
+
+def same_fingerprint(a: dict[str, list[float]] | None, b: dict[str, list[float]]) -> bool:
+    """Whether two fingerprints can be of one model: within the round-off of a half-precision run."""
+    if not isinstance(a, dict) or set(a) != set(b) or any(len(a[key]) != len(b[key]) for key in b):
+        return False
+    near = all(abs(x - y) < 0.3 for x, y in zip(a["logprobs"], b["logprobs"], strict=True))
+    return near and all(abs(x - y) <= 0.01 * y + 1e-6 for x, y in zip(a["norms"], b["norms"], strict=True))
+
+
 def embed_tokens(model: HookedModel, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape d_model"]:
     """Token embeddings as ``hook_embed`` shows them."""
     with torch.no_grad():

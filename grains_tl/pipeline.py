@@ -13,7 +13,7 @@ import torch
 from grains_tl.attribution import Method, attribute_all, check_attribution_options
 from grains_tl.caching import Readout, check_readout, collect_differences
 from grains_tl.masking import Masker, replacement_embedding, select_tokens
-from grains_tl.models import require_layers
+from grains_tl.models import model_identity, require_layers
 from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair, token_rules, tokenize_pairs
@@ -23,7 +23,6 @@ from grains_tl.vectors import (
     Side,
     SteeringVectors,
     check_reduction,
-    model_identity,
     package_versions,
     reduce_vectors,
 )

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grains_tl.caching import Differences
+from grains_tl.models import model_identity, same_fingerprint
 from grains_tl.steering import Operator, Positions, steer_hook
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -230,8 +231,8 @@ class SteeringVectors:
             return
         keys = ("d_model", "n_layers", "n_heads", "d_vocab")
         different = [f"{k}: {made_for.get(k)} -> {have[k]}" for k in keys if made_for.get(k) != have[k]]
-        if not different and not _close(made_for.get("fingerprint"), have["fingerprint"]):
-            different = ["the embedding weights (same shape, other values)"]
+        if not different and not same_fingerprint(made_for.get("fingerprint"), have["fingerprint"]):
+            different = ["the weights (same shape, another fingerprint)"]
         if different:
             raise ValueError(
                 f"these vectors were made for {made_for.get('name')}, the model is {have['name']}; different: "
@@ -333,24 +334,6 @@ def check_reduction(reduce: str, side: str, n_records: int) -> None:
         raise ValueError(f"reduce='pca' needs at least 2 records, {n_records} given; use reduce='mean'")
 
 
-def model_identity(model: HookedModel) -> dict[str, Any]:
-    """What ties vectors to a model: its name, shape, and a fingerprint of its embedding that survives a change of class
-    or dtype."""
-    from grains_tl.models import device_of, embed_tokens
-
-    cfg = model.cfg
-    rows = torch.linspace(0, int(cfg.d_vocab) - 1, 16).long().to(device_of(model))
-    norms = embed_tokens(model, rows[None])[0].double().norm(dim=-1)
-    return {
-        "name": str(getattr(cfg, "model_name", "unknown")),
-        "n_layers": int(cfg.n_layers),
-        "d_model": int(cfg.d_model),
-        "n_heads": int(cfg.n_heads),
-        "d_vocab": int(cfg.d_vocab),
-        "fingerprint": [round(x, 6) for x in norms.tolist()],
-    }
-
-
 def package_versions() -> dict[str, str]:
     """Versions that go into manifests and reports."""
     names = ("grains-tl", "transformer-lens", "transformers", "torch")
@@ -393,9 +376,3 @@ def _principal(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, "d_mode
 
 def _combined(a: SteeringVectors, sign: str, b: SteeringVectors) -> dict[str, Any]:
     return {**a.info, "combined": [a.info.get("method", "?"), sign, b.info.get("method", "?")]}
-
-
-def _close(a: Any, b: Any) -> bool:
-    if a is None or len(a) != len(b):
-        return False
-    return all(math.isclose(x, y, rel_tol=1e-2, abs_tol=1e-6) for x, y in zip(a, b, strict=True))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import IntegratedGradients
+from conftest import KINDS, TL_MAJOR, tiny_hf, tiny_model, tiny_tokenizer
+from oracles import embeddings, margin, relative_error
 from torch import Tensor
 
 import grains_tl as gr
-from conftest import KINDS, TL_MAJOR, tiny_hf, tiny_model, tiny_tokenizer
 from grains_tl.attribution import Method, path_nodes
-from oracles import embeddings, margin, relative_error
 
 EXACT_ATOL = 1e-6  # closed forms of size 1 in float32: a few units of 1.2e-7
 GRADIENT_RTOL = 1e-3  # float32 gradients near the zero embedding, where RMSNorm blows round-off up
@@ -140,7 +140,9 @@ def both(request: pytest.FixtureRequest) -> SimpleNamespace:
     return SimpleNamespace(model=tiny_model(kind, architecture), hf=tiny_hf(architecture))
 
 
-def captum_scores(hf: Any, pair: gr.TokenizedPair, n_steps: int, start: Tensor | None = None, objective: str = "sum") -> Tensor:
+def captum_scores(
+    hf: Any, pair: gr.TokenizedPair, n_steps: int, start: Tensor | None = None, objective: str = "sum"
+) -> Tensor:
     """captum's integrated gradients over the prompt's input embeddings, the responses held fixed."""
     x = embeddings(hf, pair.prompt)
     baseline = torch.zeros_like(x) if start is None else start.expand_as(x).clone()
@@ -167,7 +169,9 @@ def test_integrated_gradients_of_other_objectives(both: Any, pairs: list[gr.Pref
 @pytest.mark.parametrize("baseline", ["eos", "pad", "mean_embedding", "vector"])
 def test_baselines(both: Any, pairs: list[gr.PreferencePair], baseline: str) -> None:
     table = both.hf.get_input_embeddings().weight
-    start = {"eos": table[2], "pad": table[0], "mean_embedding": table.mean(0), "vector": 0.3 * torch.ones(32)}[baseline]
+    start = {"eos": table[2], "pad": table[0], "mean_embedding": table.mean(0), "vector": 0.3 * torch.ones(32)}[
+        baseline
+    ]
     tokenized = gr.tokenize_pairs(both.model, pairs[1:2])[0]
     given: Any = start if baseline == "vector" else baseline
     found = gr.attribute(both.model, pairs[1], method="integrated_gradients", n_steps=4, baseline=given)
@@ -275,7 +279,9 @@ def test_interpolation_hook_by_itself(model: Any, hf: Any, pairs: list[gr.Prefer
     found = model.run_with_hooks(ids, fwd_hooks=hooks)
     x = embeddings(hf, ids[0].tolist())
     x[:, 1:3] = (x[:, 1:3] + start) / 2
-    torch.testing.assert_close(found.log_softmax(-1), hf(inputs_embeds=x).logits.log_softmax(-1), atol=SCORE_ATOL, rtol=0)
+    torch.testing.assert_close(
+        found.log_softmax(-1), hf(inputs_embeds=x).logits.log_softmax(-1), atol=SCORE_ATOL, rtol=0
+    )
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
@@ -296,7 +302,6 @@ def test_bad_options(bridge: Any, pairs: list[gr.PreferencePair], options: dict[
         gr.attribute(bridge, pairs[0], **options)
 
 
-# BUG (reported): leave-one-out, the default, returns NaN scores; the gradient methods refuse.
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_weights_are_noticed(kind: str, pairs: list[gr.PreferencePair], method: Method) -> None:

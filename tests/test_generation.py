@@ -24,6 +24,7 @@ PROMPTS = [
     "question : was the food bad ? answer :",
     "this hotel",
 ]
+ONE_TOKEN = "very"  # here every scope changes the continuation
 SCOPES = [s for s in get_args(Positions) if s != "all"]
 
 
@@ -158,11 +159,14 @@ def test_hooks_are_told_the_padded_length(model: Any) -> None:
     assert told == [max(lengths[:2]), max(lengths[2:])]
 
 
+@pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("scope", ["all", *SCOPES])
-def test_prompt_of_one_token(model: Any, hf: Any, scope: Any) -> None:
+def test_prompt_of_one_token(model: Any, hf: Any, scope: Any, told: bool) -> None:
+    """Its only position must not be taken for a decoding step, nor a decoding step for it."""
     edit = move if scope == "all" else move_only(scope, 1)
-    found = gr.generate(model, ["soup"], lambda n: hooks(positions=scope, prompt_len=n), max_new_tokens=N_NEW)
-    assert found == [plain_greedy(hf, "soup", edit)]
+    for prompt in ("soup", "food"):
+        given = (lambda n: hooks(positions=scope, prompt_len=n)) if told else hooks(positions=scope)
+        assert gr.generate(model, [prompt], given, max_new_tokens=N_NEW) == [plain_greedy(hf, prompt, edit)]
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -197,8 +201,8 @@ def test_temperature_near_zero_is_greedy(model: Any, hf: Any) -> None:
 
 def test_batches_draw_different_samples(model: Any) -> None:
     """The same prompt many times gives different samples, wherever the batches are cut."""
-    texts = gr.generate(model, [PROMPTS[0]] * 4, temperature=2.0, batch_size=1, max_new_tokens=N_NEW)
-    assert len(set(texts)) > 1
+    texts = gr.generate(model, [PROMPTS[0]] * 6, temperature=3.0, batch_size=2, max_new_tokens=N_NEW)
+    assert len(set(texts)) == 6
 
 
 def test_decoding_settings_of_the_checkpoint_are_not_mixed_in(hf: Any) -> None:
@@ -260,6 +264,10 @@ def test_hooks_are_gone_after_an_exception(model: Any, fails_at: int) -> None:
         ([[{"role": "user", "content": ""}]], {}, "prompt is empty"),
         (["the film was"], {"max_new_tokens": 0}, "max_new_tokens=0"),
         (["the film was"], {"temperature": -0.5}, "temperature=-0.5"),
+        (["the film was"], {"batch_size": 0}, "batch_size=0"),
+        (["the film was", "the " * 60], {"max_new_tokens": 5}, "60 tokens and max_new_tokens=5 are too long"),
+        (["the film was"], {"batch_size": 0}, "batch_size=0"),
+        (["the film was", "the " * 60], {"max_new_tokens": 5}, "context holds 64"),
         (["the film was", "the " * 64], {}, "64 tokens, the model's context holds 64"),
     ],
 )
@@ -272,6 +280,12 @@ def test_bad_input_is_refused_before_the_model_runs(model: Any, prompts: Any, op
     with pytest.raises(ValueError, match=message):
         gr.generate(model, prompts, [("hook_embed", count)], **options)
     assert not calls
+
+
+def test_the_context_may_be_filled_to_the_end(model: Any, hf: Any) -> None:
+    prompt = "the film was " * 20
+    wanted = text_of(greedy(hf, ids_of(prompt), 4))
+    assert gr.generate(model, [prompt], max_new_tokens=4) == [wanted]
 
 
 def test_unknown_hook_name_is_refused(model: Any) -> None:

@@ -7,15 +7,15 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from conftest import tiny_hf, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import embeddings, first_tensor, residuals
 from torch import Tensor
 
 import grains_tl as gr
-from conftest import tiny_hf, tiny_model
 from grains_tl.caching import Readout
 from grains_tl.masking import random_selection, replacement_embedding
-from oracles import embeddings, first_tensor, residuals
 
 LOGIT_ATOL = 1e-4  # float32 round-off of logits of size 10
 RESID_ATOL = 2e-5  # float32 round-off of residuals of size 5
@@ -23,7 +23,12 @@ EOS = 2
 LAYERS = [0, 1, 2]
 PLAIN_MASKERS = ["eos", "pad", "zero", "mean_embedding"]
 READOUTS = list(get_args(Readout))
-SELECTIONS = [gr.Selection((4, 1), (8,)), gr.Selection((3,), (1, 2)), gr.Selection((), (2, 3)), gr.Selection((5, 2), ())]
+SELECTIONS = [
+    gr.Selection((4, 1), (8,)),
+    gr.Selection((3,), (1, 2)),
+    gr.Selection((), (2, 3)),
+    gr.Selection((5, 2), ()),
+]
 
 
 def attribution(scores: Sequence[float], content: Sequence[bool] | None = None) -> gr.Attribution:
@@ -269,7 +274,9 @@ def knocked_out_residuals(hf: Any, ids: Sequence[int], positions: Sequence[int])
     return torch.stack(found)
 
 
-def test_layers_in_any_order_come_sorted_and_upper_blocks_do_not_run(model: Any, pairs: list[gr.PreferencePair]) -> None:
+def test_layers_in_any_order_come_sorted_and_upper_blocks_do_not_run(
+    model: Any, pairs: list[gr.PreferencePair]
+) -> None:
     tokenized = gr.tokenize_pairs(model, pairs)
     everything = gr.read_out(model, tokenized, layers=LAYERS)
     ran: list[int] = []

@@ -10,12 +10,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from conftest import KINDS, TL_MAJOR, tiny_model, tiny_tokenizer
+from oracles import embeddings, margin, residuals
 
 import grains_tl as gr
-from conftest import KINDS, TL_MAJOR, tiny_model, tiny_tokenizer
 from grains_tl.attribution import Method
 from grains_tl.pipeline import attribute_records
-from oracles import embeddings, margin, residuals
 
 RESID_RTOL = 1e-4  # relative to the largest entry: differences of float32 residuals of size 5 that are 0.1 and more
 SCORE_ATOL = 1e-5
@@ -51,6 +51,14 @@ def not_running(model: Any) -> Iterator[None]:
         assert not rows, "the model was run before the bad input was refused"
 
 
+@contextmanager
+def only_identified(model: Any) -> Iterator[None]:
+    """The one short run of the model's fingerprint, and no other."""
+    with counting(model) as rows:
+        yield
+        assert rows == [1]
+
+
 # -- the whole job ----------------------------------------------------------------------------------------------------
 
 
@@ -80,7 +88,9 @@ def test_vectors_by_hand(model: Any, hf: Any, pairs: list[gr.PreferencePair]) ->
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reduce", ["mean", "svd", "pca"])
 def test_every_method_and_reduction(model: Any, pairs: list[gr.PreferencePair], method: Any, reduce: Any) -> None:
-    found = gr.build_vectors(model, pairs, top_k=2, method=method, reduce=reduce, n_steps=2, layers=[2, 0], progress=False)
+    found = gr.build_vectors(
+        model, pairs, top_k=2, method=method, reduce=reduce, n_steps=2, layers=[2, 0], progress=False
+    )
     assert found.layers == (0, 2) and found.directions.shape == (2, 32)
     torch.testing.assert_close(found.directions.norm(dim=-1), torch.ones(2))
     assert torch.isfinite(found.raw).all() and (found.resid_norms > 0).all()
@@ -128,7 +138,9 @@ def test_manifest(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -
     assert ig["method"] == "integrated_gradients" and ig["median_relative_gap"] > 0 and 0 <= ig["converged_share"] <= 1
     assert info(pairs[:3])["data_hash"] != plain["data_hash"] == ig["data_hash"]
     assert plain["model"]["name"] == "tiny" and plain["model"]["d_model"] == 32
-    assert plain["versions"]["torch"] == torch.__version__.split("+")[0] or plain["versions"]["torch"] in torch.__version__
+    assert (
+        plain["versions"]["torch"] == torch.__version__.split("+")[0] or plain["versions"]["torch"] in torch.__version__
+    )
     assert json.loads(json.dumps(plain)) == plain  # it goes into a file's header
 
 
@@ -151,11 +163,11 @@ def test_checkpoint_saves_the_attribution(
     tokenized, options = gr.tokenize_pairs(model, pairs), {**OPTIONS, "method": method}
     path = tmp_path / "new" / "checkpoint.jsonl"
     first = attribute_records(model, tokenized, options, checkpoint=path)
-    with not_running(model):
+    with only_identified(model):
         again = attribute_records(model, tokenized, options, checkpoint=path)
     same(again, first)
     same(first, attribute_records(model, tokenized, options))
-    with not_running(model):  # any order, any part
+    with only_identified(model):  # any order, any part
         same(attribute_records(model, tokenized[:0:-1], options, checkpoint=path), first[:0:-1])
 
 
@@ -167,7 +179,8 @@ def test_build_resumes(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Pa
         n_first = sum(rows)
         rows.clear()
         resumed = gr.build_vectors(bridge, pairs, top_k=2, progress=False, checkpoint=path)
-    assert sum(rows) <= 3 * len(pairs) < n_first  # three reading runs a record at the most, no attribution
+    # three reading runs a record at the most and two fingerprints, no attribution
+    assert sum(rows) <= 3 * len(pairs) + 2 < n_first
     torch.testing.assert_close(resumed.directions, plain.directions, atol=1e-6, rtol=0)
 
 
@@ -183,7 +196,7 @@ def test_other_settings_do_not_use_the_checkpoint(
     with counting(bridge) as rows:
         attribute_records(bridge, tokenized, {**OPTIONS, **change}, checkpoint=path)
     assert rows
-    with not_running(bridge):  # both are in the file now
+    with only_identified(bridge):  # both are in the file now
         attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
 
 
@@ -202,7 +215,6 @@ def test_other_records_and_models_do_not_use_the_checkpoint(
     assert sum(rows) > 0
 
 
-# BUG (reported): the fingerprint looks at 16 embedding rows only; a model with other blocks (a fine-tune, LoRA) passes.
 def test_a_model_with_other_blocks_does_not_use_the_checkpoint(
     bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path
 ) -> None:
@@ -212,7 +224,7 @@ def test_a_model_with_other_blocks_does_not_use_the_checkpoint(
     tuned.original_model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
     with counting(tuned) as rows:
         attribute_records(tuned, tokenized, OPTIONS, checkpoint=path)
-    assert sum(rows) > 0
+    assert sum(rows) > 1
 
 
 @pytest.mark.parametrize("n_done", [0, 1, 3])
@@ -249,13 +261,11 @@ def test_torn_last_line(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: P
     with counting(bridge) as rows:
         same(attribute_records(bridge, tokenized, OPTIONS, checkpoint=path), wanted)
     assert rows
-    with not_running(bridge):
+    with only_identified(bridge):
         same(attribute_records(bridge, tokenized, OPTIONS, checkpoint=path), wanted)
 
 
-def test_lines_of_another_program_are_left_alone(
-    bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path
-) -> None:
+def test_lines_of_another_program_are_left_alone(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
     tokenized, path = gr.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
     path.write_text('{"other": 1}\n[1, 2]\n3\n\nnot json\n')
     wanted = attribute_records(bridge, tokenized, OPTIONS)
@@ -270,7 +280,7 @@ def test_the_same_record_twice(bridge: Any, pairs: list[gr.PreferencePair], tmp_
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
-GOOD = {"prompt": "this film was very", "chosen": " good", "rejected": " bad"}
+GOOD: dict[str, Any] = {"prompt": "this film was very", "chosen": " good", "rejected": " bad"}
 CHAT = [{"role": "user", "content": "was it good"}]
 BAD_RECORDS: list[tuple[list[dict[str, Any]], str]] = [
     ([], "no records"),
@@ -316,7 +326,6 @@ def test_pca_of_one_record_is_refused_before_anything_runs(model: Any) -> None:
         gr.build_vectors(model, [gr.PreferencePair(**GOOD)], top_k=2, reduce="pca", progress=False)
 
 
-# BUG (reported): found only when the record's batch is made, after the records before it have been attributed.
 def test_responses_without_a_differing_token_are_refused_before_anything_runs(model: Any) -> None:
     late = gr.PreferencePair("we liked this film and the very good food", " good", " good and warm")
     with not_running(model), pytest.raises(ValueError, match="record 2: .*no token differs"):

@@ -1,4 +1,4 @@
-"""Log-probabilities of responses against a plain Hugging Face model, in any batching, and restarts from a cached residual."""
+"""Log-likelihoods against a plain loop over the Hugging Face model, in any batching and from a cached residual."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from conftest import tiny_hf, tiny_model
+from oracles import edited, pair_logprobs, steered
 from torch import Tensor
 
 import grains_tl as gr
-from conftest import tiny_hf, tiny_model
 from grains_tl import scoring
 from grains_tl.models import forward_logits
 from grains_tl.objectives import Objective, token_logprobs, token_weights
 from grains_tl.scoring import batch_logprobs, prepare_restart, restart_logprobs, score_batches
 from grains_tl.tokens import scoring_batch
-from oracles import edited, pair_logprobs, steered
 
 LOGPROB_ATOL = 1e-4  # float32 round-off of log-probabilities of some nats, summed in another order
 LAYERS = [0, 1, 2]
@@ -64,7 +64,9 @@ def test_objectives_differ(model: Any, pairs: list[gr.PreferencePair]) -> None:
 def test_any_batching_gives_the_same(model: Any, pairs: list[gr.PreferencePair], max_tokens: int) -> None:
     tokenized = gr.tokenize_pairs(model, pairs)
     single = torch.cat([gr.score_pairs(model, [t]) for t in tokenized])
-    torch.testing.assert_close(gr.score_pairs(model, tokenized, max_tokens=max_tokens), single, atol=LOGPROB_ATOL, rtol=0)
+    torch.testing.assert_close(
+        gr.score_pairs(model, tokenized, max_tokens=max_tokens), single, atol=LOGPROB_ATOL, rtol=0
+    )
 
 
 # Was a bug: a record with two rows counts as one, so a pass holds up to twice the budget.
@@ -82,7 +84,9 @@ def test_hooks_may_depend_on_the_batch(model: Any, hf: Any, pairs: list[gr.Prefe
     step = direction()
 
     def steer_prompts(batch: Any) -> Any:
-        return gr.steer_hook(1, step, float(step.norm()), operator="add", positions="prompt", prompt_len=batch.prompt_len)
+        return gr.steer_hook(
+            1, step, float(step.norm()), operator="add", positions="prompt", prompt_len=batch.prompt_len
+        )
 
     found = gr.score_pairs(model, tokenized, steer_prompts)
     for row, pair in zip(found, tokenized, strict=True):
@@ -173,7 +177,10 @@ def test_restart_with_hooks_at_several_layers(model: Any, pairs: list[gr.Prefere
 def test_restart_runs_hooks_of_one_layer_in_order(model: Any, pairs: list[gr.PreferencePair]) -> None:
     batch = scoring_batch(model, gr.tokenize_pairs(model, pairs))
     restart = prepare_restart(model, batch, [1])
-    add, clamp = gr.steer_hook(1, direction(), 3.0, operator="add"), gr.steer_hook(1, direction(), 0.0, operator="clamp")
+    add, clamp = (
+        gr.steer_hook(1, direction(), 3.0, operator="add"),
+        gr.steer_hook(1, direction(), 0.0, operator="clamp"),
+    )
     with torch.no_grad():
         for hooks in (add + clamp, clamp + add):
             found = restart_logprobs(model, restart, 1, hooks)

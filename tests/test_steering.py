@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_hf, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import edited, steered
 from torch import Tensor
 
 import grains_tl as gr
-from conftest import tiny_hf, tiny_model
-from oracles import edited, steered
 
 LOGIT_ATOL = 1e-4  # float32 round-off of logits of size 10
 NORM_RTOL = 1e-5  # float32: one square root and one division per token
@@ -176,7 +176,6 @@ def test_scopes_of_a_decoding_step(positions: Any, prompt_len: Any, steers: int)
     assert torch.equal(new, act) == (not steers)
 
 
-# BUG (reported): _scope's annotation asks for the activation's batch and pos; one row, or a decoding step, is fine too.
 def test_mask_as_scope() -> None:
     act = activations(2, 5)
     mask = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
@@ -284,7 +283,10 @@ def test_composition_with_a_users_patch(model: Any, hf: Any, ours_first: bool) -
 
 def test_the_two_orders_differ(model: Any) -> None:
     """The negative control of the composition test."""
-    clamp, add = gr.steer_hook(1, direction(), 0.0, operator="clamp"), gr.steer_hook(1, direction(), 5.0, operator="add")
+    clamp, add = (
+        gr.steer_hook(1, direction(), 0.0, operator="clamp"),
+        gr.steer_hook(1, direction(), 5.0, operator="add"),
+    )
     with torch.no_grad():
         one, other = (model.run_with_hooks(IDS, fwd_hooks=h) for h in (clamp + add, add + clamp))
     assert (one - other).abs().max() > 100 * LOGIT_ATOL

@@ -12,7 +12,7 @@ import torch
 
 import grains_tl as gr
 
-RECORD = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
+RECORD: dict[str, Any] = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
 TRUTHFULQA_COLUMNS = {
     "prompt": "Question: {Question}\nAnswer:",
     "chosen": " {Best Answer}",
@@ -240,9 +240,7 @@ def test_bundled_set(name: str) -> None:
     everything = gr.load_bundled(name)
     splits = {split: gr.load_bundled(name, split) for split in COUNTS[name]}
     assert {split: len(pairs) for split, pairs in splits.items()} == COUNTS[name]
-    assert sum(splits.values(), []) and sorted(p.prompt for p in everything) == sorted(
-        p.prompt for pairs in splits.values() for p in pairs
-    )
+    assert sorted(str(p.prompt) for p in everything) == sorted(str(p.prompt) for s in splits.values() for p in s)
     prompts = [p.prompt for p in everything]
     assert len(set(map(str, prompts))) == len(prompts)
     domains = {split: {p.meta["domain"] for p in pairs} for split, pairs in splits.items()}

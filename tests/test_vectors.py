@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TL_MAJOR, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
@@ -19,7 +20,6 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 import grains_tl as gr
-from conftest import TL_MAJOR, tiny_model
 from grains_tl.vectors import FORMAT, write_atomically
 
 ATOL = 1e-5  # unit vectors, reduced in float64 and kept in float32
@@ -66,7 +66,9 @@ def test_svd(side: Any) -> None:
         mean = per_record[:, row].mean(0)
         wanted = right[0] * np.sign(right[0] @ mean)
         np.testing.assert_allclose(found.directions[row].numpy(), wanted, atol=ATOL)
-        assert found.magnitudes[row].item() == pytest.approx(float(wanted @ mean), abs=ATOL)  # length along the direction
+        assert found.magnitudes[row].item() == pytest.approx(
+            float(wanted @ mean), abs=ATOL
+        )  # length along the direction
 
 
 @pytest.mark.parametrize("side", ["both", "toward_chosen"])
@@ -139,7 +141,6 @@ def test_refused_reductions() -> None:
         gr.reduce_vectors(differences(), side="left")  # type: ignore[arg-type]
 
 
-# BUG (reported): for svd (and pca of toward_chosen) the decomposition of zeros gives an arbitrary axis.
 @pytest.mark.parametrize("side", ["both", "toward_chosen"])
 @pytest.mark.parametrize("reduce", ["mean", "svd", "pca"])
 def test_a_zero_difference_has_no_direction(reduce: Any, side: Any) -> None:
@@ -165,7 +166,6 @@ def test_from_raw_names_the_layer_without_direction(bad: float) -> None:
         vectors(torch.tensor([[1.0, 0.0], [bad, bad]]))
 
 
-# BUG (reported): abs(nan - 1) > 1e-3 is False, so rows of NaN pass.
 @pytest.mark.parametrize("row", [[2.0, 0.0], [0.0, 0.0], [float("nan"), 0.0]])
 def test_directions_must_be_unit_vectors(row: list[float]) -> None:
     with pytest.raises(ValueError, match=r"layers \[7\]"):
@@ -290,7 +290,6 @@ def test_the_helper_writes_a_good_file(tmp_path: Path) -> None:
     assert gr.load_vectors(stored(tmp_path / "v")).layers == LAYERS
 
 
-# BUG (reported): a missing or broken manifest gives KeyError or a message without the file.
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -360,7 +359,10 @@ def test_files_are_readable_by_others(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def built() -> SimpleNamespace:
     model = tiny_model()
-    pairs = [gr.PreferencePair("film was very", " good", " bad"), gr.PreferencePair("cold soup but", " great", " awful")]
+    pairs = [
+        gr.PreferencePair("film was very", " good", " bad"),
+        gr.PreferencePair("cold soup but", " great", " awful"),
+    ]
     return SimpleNamespace(model=model, vectors=gr.build_vectors(model, pairs, top_k=1, progress=False))
 
 
@@ -389,7 +391,7 @@ def test_other_weights_of_the_same_shape_are_refused(built: Any, tmp_path: Path)
     other = tiny_model()
     embedding = other.original_model.get_input_embeddings().weight
     embedding.copy_(embedding * 1.1)
-    with pytest.raises(ValueError, match="embedding weights"):
+    with pytest.raises(ValueError, match="the weights"):
         gr.load_vectors(built.vectors.save(tmp_path / "v"), other)
 
 
