@@ -43,13 +43,20 @@ ABOUT = {
 }
 
 
+#: At most so many records of a set: whole sentences as responses cost several times as much as single words.
+AT_MOST = {
+    "sentiment": {"build": 88, "choose": 24, "test": 104, "draws": 52},
+    "misconceptions": {"build": 36, "choose": 12, "test": 40, "draws": 20},
+}
+
+
 @dataclass(frozen=True)
 class DemoSettings:
     """How large the demo is.
 
     Attributes:
         sets: which bundled preference sets.
-        n_build, n_choose, n_test: records per split (at most what the set has).
+        n_build, n_choose, n_test: records per split (at most ``AT_MOST``).
         n_test_draws: test records the many draws are measured on.
         n_draws: random directions, random-token maskings and bootstrap resamples, each.
         methods: attributions to compare, with their number of path steps.
@@ -133,7 +140,7 @@ def run_demo(
         results["sets"].append(found)
         results["seconds"] = round(time.perf_counter() - started, 1)
         # after every set, so that a finished one is never lost
-        write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
+        write_atomically(folder / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
         write_report(results, folder)
         layers = plot_layers(pd.DataFrame(found["sweep"]), found["chosen"]["layer"])
         controls = plot_controls(pd.DataFrame(found["table"]), found["draws"])
@@ -175,8 +182,10 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def _run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: Path, progress: bool) -> dict[str, Any]:
+    limit = AT_MOST[name]
+    n_draw_records = min(settings.n_test_draws, settings.n_test, limit["draws"])
     build, choose, test = (
-        _pick(load_bundled(name, split), n, settings.seed)
+        _pick(load_bundled(name, split), min(n, limit[split]), settings.seed)
         for split, n in (("build", settings.n_build), ("choose", settings.n_choose), ("test", settings.n_test))
     )
     tokens = [tokenize_pairs(model, part) for part in (build, choose, test)]
@@ -208,7 +217,7 @@ def _run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: 
         draws,
         name=method,
         alpha=settings.alpha,
-        n_test_draws=settings.n_test_draws,
+        n_test_draws=n_draw_records,
         seed=settings.seed,
         progress=progress,
     )
@@ -220,7 +229,7 @@ def _run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: 
             "build": len(build),
             "choose": len(choose),
             "test": len(test),
-            "test_for_draws": min(settings.n_test_draws, len(test)),
+            "test_for_draws": n_draw_records,
         },
         "base": {
             "margin": base.item(),
@@ -232,9 +241,9 @@ def _run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: 
             {"method": m, "median_relative_gap": _median_gap(found), "seconds": seconds[m], "n": len(found)}
             for m, found in attributions.items()
         ],
-        "sweep": sweep.to_dict("records"),
+        "sweep": _records(sweep),
         "chosen": {"method": method, "layer": layer, "alpha": alpha},
-        "table": compared.table.to_dict("records"),
+        "table": _records(compared.table),
         "draws": compared.draws,
         "continuations": _continuations(model, test, vectors[method], layer, alpha),
         "verdict": _verdict(compared, method, layer, settings.alpha),
@@ -386,6 +395,11 @@ def _continuations(
         texts = generate(model, prompts, vectors.hooks(a, [layer]), max_new_tokens=20)
         rows += [{"prompt": p, "alpha": a, "text": t} for p, t in zip(prompts, texts, strict=True)]
     return sorted(rows, key=lambda r: (prompts.index(r["prompt"]), r["alpha"]))
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a table; missing numbers as ``None``, because NaN is no JSON."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")  # type: ignore[return-value]
 
 
 def _say(progress: bool, text: str) -> None:
