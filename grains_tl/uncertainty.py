@@ -46,6 +46,6 @@ def compare(
 def resampled_means(effects: Float[Tensor, "draw record"], *, seed: int = 0, n: int = 4000) -> NDArray[np.float64]:
     """``[n]`` mean effects over resampled draws and resampled records of ``[draw, record]`` effects."""
     rng = np.random.default_rng(seed)
-    values = effects.numpy()
+    values = effects.double().numpy()
     records = rng.integers(0, values.shape[1], (n, values.shape[1]))
     return np.array([values[i][r].mean() for i, r in zip(rng.integers(0, len(values), n), records, strict=True)])

@@ -91,7 +91,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 
 def records() -> list[gr.PreferencePair]:
     """Responses of one token and of several, prompts of different lengths."""
-    return [*gr.load_bundled("sentiment", "test")[:3], *gr.load_bundled("misconceptions", "test")[:3]]
+    return [*gr.load_bundled("sentiment", "test")[:2], *gr.load_bundled("misconceptions", "test")[:2]]
 
 
 # -- the unchanged model ----------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_response_logprobs_equal_hugging_face(real: Any, plain: Any) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side(real: Any, plain: Any, side: str) -> None:
-    tokenized = gr.tokenize_pairs(real, records()[2:4])
+    tokenized = gr.tokenize_pairs(real, records()[1:3])
     batch = scoring_batch(real, tokenized, padding_side=side)
     assert bool((batch.attention_mask == 0).any())
     with torch.no_grad():
@@ -123,10 +123,13 @@ def test_padding_on_either_side(real: Any, plain: Any, side: str) -> None:
 # -- attribution ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset", ["sentiment", "misconceptions"])
-def test_integrated_gradients_equal_captum(real: Any, plain: Any, dataset: str) -> None:
-    record = gr.load_bundled(dataset, "build")[0]
+@pytest.mark.parametrize("bundled", [True, False])
+def test_integrated_gradients_equal_captum(real: Any, plain: Any, bundled: bool) -> None:
+    """A bundled record, and a short one with responses of several tokens."""
+    several = gr.PreferencePair("The food was cold. Dinner was", " a very great joy", " an awful disappointment")
+    record = gr.load_bundled("sentiment", "build")[0] if bundled else several
     (pair,) = gr.tokenize_pairs(real, [record])
+    assert bundled or min(len(pair.chosen), len(pair.rejected)) > 1
     found = gr.attribute(real, record, method="integrated_gradients", n_steps=8)
     embeds = plain.get_input_embeddings()(torch.tensor([pair.prompt]))
     captum = IntegratedGradients(lambda x: margin(plain, pair, prompt_embeds=x))
