@@ -107,7 +107,13 @@ def main() -> None:
         with count_tokens(model) as counts:
             started = time.perf_counter()
             ours = gr.build_vectors(
-                model, pairs, method="integrated_gradients", n_steps=args.steps, top_k=args.top_k, progress=False
+                model,
+                pairs,
+                method="integrated_gradients",
+                masker="eos",
+                n_steps=args.steps,
+                top_k=args.top_k,
+                progress=False,
             )
             seconds["grains_tl"].append(time.perf_counter() - started)
         started = time.perf_counter()
