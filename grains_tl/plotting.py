@@ -165,13 +165,14 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
     return fig
 
 
-def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None) -> Any:
+def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None, *, label: str = EFFECT_LABEL) -> Any:
     """Effect over layers, one line per vector, with bands of 1.96 standard errors.
 
     Args:
         sweep_frame: columns ``layer``, ``vector``, ``effect`` and ``se`` (nats), one row per layer and vector; NaN
             leaves a gap.
         chosen_layer: marked by a dotted line.
+        label: what ``effect`` is, with its unit; the default is the one of ``evaluate.effects``.
 
     Returns:
         A matplotlib ``Figure``.
@@ -206,7 +207,7 @@ def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None) -> A
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         ax.margins(x=0.03)
         ax.set_xlabel("layer (steered after this block, counted from 0)")
-        ax.set_ylabel(EFFECT_LABEL)
+        ax.set_ylabel(label)
         columns = max(1, min(4, int(7.6 / (0.65 + max(_text_widths([line.get_label() for line in lines]))))))
         legend = fig.legend(
             handles=lines, loc="outside upper left", ncols=columns, title="bands: \u00b1 1.96 se over records"
