@@ -14,11 +14,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from grains_tl.batches import Batch, by_token_budget, scoring_batch
 from grains_tl.masking import Masker, mask_hook, replacement_embedding
 from grains_tl.models import attribution_point, embed_tokens
 from grains_tl.objectives import Objective, require_objective, token_weights
 from grains_tl.scoring import MAX_TOKENS, batch_logprobs, score_pairs
-from grains_tl.tokens import Batch, TokenizedPair, by_token_budget, scoring_batch, tokenize_pairs
+from grains_tl.tokens import TokenizedPair, tokenize_pairs
 from grains_tl.types import Attribution, FwdHooks, HookedModel, PreferencePair
 
 Method = Literal["integrated_gradients", "gradient_x_input", "leave_one_out"]

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from grains_tl.batches import by_token_budget, pad_rows
 from grains_tl.masking import Masker, Selection, mask_hook, replacement_embedding
 from grains_tl.models import hooked, require_layers, resid_post, run_blocks
 from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import TokenizedPair, by_token_budget, pad_rows
+from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 
 #: Where the residual is read: at the prompt's last token (the paper), at the response's last token, or as the mean over

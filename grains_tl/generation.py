@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from grains_tl.batches import pad_rows
 from grains_tl.models import hooked, is_bridge
-from grains_tl.tokens import pad_rows, prompt_ids, token_rules
+from grains_tl.tokens import prompt_ids, token_rules
 from grains_tl.types import FwdHooks, HookedModel, Text
 
 

@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from grains_tl.batches import Batch, by_token_budget, scoring_batch
 from grains_tl.models import forward_logits, hooked, is_bridge, require_layers, resid_post
 from grains_tl.objectives import Objective, token_logprobs
-from grains_tl.tokens import Batch, TokenizedPair, by_token_budget, scoring_batch
+from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 
 #: Hooks, or a function that makes them for a batch (for hooks that need to know where the prompt ends).

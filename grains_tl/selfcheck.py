@@ -9,11 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from grains_tl.batches import scoring_batch
 from grains_tl.masking import mask_hook
 from grains_tl.models import attribution_point, device_of, forward_logits, hooked, resid_post
 from grains_tl.scoring import batch_logprobs, prepare_restart
 from grains_tl.steering import steer_hook
-from grains_tl.tokens import TokenizedPair, scoring_batch
+from grains_tl.tokens import TokenizedPair
 from grains_tl.types import HookedModel
 
 # float32 round-off through some tens of layers; a wrong hook or a lost mask shows as 1e-1 and more

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
+from grains_tl.batches import Batch
 from grains_tl.evaluate import Setting, margins, mean_and_se, measure
 from grains_tl.models import require_layers
 from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS, HooksForBatch
 from grains_tl.steering import Operator, Positions
-from grains_tl.tokens import Batch, tokenize_pairs
+from grains_tl.tokens import tokenize_pairs
 from grains_tl.types import FwdHooks, HookedModel, PreferencePair
 from grains_tl.vectors import SteeringVectors
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import grains_tl as gr
+from grains_tl.batches import scoring_batch
 from grains_tl.models import _bundled_gguf
 from grains_tl.scoring import batch_logprobs
-from grains_tl.tokens import scoring_batch
 
 pytestmark = pytest.mark.real
 

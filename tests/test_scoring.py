@@ -15,10 +15,10 @@ from torch import Tensor
 
 import grains_tl as gr
 from grains_tl import scoring
+from grains_tl.batches import scoring_batch
 from grains_tl.models import forward_logits
 from grains_tl.objectives import Objective, token_logprobs, token_weights
 from grains_tl.scoring import batch_logprobs, prepare_restart, restart_logprobs, score_batches
-from grains_tl.tokens import scoring_batch
 
 LOGPROB_ATOL = 1e-4  # float32 round-off of log-probabilities of some nats, summed in another order
 LAYERS = [0, 1, 2]

@@ -17,8 +17,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import grains_tl as gr
+from grains_tl.batches import Batch, by_token_budget, pad_rows, scoring_batch
 from grains_tl.scoring import batch_logprobs
-from grains_tl.tokens import Batch, by_token_budget, pad_rows, prompt_ids, scoring_batch
+from grains_tl.tokens import prompt_ids
 
 LOGPROB_ATOL = 1e-4  # float32 round-off of log-probabilities of some nats, summed in another order
 BOS, EOS = WORDS.index("<bos>"), WORDS.index("<eos>")

@@ -1,0 +1,134 @@
+"""One look for every figure: colours, sizes, and text that is drawn as it stands."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+import torch
+
+#: Paul Tol's "bright" scheme, told apart under every common colour blindness; grey is left for what is not data.
+COLOURS = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+CHOSEN, REJECTED, GREY, DRAW = "#2166AC", "#B2182B", "#666666", "#E08E45"
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10.0,
+    "figure.facecolor": "white",
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
+    "savefig.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.edgecolor": "#999999",
+    "axes.labelcolor": "black",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "normal",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "grid.linestyle": "-",
+    "text.color": "black",
+    "text.usetex": False,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "legend.frameon": False,
+}
+
+
+def figure_png(fig: Any, dpi: int = 144) -> bytes:
+    """A figure as PNG; characters that no font has are drawn as boxes, quietly."""
+    out = io.BytesIO()
+    with style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
+        fig.savefig(out, format="png", dpi=dpi)
+    return out.getvalue()
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Our style for artists made inside; the user's settings come back afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        yield
+
+
+def figure(width: float, height: float, *, constrained: bool = False) -> Any:
+    """A figure that pyplot does not know, ``width`` x ``height`` inches, with its own notebook picture."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    # pads in inches, so that nothing touches the rim
+    fig = Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08) if constrained else None)
+    fig._repr_png_ = functools.partial(_notebook_png, fig)  # type: ignore[attr-defined]
+    return fig
+
+
+def _notebook_png(fig: Any) -> tuple[bytes, dict[str, float]]:
+    width, height = fig.get_size_inches() * 96
+    return figure_png(fig), {"width": float(width), "height": float(height)}
+
+
+def numbers(frame: pd.DataFrame, name: str, columns: Sequence[str]) -> pd.DataFrame:
+    """The columns needed: names as text, the rest as floats with None as NaN (ValueError if any is missing)."""
+    missing = [column for column in (name, *columns) if column not in frame.columns]
+    if missing or not len(frame):
+        raise ValueError(
+            f"a table with rows and the columns {[name, *columns]} is needed; missing: {missing or 'rows'}"
+        )
+    found = {column: pd.to_numeric(frame[column], errors="coerce").astype(float) for column in columns}
+    return pd.DataFrame({name: frame[name].astype(str), **found}).reset_index(drop=True)
+
+
+def finite(scores: Any) -> list[float]:
+    values = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
+    return torch.where(values.isfinite(), values, 0.0).tolist()
+
+
+def number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def largest(values: Sequence[float]) -> float:
+    return max((abs(v) for v in values), default=0.0) or 1.0
+
+
+def signed(value: float | None) -> str:
+    """``+0.52`` with a real minus sign; an en dash for NaN and None."""
+    if value is None or not math.isfinite(value):
+        return "\u2013"
+    return f"{value:+.2f}".replace("-", "\u2212")
+
+
+def visible(token: str) -> str:
+    """A token on one line: no leading space (the gap shows it), visible line breaks, control characters escaped."""
+    text = token.removeprefix(" ") if token.strip(" ") else token.replace(" ", "\u2423")
+    text = text.replace("\n", "\u21b5").replace("\t", "\u2192")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shortened(text, 40)
+
+
+def shortened(text: Any, longest: int = 72) -> str:
+    return str(text) if len(str(text)) <= longest else str(text)[: longest - 1] + "\u2026"
+
+
+def text_widths(words: Sequence[str]) -> list[float]:
+    """Width of each word in inches at the current font size."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    renderer, font = RendererAgg(1, 1, 72), FontProperties()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
+        return [renderer.get_text_width_height_descent(word, font, ismath=False)[0] / 72 for word in words]

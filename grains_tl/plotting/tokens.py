@@ -1,0 +1,148 @@
+"""Coloured tokens: as a widget and as a still picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from grains_tl.plotting.style import (
+    CHOSEN,
+    GREY,
+    REJECTED,
+    figure,
+    finite,
+    largest,
+    shortened,
+    signed,
+    style,
+    text_widths,
+    visible,
+)
+from grains_tl.types import Attribution
+
+#: circuitsvis writes tokens into the page as markup and into a script as they are; these stand in for what could end
+#: either. An ampersand is kept from starting an entity; a line break becomes visible.
+NO_MARKUP = str.maketrans({"<": "\u2039", ">": "\u203a", "&": "&\u200b", "\n": "\u21b5\n"})
+
+
+def show_tokens(attribution_or_tokens: Attribution | Sequence[str], scores: Any = None) -> Any:
+    """Interactive coloured tokens: blue pushes toward chosen, red toward rejected; hover for the score in nats.
+
+    Angle brackets are shown as single guillemets, because circuitsvis would take ``<b>`` in a token for markup.
+
+    Args:
+        attribution_or_tokens: an attribution, or tokens as text.
+        scores: ``[pos]``, nats, when tokens are given. Scores that are not finite count as 0.
+
+    Returns:
+        circuitsvis' ``RenderedHTML``; a notebook shows it, ``.local_src`` is self-contained HTML (1.3 MB).
+
+    Raises:
+        ValueError: tokens without scores, or not as many scores as tokens.
+
+    Example:
+        >>> "circuits-vis" in show_tokens([" good", " film"], [1.2, 0.1]).local_src
+        True
+    """
+    from circuitsvis.tokens import colored_tokens
+    from circuitsvis.utils.render import RenderedHTML
+
+    if isinstance(attribution_or_tokens, Attribution):
+        tokens: Sequence[str] = attribution_or_tokens.tokens
+        scores = attribution_or_tokens.scores
+    else:
+        tokens = attribution_or_tokens
+    if scores is None:
+        raise ValueError("tokens need scores: show_tokens(tokens, scores), or show_tokens(attribution)")
+    values = finite(scores)
+    if len(values) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens but {len(values)} scores; one score per token is needed")
+    top = largest(values)
+    shown = colored_tokens(
+        [token.translate(NO_MARKUP) for token in tokens],
+        values,
+        min_value=-top,
+        max_value=top,
+        negative_color=REJECTED,
+        positive_color=CHOSEN,
+    )
+    # "<div ... />" is not closed in HTML: whatever follows on the page would end up inside, and be wiped by the script
+    return RenderedHTML(*(html.replace("/>", "></div>", 1) for html in (shown.local_src, shown.cdn_src)))
+
+
+def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int = 5) -> Any:
+    """The same as a still picture: each token in a box, blue toward chosen, red toward rejected, white at 0.
+
+    Tokens that continue a word touch it; special and template tokens have grey text and a dashed box.
+
+    Args:
+        attribution: scores of one record; scores that are not finite count as 0.
+        width: of the figure, inches.
+        n_labels: how many of the largest scores to print under their boxes.
+
+    Returns:
+        A matplotlib ``Figure`` with the colour bar in nats; the title has the method, f(x) and the completeness gap.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.patches import Rectangle
+
+    scores = finite(attribution.scores)
+    top = largest(scores)
+    labelled = sorted((i for i, s in enumerate(scores) if s != 0), key=lambda i: -abs(scores[i]))[:n_labels]
+    margin, box_height, pitch, head, foot = 0.15, 0.27, 0.47, 0.42, 0.72  # inches
+    with style():
+        words = [visible(token) for token in attribution.tokens]
+        places, n_lines = _wrap(attribution.tokens, text_widths(words), width - 2 * margin)
+        height = head + n_lines * pitch + foot
+        fig = figure(width, height)
+        ax = fig.add_axes((0, 0, 1, 1))
+        ax.set(xlim=(0, width), ylim=(height, 0))
+        ax.axis("off")
+        gap = "none" if attribution.gap is None else f"{signed(attribution.gap)} nats"
+        method, objective = shortened(attribution.method, 40), signed(attribution.objective)
+        title = f"{method}:  f(x) = {objective} nats,  completeness gap {gap}"
+        ax.text(margin, head / 2, title, va="center", fontsize=10.5, parse_math=False)
+        colours = LinearSegmentedColormap.from_list("tokens", [REJECTED, "white", CHOSEN])
+        for i, (word, (line, left, box_width), score) in enumerate(zip(words, places, scores, strict=True)):
+            x, y = margin + left, head + line * pitch
+            face = colours(0.5 + 0.5 * score / top)
+            content = bool(attribution.content[i])
+            dashes = "-" if content else (0, (2, 2))
+            ax.add_patch(Rectangle((x, y), box_width, box_height, fc=face, ec="#BBBBBB", lw=0.7, ls=dashes))
+            # white letters where the box is dark (relative luminance)
+            dark = 0.2126 * face[0] + 0.7152 * face[1] + 0.0722 * face[2] < 0.45
+            ink = "white" if dark else ("black" if content else GREY)
+            middle = x + box_width / 2
+            ax.text(middle, y + box_height / 2, word, ha="center", va="center_baseline", color=ink, parse_math=False)
+            if i in labelled:
+                ax.text(middle, y + box_height + 0.085, signed(score), ha="center", va="center", fontsize=7, color=GREY)
+        bar_width = min(3.6, width - 2 * margin)
+        bar = fig.add_axes((margin / width, 0.46 / height, bar_width / width, 0.12 / height))
+        colorbar = fig.colorbar(
+            ScalarMappable(Normalize(-top, top), colours), cax=bar, orientation="horizontal", ticks=[-top, 0, top]
+        )
+        colorbar.ax.set_xticklabels([signed(-top), "0", signed(top)], fontsize=8)
+        for label, side in zip(colorbar.ax.get_xticklabels(), ("left", "center", "right"), strict=True):
+            label.set_ha(side)
+        colorbar.outline.set_linewidth(0.5)
+        note = "score, nats: blue toward chosen, red toward rejected"
+        ax.text(margin + bar_width + 0.2, height - 0.52, note, va="center", fontsize=8.5, color="#333333")
+    return fig
+
+
+def _wrap(
+    tokens: Sequence[str], text_widths: Sequence[float], line_width: float
+) -> tuple[list[tuple[int, float, float]], int]:
+    """Boxes on lines: ``(line, left, width)`` per token in inches, and the number of lines."""
+    padding, space = 0.07, 0.06
+    places: list[tuple[int, float, float]] = []
+    line, right, before = 0, 0.0, "\n"
+    for token, text_width in zip(tokens, text_widths, strict=True):
+        width = text_width + 2 * padding
+        left = right + (space if right and (token[:1].isspace() or before[-1:].isspace()) else 0.0)
+        if right and (left + width > line_width or "\n" in before):
+            line, left = line + 1, 0.0
+        places.append((line, left, width))
+        right, before = left + width, token
+    return places, line + 1
