@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from grains_tl.batches import pad_rows
 from grains_tl.models import hooked, is_bridge
-from grains_tl.tokens import prompt_ids, token_rules
+from grains_tl.tokens import TokenRules, prompt_ids, token_rules
 from grains_tl.types import FwdHooks, HookedModel, Text
 
 
@@ -64,8 +65,8 @@ def generate(
     texts: list[str] = []
     for start in range(0, len(encoded), batch_size):
         rows = encoded[start : start + batch_size]
-        # every batch has a seed of its own: copies of a prompt must not repeat with the batch
-        texts += _continue(model, rows, fwd_hooks, max_new_tokens, temperature, seed + start)
+        # every batch has a seed of its own, far from those of the next seeds: copies of a prompt must not repeat
+        texts += _continue(model, rows, fwd_hooks, max_new_tokens, temperature, seed * 1_000_003 + start)
     return texts
 
 
@@ -88,19 +89,16 @@ def _continue(
         if is_bridge(model):
             if sampling:
                 sampling |= {"top_k": 0, "top_p": 1.0}
-            out = model.original_model.generate(  # type: ignore[attr-defined]
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=rules.pad,
-                do_sample=bool(sampling),
-                # a checkpoint may bring decoding settings of its own: the likelihood alone decides here
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                num_beams=1,
-                **sampling,
-            )
+            with _plain_decoding(model.original_model, rules) as end_ids:  # type: ignore[attr-defined]
+                out = model.original_model.generate(  # type: ignore[attr-defined]
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=bool(sampling),
+                    **sampling,
+                )
         else:
+            end_ids = [rules.eos]
             out = model.generate(  # type: ignore[attr-defined]
                 ids,
                 max_new_tokens=max_new_tokens,
@@ -111,9 +109,27 @@ def _continue(
                 do_sample=bool(sampling),
                 **sampling,
             )
-    return [_text(model, row[prompt_len:].tolist(), rules.eos) for row in out]
+    return [_text(model, row[prompt_len:].tolist(), end_ids) for row in out]
 
 
-def _text(model: HookedModel, ids: list[int], eos: int) -> str:
-    end = ids.index(eos) if eos in ids else len(ids)
+@contextmanager
+def _plain_decoding(hf_model: Any, rules: TokenRules) -> Iterator[list[int]]:
+    """Decode by likelihood alone: a checkpoint's own settings (penalties, suppressed tokens, ...) come back afterwards.
+
+    Only its end-of-text ids are kept; they are what the ``with`` statement gives.
+    """
+    from transformers import GenerationConfig
+
+    own = hf_model.generation_config
+    ends = getattr(own, "eos_token_id", None)
+    end_ids = sorted({rules.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
+    hf_model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=rules.pad)
+    try:
+        yield end_ids
+    finally:
+        hf_model.generation_config = own
+
+
+def _text(model: HookedModel, ids: list[int], end_ids: list[int]) -> str:
+    end = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
     return model.tokenizer.decode(ids[:end], skip_special_tokens=True)
