@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from grains_tl.batches import pad_rows
+from grains_tl.batches import image_inputs, pad_rows
+from grains_tl.images import ImageInputs
 from grains_tl.models import hooked, is_bridge
-from grains_tl.tokens import TokenRules, prompt_ids, token_rules
+from grains_tl.tokens import TokenRules, prompt_inputs, token_rules
 from grains_tl.types import FwdHooks, HookedModel, Text
 
 
@@ -23,6 +24,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 8,
+    images: Sequence[Any] | None = None,
 ) -> list[str]:
     """Continue prompts with hooks active at every step.
 
@@ -35,12 +37,14 @@ def generate(
         temperature: 0 for greedy decoding, else sampling.
         seed: for sampling; the global random state is left as it was.
         batch_size: prompts per batch; they are padded left.
+        images: for vision-language models, one entry per prompt: an image, a list of images, or ``None`` (see
+            ``PreferencePair``).
 
     Returns:
         The new text of each prompt, special tokens left out.
 
     Raises:
-        ValueError: no prompts, an empty or too long one, or ``max_new_tokens < 1``.
+        ValueError: no prompts, an empty or too long one, not as many images as prompts, or ``max_new_tokens < 1``.
 
     Example:
         >>> generate(model, ["The film was"], vectors.hooks(0.2, layers=[15]), max_new_tokens=10)  # doctest: +SKIP
@@ -55,8 +59,11 @@ def generate(
         raise ValueError(f"batch_size={batch_size}; at least 1 is needed")
     if temperature < 0:
         raise ValueError(f"temperature={temperature}; 0 (greedy) or a positive number")
-    encoded = [prompt_ids(model, p) for p in prompts]
-    longest, n_ctx = max(len(ids) for ids in encoded), int(model.cfg.n_ctx)
+    images = [None] * len(prompts) if images is None else list(images)
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(images)} images; give one entry per prompt (None for none)")
+    encoded = [prompt_inputs(model, p, image) for p, image in zip(prompts, images, strict=True)]
+    longest, n_ctx = max(len(ids) for ids, _ in encoded), int(model.cfg.n_ctx)
     if longest + max_new_tokens > n_ctx:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are too long, the model's context holds "
@@ -72,14 +79,15 @@ def generate(
 
 def _continue(
     model: HookedModel,
-    rows: list[list[int]],
+    rows: list[tuple[list[int], ImageInputs | None]],
     fwd_hooks: FwdHooks | Callable[[int], FwdHooks] | None,
     max_new_tokens: int,
     temperature: float,
     seed: int,
 ) -> list[str]:
     # A prompt of one token would look like a decoding step to a hook: it gets a (masked) position of padding.
-    ids, mask, _ = pad_rows(model, rows, padding_side="left", at_least=2)
+    ids, mask, offset = pad_rows(model, [row for row, _ in rows], padding_side="left", at_least=2)
+    pictures = image_inputs(model, [images for _, images in rows], ids, offset)
     prompt_len = ids.shape[1]
     hooks = fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks
     rules = token_rules(model)
@@ -93,6 +101,7 @@ def _continue(
                 out = model.original_model.generate(  # type: ignore[attr-defined]
                     input_ids=ids,
                     attention_mask=mask,
+                    **pictures,
                     max_new_tokens=max_new_tokens,
                     do_sample=bool(sampling),
                     **sampling,

