@@ -87,7 +87,7 @@ def _adapter_class() -> Any:
 
         @property
         def tokenizer_name(self) -> str:
-            return str(getattr(self.model.tokenizer, "name_or_path", "tokenizer"))
+            return str(getattr(self.model.tokenizer, "name_or_path", "") or "tokenizer")
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             return self.model.tokenizer.apply_chat_template(
@@ -167,8 +167,8 @@ def _windows(model: Any, text: str) -> list[tuple[list[int], list[int]]]:
 
 def _prefixed(model: Any, ids: list[int]) -> tuple[int, list[int]]:
     """The token that stands before a text, and the text's ids without it."""
-    rules = token_rules(model)
-    prefix = rules.eos if rules.bos is None else rules.bos
+    rules, bos = token_rules(model), model.tokenizer.bos_token_id
+    prefix = bos if bos in range(int(model.cfg.d_vocab)) else rules.eos
     return prefix, ids[1:] if ids[:1] == [rules.bos] else ids
 
 

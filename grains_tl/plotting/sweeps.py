@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -67,7 +68,8 @@ def plot_heatmap(
     values = table.to_numpy()
     top = largest([v for v in values.flat if math.isfinite(v)])
     with style():
-        fig = figure(max(3.6, min(8.0, 2.4 + 0.55 * len(layers))), 1.55 + 0.3 * len(alphas), constrained=True)
+        width, height = max(4.4, min(8.0, 2.4 + 0.55 * len(layers))), max(2.7, 1.55 + 0.3 * len(alphas))
+        fig = figure(width, height, constrained=True)
         ax = fig.add_subplot()
         ax.set_facecolor("#EDEDED")
         colours = LinearSegmentedColormap.from_list("effect", [REJECTED, "white", CHOSEN])
@@ -86,7 +88,7 @@ def plot_heatmap(
             ax.add_patch(Rectangle(corner, 1, 1, fc="none", ec="black", lw=2.0, zorder=4, clip_on=False))
         every = max(1, math.ceil(len(layers) / 16))
         ax.set_xticks([i + 0.5 for i in range(0, len(layers), every)], [str(x) for x in layers[::every]])
-        ax.set_yticks([i + 0.5 for i in range(len(alphas))], [f"{a:+g}".replace("-", "\u2212") for a in alphas])
+        ax.set_yticks([i + 0.5 for i in range(len(alphas))], [_alpha(a) for a in alphas])
         ax.tick_params(length=0)
         for side in ax.spines.values():
             side.set_visible(False)
@@ -94,12 +96,12 @@ def plot_heatmap(
         ax.set_ylabel("alpha (fraction of\nresidual norm)")
         title = shortened(name) if name else ""
         if chosen is not None:
-            title += f"{',  ' if title else ''}framed: layer {chosen[0]}, alpha {chosen[1]:+g}".replace("-", "\u2212")
+            title += f"{',  ' if title else ''}framed: layer {chosen[0]}, alpha {_alpha(chosen[1])}"
         if title:
-            ax.set_title(title, fontsize=9.5, parse_math=False)
+            ax.set_title(textwrap.fill(title, int(11 * width - 18)), fontsize=9.5, parse_math=False)
         bar = fig.colorbar(mesh, ax=ax, pad=0.02, ticks=[-top, 0, top])
         bar.ax.set_yticklabels([signed(-top), "0", signed(top)])
-        bar.set_label(label, parse_math=False)
+        bar.set_label(textwrap.fill(label, int(11 * height - 8)), parse_math=False)
         bar.outline.set_visible(False)
     return fig
 
@@ -139,23 +141,23 @@ def plot_cost(frame: pd.DataFrame, *, scale: Literal["linear", "log"] = "linear"
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             several = points[points.vector == name].layer.nunique() > 1
             for sign in (1, -1):
-                branch = rows[(rows.alpha * sign >= 0) if sign > 0 else (rows.alpha < 0)].sort_values("kl")
-                if not len(branch):
+                if not (rows.alpha * sign >= 0).any() or (sign < 0 and not (rows.alpha < 0).any()):
                     continue
+                branch = rows[rows.alpha * sign >= 0].sort_values("kl")  # alpha 0 begins both
                 band, reach = 1.96 * branch.effect_se.fillna(0), 1.96 * branch.kl_se.fillna(0)
                 ax.fill_between(branch.kl, branch.effect - band, branch.effect + band, color=colour, alpha=0.13, lw=0)
-                if scale == "log":
-                    reach = pd.concat([reach, 0.95 * branch.kl], axis=1).min(axis=1)
-                ax.hlines(branch.effect, branch.kl - reach, branch.kl + reach, color=colour, lw=0.8, alpha=0.7)
-                line = ax.plot(
-                    branch.kl, branch.effect, "-" if sign > 0 else "--", color=colour, marker=marker, ms=5, lw=1.8
-                )
-                line[0].set_markerfacecolor(colour if sign > 0 else "white")
+                # a KL is never negative, whatever its standard error
+                least = (branch.kl - reach).clip(lower=0.05 * branch.kl if scale == "log" else 0.0)
+                ax.hlines(branch.effect, least, branch.kl + reach, color=colour, lw=0.8, alpha=0.7)
+                if len(branch) == 1:  # a band of one point cannot be seen
+                    ax.vlines(branch.kl, branch.effect - band, branch.effect + band, color=colour, lw=2.4, alpha=0.4)
+                dashes, face = ("-", colour) if sign > 0 else ("--", "white")
+                line = ax.plot(branch.kl, branch.effect, dashes, color=colour, marker=marker, mfc=face, ms=5, lw=1.8)
                 line[0].set_label(shortened(name, 48) + (f", layer {layer:.0f}" if several else ""))
                 if sign > 0 or not (rows.alpha >= 0).any():
                     lines += line
         ax.set_xlabel(KL + (" (log scale)" if scale == "log" else ""))
-        ax.set_ylabel(EFFECT.replace(": ", ":\n"))
+        ax.set_ylabel(EFFECT.replace("of the", "of\nthe"))
         dashed = ";  dashed: alpha < 0" if (points.alpha < 0).any() else ""
         _legend(fig, lines, f"bands and thin bars: \u00b1 1.96 se{dashed}")
     return fig
@@ -185,6 +187,7 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
     if not len(rows):
         raise ValueError("no record has a finite change; nothing to draw")
     mean, se = rows.change.mean(), rows.change.std() / len(rows) ** 0.5
+    spread = f"{se:.2f}" if math.isfinite(se) else "\u2013"
     helped, hurt = int((rows.change > 0).sum()), int((rows.change < 0).sum())
     named = len(rows) <= MAX_NAMED
     with style():
@@ -195,7 +198,8 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
         ax.bar(range(1, len(rows) + 1), rows.change, width=0.85 if named else 1.0, color=colours, lw=0)
         ax.axhline(0, color="#555555", lw=1.0)
         ax.axhline(mean, color="black", lw=1.2, ls=":")
-        ax.set_xlim(0.4, max(len(rows), 6) + 0.6)
+        reach = max(len(rows), 6) / 2 + 0.1
+        ax.set_xlim((len(rows) + 1) / 2 - reach, (len(rows) + 1) / 2 + reach)
         if named:
             ax.set_xticks(range(1, len(rows) + 1), [visible(shortened(record, 24)) for record in rows.record])
             ax.tick_params(axis="x", length=0)
@@ -208,7 +212,7 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
         ax.set_xlabel("record" if named else "record, sorted by change")
         ax.set_ylabel(label, parse_math=False)
         title = [shortened(vector, 48)] if vector else []
-        title += [f"{helped} helped, {hurt} hurt of {len(rows)}", f"mean {signed(mean)} \u00b1 {se:.2f} (se, dotted)"]
+        title += [f"{helped} helped, {hurt} hurt of {len(rows)}", f"mean {signed(mean)} \u00b1 {spread} (se, dotted)"]
         title += [f"{missing} missing"] if missing else []
         ax.set_title(";  ".join(title), fontsize=9.5, parse_math=False)
     return fig
@@ -248,7 +252,7 @@ def plot_token_logprobs(frame: pd.DataFrame, *, width: float = 8.0) -> Any:
         ("after", list(rows.after), "log p"),
         ("change", list(change), "change"),
     ]
-    margin, names, cell, head = 0.15, 0.62, 0.23, 0.45  # inches
+    margin, names, cell, head = 0.15, 0.62, 0.23, 0.62  # inches
     pitch = cell * (len(strips) + 1) + 0.2
     with style():
         words = [visible(token) for token in rows.token]
@@ -262,7 +266,9 @@ def plot_token_logprobs(frame: pd.DataFrame, *, width: float = 8.0) -> Any:
         ax.set(xlim=(0, width), ylim=(height, 0))
         ax.axis("off")
         sums = ", ".join(f"{name} {signed(sum(values))}" for name, values, _ in strips)
-        ax.text(margin, head / 2, f"log p of each token, nats; sum {sums}", va="center", fontsize=9.5)
+        ax.text(margin, 0.2, f"log p of each token, nats; sum {sums}", va="center", fontsize=9.5)
+        note = "dark: unlikely; blue: likelier after steering, red: less likely"
+        ax.text(margin, 0.41, note, va="center", fontsize=8.5, color=GREY)
         for line in range(n_lines):
             for row, (name, _, _) in enumerate(strips, start=1):
                 y = head + line * pitch + (row + 0.5) * cell
@@ -304,3 +310,7 @@ def _legend(fig: Any, lines: list[Any], title: str) -> None:
     legend._legend_box.align = "left"  # the title stands over the first entry
     for text in legend.get_texts():
         text.set_parse_math(False)
+
+
+def _alpha(alpha: float) -> str:
+    return f"{alpha:+g}".replace("-", "\u2212") if alpha else "0"
