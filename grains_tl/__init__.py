@@ -3,8 +3,10 @@
 The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_vectors``; ``vectors.hooks``; measure.
 """
 
+from grains_tl import lm_eval
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
 from grains_tl.caching import Differences, cache_hook, collect_differences, read_out
+from grains_tl.choices import MultipleChoice, binary_accuracy, mc1, mc2, score_choices
 from grains_tl.controls import caa_differences, random_direction_vectors, random_token_differences
 from grains_tl.data import load_bundled, load_pairs
 from grains_tl.evaluate import Setting, measure, next_token_kl
@@ -13,7 +15,18 @@ from grains_tl.generation import generate
 from grains_tl.masking import Selection, mask_hook, select_tokens
 from grains_tl.models import load_model
 from grains_tl.pipeline import build_vectors
-from grains_tl.plotting import plot_controls, plot_layers, plot_tokens, show_tokens
+from grains_tl.plotting import (
+    plot_controls,
+    plot_cost,
+    plot_heatmap,
+    plot_layers,
+    plot_records,
+    plot_token_logprobs,
+    plot_tokens,
+    show_tokens,
+)
+from grains_tl.readers import Benchmark, load_benchmark
+from grains_tl.responses import response_logprobs
 from grains_tl.scoring import score_pairs
 from grains_tl.selfcheck import check_model
 from grains_tl.steering import steer_hook
@@ -26,7 +39,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attribution",
+    "Benchmark",
     "Differences",
+    "MultipleChoice",
     "PreferencePair",
     "Selection",
     "Setting",
@@ -35,6 +50,7 @@ __all__ = [
     "TokenizedPair",
     "attribute",
     "attribute_all",
+    "binary_accuracy",
     "build_vectors",
     "caa_differences",
     "cache_hook",
@@ -43,20 +59,30 @@ __all__ = [
     "compare_attributions",
     "generate",
     "interpolate_hook",
+    "lm_eval",
+    "load_benchmark",
     "load_bundled",
     "load_model",
     "load_pairs",
     "load_vectors",
     "mask_hook",
+    "mc1",
+    "mc2",
     "measure",
     "next_token_kl",
     "plot_controls",
+    "plot_cost",
+    "plot_heatmap",
     "plot_layers",
+    "plot_records",
+    "plot_token_logprobs",
     "plot_tokens",
     "random_direction_vectors",
     "random_token_differences",
     "read_out",
     "reduce_vectors",
+    "response_logprobs",
+    "score_choices",
     "score_pairs",
     "select_tokens",
     "show_tokens",

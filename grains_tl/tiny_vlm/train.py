@@ -70,7 +70,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         if not hasattr(torch.optim, "Muon"):
-            raise ImportError(f"training needs torch.optim.Muon (torch 2.9 or newer); this is torch {torch.__version__}")
+            raise ImportError(
+                f"training needs torch.optim.Muon (torch 2.9 or newer); this is torch {torch.__version__}"
+            )
         self.config, self.step = config, 0
         self.rng = np.random.default_rng(config.seed)
         self.model = build_model(config.seed).train()
@@ -293,11 +295,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the tiny vision-language model.")
     parser.add_argument("--out", required=True, help="folder for weights, log and checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiply the length of every stage (0.01 to try it out)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="multiply the length of every stage (0.01 to try it out)"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # at this size a second thread costs more than it gives
     config = TrainConfig(seed=args.seed)
-    lengths = {k: max(1, round(args.scale * getattr(config, k))) for k in ("tower_steps", "clean_steps", "skewed_steps")}
+    lengths = {
+        k: max(1, round(args.scale * getattr(config, k))) for k in ("tower_steps", "clean_steps", "skewed_steps")
+    }
     print(train(args.out, replace(config, **lengths)))
 
 
