@@ -6,7 +6,7 @@ BOS, chat markers, padding and the border between prompt and response are decide
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,21 +157,44 @@ def prompt_ids(model: HookedModel, prompt: Text) -> list[int]:
     return ids
 
 
-def _tokenize(tokenizer: Any, rules: TokenRules, pair: PreferencePair) -> TokenizedPair:
-    prompt_text = _render(tokenizer, rules, pair.prompt)
-    prompt, offsets = _encode(tokenizer, rules, pair.prompt, prompt_text)
-    responses = [_response_text(tokenizer, rules, pair.prompt, prompt_text, r) for r in (pair.chosen, pair.rejected)]
-    full = [_encode(tokenizer, rules, pair.prompt, prompt_text + text)[0] for text in responses]
-    border = min(_common_prefix(prompt, ids) for ids in full)
+def tokenize_responses(
+    model: HookedModel, prompt: Text, responses: Sequence[Text]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Ids of a prompt and of any number of responses to it, with one border for all of them.
+
+    Raises:
+        ValueError: as ``tokenize_pairs``.
+    """
+    rules = token_rules(model)
+    names = [f"response {i}" for i in range(1, len(responses) + 1)]
+    _, ids, _, border, full = _split(model.tokenizer, rules, prompt, dict(zip(names, responses, strict=True)))
+    return tuple(ids[:border]), tuple(tuple(one[border:]) for one in full)
+
+
+def _split(
+    tokenizer: Any, rules: TokenRules, prompt: Text, responses: Mapping[str, Text]
+) -> tuple[str, list[int], list[tuple[int, int]] | None, int, list[list[int]]]:
+    """The rendered prompt, its ids and offsets; the border; the ids of prompt + response for every response."""
+    prompt_text = _render(tokenizer, rules, prompt)
+    ids, offsets = _encode(tokenizer, rules, prompt, prompt_text)
+    texts = [_response_text(tokenizer, rules, prompt, prompt_text, r) for r in responses.values()]
+    full = [_encode(tokenizer, rules, prompt, prompt_text + text)[0] for text in texts]
+    border = min(_common_prefix(ids, one) for one in full)
     if border == 0:
         raise ValueError("the whole prompt merges with the responses into one token; write a longer prompt")
-    for name, ids in zip(("chosen", "rejected"), full, strict=True):
-        if len(ids) == border:
+    for name, one in zip(responses, full, strict=True):
+        if len(one) == border:
             raise ValueError(f"{name} has no tokens of its own after the prompt; write a longer response")
-        if len(ids) > rules.n_ctx:
+        if len(one) > rules.n_ctx:
             raise ValueError(
-                f"prompt + {name} is {len(ids)} tokens, the model's context holds {rules.n_ctx}; shorten the prompt"
+                f"prompt + {name} is {len(one)} tokens, the model's context holds {rules.n_ctx}; shorten the prompt"
             )
+    return prompt_text, ids, offsets, border, full
+
+
+def _tokenize(tokenizer: Any, rules: TokenRules, pair: PreferencePair) -> TokenizedPair:
+    responses = {"chosen": pair.chosen, "rejected": pair.rejected}
+    prompt_text, prompt, offsets, border, full = _split(tokenizer, rules, pair.prompt, responses)
     if full[0] == full[1]:
         raise ValueError("chosen and rejected give the same tokens; there is nothing to prefer")
     content = _content_mask(tokenizer, rules, pair.prompt, prompt_text, prompt, offsets)
