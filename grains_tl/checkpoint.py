@@ -91,9 +91,17 @@ def _require_same_model(file: Path, header: dict[str, Any], identity: dict[str, 
         raise ValueError(f"{file} has version {header.get('version')}, this package writes {FORMAT_VERSION}")
     made = header.get("model", {})
     shape = [key for key in ("n_layers", "d_model", "n_heads", "d_vocab") if made.get(key) != identity[key]]
-    if shape or not same_fingerprint(made.get("fingerprint"), identity["fingerprint"]):
+    if shape or not _same_numbers(made.get("fingerprint"), identity["fingerprint"]):
         different = ", ".join(f"{k}: {made.get(k)} -> {identity[k]}" for k in shape) or "the weights"
         raise ValueError(
             f"{file} holds results of another model ({made.get('name')}; different: {different}); give another path, "
             "or delete the file"
         )
+
+
+def _same_numbers(a: dict[str, list[float]] | None, b: dict[str, list[float]]) -> bool:
+    """Stricter than ``same_fingerprint``, which lets half precision pass: rows of one table come from one model."""
+    if a is None or not same_fingerprint(a, b):
+        return False
+    # logged with two decimals; round-off may tip the last one
+    return all(abs(x - y) < 0.015 for x, y in zip(a["logprobs"], b["logprobs"], strict=True))
