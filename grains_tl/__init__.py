@@ -7,8 +7,11 @@ from grains_tl import lm_eval
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
 from grains_tl.caching import Differences, cache_hook, collect_differences, read_out
 from grains_tl.choices import MultipleChoice, binary_accuracy, mc1, mc2, score_choices
+from grains_tl.choosing import Choice, choose, report_choice, split_records
 from grains_tl.controls import caa_differences, random_direction_vectors, random_token_differences
+from grains_tl.costs import generation_quality, letters, neutral_texts, retention, text_costs, text_quality
 from grains_tl.data import load_bundled, load_pairs
+from grains_tl.effects import record_effects, two_sided
 from grains_tl.evaluate import Setting, measure, next_token_kl
 from grains_tl.faithfulness import compare_attributions
 from grains_tl.generation import generate
@@ -30,7 +33,8 @@ from grains_tl.responses import response_logprobs
 from grains_tl.scoring import score_pairs
 from grains_tl.selfcheck import check_model
 from grains_tl.steering import steer_hook
-from grains_tl.sweep import sweep
+from grains_tl.summary import effect_at_kl, summarize
+from grains_tl.sweep import grid, sweep, sweep_records
 from grains_tl.tokens import TokenizedPair, TokenRules, token_rules, tokenize_pairs
 from grains_tl.types import Attribution, PreferencePair
 from grains_tl.vectors import SteeringVectors, load_vectors, reduce_vectors
@@ -40,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Attribution",
     "Benchmark",
+    "Choice",
     "Differences",
     "MultipleChoice",
     "PreferencePair",
@@ -55,10 +60,15 @@ __all__ = [
     "caa_differences",
     "cache_hook",
     "check_model",
+    "choose",
     "collect_differences",
     "compare_attributions",
+    "effect_at_kl",
     "generate",
+    "generation_quality",
+    "grid",
     "interpolate_hook",
+    "letters",
     "lm_eval",
     "load_benchmark",
     "load_bundled",
@@ -69,6 +79,7 @@ __all__ = [
     "mc1",
     "mc2",
     "measure",
+    "neutral_texts",
     "next_token_kl",
     "plot_controls",
     "plot_cost",
@@ -80,14 +91,23 @@ __all__ = [
     "random_direction_vectors",
     "random_token_differences",
     "read_out",
+    "record_effects",
     "reduce_vectors",
+    "report_choice",
     "response_logprobs",
+    "retention",
     "score_choices",
     "score_pairs",
     "select_tokens",
     "show_tokens",
+    "split_records",
     "steer_hook",
+    "summarize",
     "sweep",
+    "sweep_records",
+    "text_costs",
+    "text_quality",
     "token_rules",
     "tokenize_pairs",
+    "two_sided",
 ]

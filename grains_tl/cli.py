@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grains_tl.cli_sweep import add_sweep_options
+
 EXAMPLES = """examples:
   grains-tl demo --quick
   grains-tl build --pairs pairs.jsonl --model smollm2 --out vectors.safetensors
@@ -77,11 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(steer, default=None)
     steer.set_defaults(run=_steer)
 
-    sweep = commands.add_parser("sweep", help="effect on the margin over layers and alphas, as a table")
-    sweep.add_argument("--vectors", required=True, help="file written by build")
-    sweep.add_argument("--layers", type=_layers, help="e.g. 12,18 or 10-20; default all stored")
-    sweep.add_argument("--alphas", type=_numbers, default=[-0.2, 0.2], help="e.g. --alphas=-0.2,0.2 (default)")
-    sweep.add_argument("--csv", help="also write the table to this file")
+    sweep = commands.add_parser("sweep", help="effect and cost over layers and alphas, a choice, and its report")
+    add_sweep_options(sweep, _layers, _numbers)
     _pair_options(sweep)
     _model_options(sweep, default=None)
     sweep.set_defaults(run=_sweep)
@@ -258,16 +257,10 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 56
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from grains_tl.sweep import sweep
-    from grains_tl.vectors import load_vectors
+    from grains_tl.cli_sweep import run_sweep
 
-    pairs = _pairs(args)
-    vectors = load_vectors(args.vectors)
-    model = _load(args, vectors.info.get("model", {}).get("name"))
-    frame = sweep(model, vectors, pairs, layers=args.layers, alphas=args.alphas)
-    print(frame.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    if args.csv:
-        frame.to_csv(args.csv, index=False)
+    test = _pairs(argparse.Namespace(pairs=args.test, column=args.column, limit=None)) if args.test else []
+    run_sweep(args, _pairs(args), test, lambda name: _load(args, name))
 
 
 def _attribute(args: argparse.Namespace) -> None:
