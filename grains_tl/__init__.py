@@ -4,8 +4,25 @@ The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_v
 """
 
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
+from grains_tl.baselines import (
+    BASELINES,
+    HeadVectors,
+    baseline_draws,
+    baseline_vectors,
+    head_vectors,
+    lora_adapter,
+    with_system_prompt,
+)
 from grains_tl.caching import Differences, cache_hook, collect_differences, read_out
-from grains_tl.controls import caa_differences, random_direction_vectors, random_token_differences
+from grains_tl.comparison import Comparison, compare_with_controls
+from grains_tl.controls import (
+    bootstrap_vectors,
+    caa_differences,
+    orthogonal_direction_vectors,
+    random_direction_vectors,
+    random_token_differences,
+    shuffled_label_vectors,
+)
 from grains_tl.data import load_bundled, load_pairs
 from grains_tl.evaluate import Setting, measure, next_token_kl
 from grains_tl.faithfulness import compare_attributions
@@ -25,8 +42,11 @@ from grains_tl.vectors import SteeringVectors, load_vectors, reduce_vectors
 __version__ = "0.1.0"
 
 __all__ = [
+    "BASELINES",
     "Attribution",
+    "Comparison",
     "Differences",
+    "HeadVectors",
     "PreferencePair",
     "Selection",
     "Setting",
@@ -35,21 +55,28 @@ __all__ = [
     "TokenizedPair",
     "attribute",
     "attribute_all",
+    "baseline_draws",
+    "baseline_vectors",
+    "bootstrap_vectors",
     "build_vectors",
     "caa_differences",
     "cache_hook",
     "check_model",
     "collect_differences",
     "compare_attributions",
+    "compare_with_controls",
     "generate",
+    "head_vectors",
     "interpolate_hook",
     "load_bundled",
     "load_model",
     "load_pairs",
     "load_vectors",
+    "lora_adapter",
     "mask_hook",
     "measure",
     "next_token_kl",
+    "orthogonal_direction_vectors",
     "plot_controls",
     "plot_layers",
     "plot_tokens",
@@ -60,8 +87,10 @@ __all__ = [
     "score_pairs",
     "select_tokens",
     "show_tokens",
+    "shuffled_label_vectors",
     "steer_hook",
     "sweep",
     "token_rules",
     "tokenize_pairs",
+    "with_system_prompt",
 ]
