@@ -21,7 +21,7 @@ from torch import Tensor
 
 import grains_tl as gr
 from grains_tl.baselines import heads as heads_room
-from grains_tl.baselines import residual as residual_room
+from grains_tl.baselines import records as records_room
 from grains_tl.controls import random_token_differences, shuffle_labels
 from grains_tl.evaluate import margins
 
@@ -172,13 +172,13 @@ def test_what_draws_share_is_run_once(
     bridge: Any, pairs: list[gr.PreferencePair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    real = residual_room.read_out_responses
+    real = records_room.read_out_responses
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(residual_room, "read_out_responses", counted)
+    monkeypatch.setattr(records_room, "read_out_responses", counted)
     gr.baseline_draws(bridge, pairs, ["caa", "icv", "shuffled_labels"], layers=[1], n_draws=10)
     assert len(calls) == 1
 
@@ -445,7 +445,7 @@ def test_lora_leaves_the_model_as_it_was(architecture: str, pairs: list[gr.Prefe
 
     with gr.lora_adapter(model, pairs, n_epochs=2, learning_rate=1e-2, progress=False) as run:
         inside = gr.score_pairs(model, toks)
-        steered = gr.score_pairs(model, toks, [("blocks.1.hook_resid_post", lambda act, hook: act + 1)])
+        steered = gr.score_pairs(model, toks, [("blocks.1.hook_resid_post", lambda act, hook: act.roll(1, -1))])
     assert run.losses[-1] < run.losses[0]
     assert (inside - before)[:, 0].sum() > 0  # the chosen responses have become likelier
     assert (steered - inside).abs().max() > 1e-2  # hooks act on the tuned model
@@ -511,7 +511,9 @@ def test_every_control_is_compared(bridge: Any, pairs: list[gr.PreferencePair]) 
         assert found.table["p_random_tokens"].isna().iloc[0] == (extra == [])
 
 
-@pytest.mark.parametrize("room", ["baselines.residual", "baselines.heads", "baselines.prompting", "baselines.lora"])
+@pytest.mark.parametrize(
+    "room", ["baselines.records", "baselines.residual", "baselines.heads", "baselines.prompting", "baselines.lora"]
+)
 def test_docstring_examples_run(room: str) -> None:
     found = doctest.testmod(importlib.import_module(f"grains_tl.{room}"), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert found.failed == 0

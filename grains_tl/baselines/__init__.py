@@ -7,7 +7,8 @@
 from grains_tl.baselines.heads import HeadVectors, head_vectors
 from grains_tl.baselines.lora import LoraRun, lora_adapter
 from grains_tl.baselines.prompting import with_system_prompt
-from grains_tl.baselines.residual import BASELINES, BuildingRecords, baseline_draws, baseline_vectors
+from grains_tl.baselines.records import BuildingRecords
+from grains_tl.baselines.residual import BASELINES, baseline_draws, baseline_vectors
 
 __all__ = [
     "BASELINES",
