@@ -5,10 +5,27 @@ The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_v
 
 from grains_tl import lm_eval
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
+from grains_tl.baselines import (
+    BASELINES,
+    HeadVectors,
+    baseline_draws,
+    baseline_vectors,
+    head_vectors,
+    lora_adapter,
+    with_system_prompt,
+)
 from grains_tl.caching import Differences, cache_hook, collect_differences, read_out
 from grains_tl.choices import MultipleChoice, binary_accuracy, mc1, mc2, score_choices
 from grains_tl.choosing import Choice, choose, report_choice, split_records
-from grains_tl.controls import caa_differences, random_direction_vectors, random_token_differences
+from grains_tl.comparison import Comparison, compare_with_controls
+from grains_tl.controls import (
+    bootstrap_vectors,
+    caa_differences,
+    orthogonal_direction_vectors,
+    random_direction_vectors,
+    random_token_differences,
+    shuffled_label_vectors,
+)
 from grains_tl.costs import generation_quality, letters, neutral_texts, retention, text_costs, text_quality
 from grains_tl.data import load_bundled, load_pairs
 from grains_tl.effects import record_effects, two_sided
@@ -42,10 +59,13 @@ from grains_tl.vectors import SteeringVectors, load_vectors, reduce_vectors
 __version__ = "0.1.0"
 
 __all__ = [
+    "BASELINES",
     "Attribution",
     "Benchmark",
     "Choice",
+    "Comparison",
     "Differences",
+    "HeadVectors",
     "MultipleChoice",
     "PreferencePair",
     "Selection",
@@ -55,7 +75,10 @@ __all__ = [
     "TokenizedPair",
     "attribute",
     "attribute_all",
+    "baseline_draws",
+    "baseline_vectors",
     "binary_accuracy",
+    "bootstrap_vectors",
     "build_vectors",
     "caa_differences",
     "cache_hook",
@@ -63,10 +86,12 @@ __all__ = [
     "choose",
     "collect_differences",
     "compare_attributions",
+    "compare_with_controls",
     "effect_at_kl",
     "generate",
     "generation_quality",
     "grid",
+    "head_vectors",
     "interpolate_hook",
     "letters",
     "lm_eval",
@@ -75,12 +100,14 @@ __all__ = [
     "load_model",
     "load_pairs",
     "load_vectors",
+    "lora_adapter",
     "mask_hook",
     "mc1",
     "mc2",
     "measure",
     "neutral_texts",
     "next_token_kl",
+    "orthogonal_direction_vectors",
     "plot_controls",
     "plot_cost",
     "plot_heatmap",
@@ -100,6 +127,7 @@ __all__ = [
     "score_pairs",
     "select_tokens",
     "show_tokens",
+    "shuffled_label_vectors",
     "split_records",
     "steer_hook",
     "summarize",
@@ -110,4 +138,5 @@ __all__ = [
     "token_rules",
     "tokenize_pairs",
     "two_sided",
+    "with_system_prompt",
 ]
