@@ -92,10 +92,18 @@ def timed(jobs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, f
 
 
 def slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Exponent p of the fit cost ~ size ** p (least squares of the logarithms); 1 is linear growth."""
+    """Exponent p of the fit cost ~ size ** p (least squares of the logarithms)."""
     x, y = torch.tensor(sizes, dtype=torch.float64).log(), torch.tensor(costs, dtype=torch.float64).log()
     x, y = x - x.mean(), y - y.mean()
     return float((x * y).sum() / (x * x).sum())
+
+
+def off_the_line(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Largest distance from the best straight line (with an offset), as a share of the largest cost; 0 is linear growth."""
+    x, y = torch.tensor(sizes, dtype=torch.float64), torch.tensor(costs, dtype=torch.float64)
+    basis = torch.stack([torch.ones_like(x), x], dim=1)
+    fit = basis @ torch.linalg.lstsq(basis, y[:, None]).solution
+    return float((fit[:, 0] - y).abs().max() / y.max())
 
 
 def load(name: str) -> Any:

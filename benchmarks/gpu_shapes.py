@@ -122,7 +122,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--records", type=int, default=50)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--max-tokens", type=int, default=16384, help="token budget of one pass; a GPU wants large ones")
+    parser.add_argument(
+        "--max-tokens", type=int, default=16384, help="token budget of one pass; a GPU wants large ones"
+    )
     parser.add_argument("--new-tokens", type=int, default=64)
     args = parser.parse_args()
     options = {k: v for k, v in vars(args).items() if k not in ("shape", "dtype")}

@@ -1,4 +1,4 @@
-"""How the cost of a build grows with records, steps and prompt length: the exponent of the fitted power."""
+"""How the cost of a build grows with records, steps and prompt length: a fitted power, and a fitted straight line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import grains_tl as gr
-from benchmarks.common import count_operations, slope
+from benchmarks.common import count_operations, off_the_line, slope
 
 
 def growth(model: Any, *, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> dict[str, dict[str, float]]:
-    """Exponents in forward token-layers and in seconds; 1 is linear growth.
+    """Exponents in forward token-layers and in seconds, and how far the token-layers lie from a straight line.
 
     Leave-one-out runs a prompt once per token, so it is quadratic in the length; integrated gradients are linear.
     """
@@ -40,13 +40,21 @@ def growth(model: Any, *, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> dict[str, di
                     best = min(best, time.perf_counter() - started)
             work.append(counts.forward)
             seconds.append(best)
-        found[name] = {"operations": slope(sizes, work), "seconds": slope(sizes, seconds)}
+        found[name] = {
+            "operations": slope(sizes, work),
+            "seconds": slope(sizes, seconds),
+            "off_the_line": off_the_line(sizes, work),
+        }
     return found
 
 
 def rows(found: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
     """Lines of the table."""
     return [
-        (f"growth of a build with {name}", f"size^{f['operations']:.2f} token-layers, size^{f['seconds']:.2f} seconds")
+        (
+            f"growth of a build with {name}",
+            f"token-layers ~ size^{f['operations']:.2f}, seconds ~ size^{f['seconds']:.2f}; "
+            f"token-layers {f['off_the_line']:.0%} off a straight line",
+        )
         for name, f in found.items()
     ]

@@ -37,9 +37,9 @@ class ControlVector(c.Structure):
 
 
 class LoadInfo(c.Structure):
-    """``common_control_vector_load_info``: ``{float strength; std::string fname;}``, the string with a buffer of its own."""
+    """``common_control_vector_load_info``: ``{float strength; std::string fname;}``; a string begins with its pointer."""
 
-    _fields_ = [("strength", c.c_float), ("text", c.c_char_p), ("size", c.c_size_t), ("capacity", c.c_size_t * 2)]
+    _fields_ = [("strength", c.c_float), ("text", c.c_char_p), ("rest_of_string", c.c_size_t * 3)]
 
 
 LOAD = "_Z26common_control_vector_loadRKSt6vectorI31common_control_vector_load_infoSaIS0_EE"
@@ -86,10 +86,10 @@ class LlamaCpp:
 
     def read_control_vector(self, path: Path, scale: float) -> tuple[int, np.ndarray]:
         """What llama.cpp's own reader makes of a file: the width, and the rows from layer 1 on, times ``scale``."""
-        text = str(path).encode()
-        info = LoadInfo(scale, text, len(text), (c.c_size_t * 2)(len(text), 0))
-        start = c.addressof(info)
-        items = (c.c_void_p * 3)(start, start + c.sizeof(info), start + c.sizeof(info))  # a vector of one
+        info = LoadInfo(scale, str(path).encode())
+        # GCC's older strings are a pointer and nothing else; mangled names tell which kind a library was built with
+        end = c.addressof(info) + (16 if hasattr(self.lib, "_Z14common_get_envRKSs") else c.sizeof(info))
+        items = (c.c_void_p * 3)(c.addressof(info), end, end)  # a vector of one
         result = ControlVector()
         getattr(self.lib, LOAD)(c.byref(result), c.byref(items))
         n = ((result.end or 0) - (result.begin or 0)) // 4

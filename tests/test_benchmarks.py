@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import build_vectors, growth, steering
-from benchmarks.common import Operations, count_operations, floating_point_operations, load, slope
+from benchmarks.common import Operations, count_operations, floating_point_operations, load, off_the_line, slope
 from benchmarks.gpu_shapes import measure
 
 
@@ -18,6 +18,8 @@ def small() -> object:
 def test_slope_is_the_exponent() -> None:
     assert slope([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
     assert slope([1, 2, 4], [5, 20, 80]) == pytest.approx(2)
+    assert off_the_line([1, 2, 4], [7, 9, 13]) == pytest.approx(0)
+    assert off_the_line([1, 2, 3], [1, 4, 9]) > 0.03
 
 
 def test_operations_of_one_forward_pass(small: object) -> None:
@@ -47,9 +49,9 @@ def test_steering_and_sweep(small: object) -> None:
 
 
 def test_growth(small: object) -> None:
-    found = growth.growth(small, sizes=(1, 2))
-    assert found["records"]["operations"] == pytest.approx(1, abs=0.05)
-    assert found["steps"]["operations"] == pytest.approx(1, abs=0.35)  # ends and caching do not grow with the steps
+    found = growth.growth(small, sizes=(1, 2, 4))
+    for name in ("records", "steps", "prompt length"):
+        assert found[name]["off_the_line"] < 0.05
     assert found["prompt length, leave-one-out"]["operations"] > 1.6
 
 

@@ -37,7 +37,9 @@ def engine(smollm2: SimpleNamespace) -> LlamaCpp:
 
 @pytest.fixture(scope="module")
 def vectors(smollm2: SimpleNamespace) -> gr.SteeringVectors:
-    return gr.build_vectors(smollm2.bridge, gr.load_bundled("sentiment", "build")[:12], top_k=3, layers=LAYERS)
+    return gr.build_vectors(
+        smollm2.bridge, gr.load_bundled("sentiment", "build")[:6], top_k=3, layers=LAYERS, progress=False
+    )
 
 
 def margins(engine: LlamaCpp, tokenized: list[Any]) -> np.ndarray:

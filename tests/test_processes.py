@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer().save_pretrained(folder / "model")
     words = "soup room film hotel food".split()
     rows = [
-        {"prompt": f"the {a} was good and the {b} was bad . overall it was", "chosen": " great", "rejected": " awful bad"}
+        {
+            "prompt": f"the {a} was good and the {b} was bad . overall it was",
+            "chosen": " great",
+            "rejected": " awful bad",
+        }
         for a in words
         for b in words
         if a != b
@@ -129,9 +135,30 @@ def launch(world: int, arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("world", "reduce"), [(2, "svd"), (3, "mean")])
-def test_processes_build_the_same_vectors(world: int, reduce: str, folder: Path) -> None:
-    launch(world, build(folder, reduce, f"{world}"))
+def fork(world: int, arguments: list[str]) -> None:
+    """The same without a launcher and without importing everything again: copies of this process, with its variables."""
+
+    def work(rank: int, port: int) -> None:
+        torch.set_num_threads(1)  # another thread's locks are not copied
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os._exit(main(arguments))
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [get_context("fork").Process(target=work, args=(rank, port)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+        worker.kill()
+    assert [worker.exitcode for worker in workers] == [0] * world
+
+
+@pytest.mark.parametrize(("start", "world", "reduce"), [(launch, 2, "svd"), (fork, 3, "svd"), (fork, 2, "mean")])
+def test_processes_build_the_same_vectors(start: Any, world: int, reduce: str, folder: Path) -> None:
+    start(world, build(folder, reduce, f"{world}"))
     alone, shared = (gr.load_vectors(folder / f"{name}.safetensors") for name in (f"alone-{reduce}", str(world)))
     torch.testing.assert_close(shared.raw, alone.raw, atol=ATOL, rtol=0)
     torch.testing.assert_close(shared.resid_norms, alone.resid_norms, atol=ATOL, rtol=0)
@@ -141,5 +168,5 @@ def test_processes_build_the_same_vectors(world: int, reduce: str, folder: Path)
 
 def test_processes_sweep_the_same_table(folder: Path) -> None:
     vectors = str(folder / "alone-mean.safetensors")
-    launch(2, ["sweep", "--vectors", vectors, "--csv", str(folder / "two.csv"), *common(folder)])
-    pd.testing.assert_frame_equal(pd.read_csv(folder / "two.csv"), pd.read_csv(folder / "alone.csv"), atol=ATOL)
+    fork(3, ["sweep", "--vectors", vectors, "--csv", str(folder / "three.csv"), *common(folder)])
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "three.csv"), pd.read_csv(folder / "alone.csv"), atol=ATOL)
