@@ -105,6 +105,7 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None = "smoll
     parser.add_argument("--path", help="weights: a .gguf file or a folder")
     parser.add_argument("--kind", default="bridge", choices=["bridge", "hooked"], help="TransformerLens class")
     parser.add_argument("--device", help="default cpu, or what the launcher gives to each of several processes")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
 
 

@@ -62,8 +62,9 @@ def shared_sweep(
     frame.attrs = dict(part.attrs)
     for name in ("token_layers", "from_checkpoint"):
         frame.attrs[name] = sum(p.attrs[name] for p in parts)
-    n_settings = sum(p.attrs["naive_token_layers"] for p in parts)
-    frame.attrs["naive_token_layers"] = n_settings
+    # the loop would run the unsteered model once, not once per process
+    one_pass = part.attrs["naive_token_layers"] // (len(part) + 1)
+    frame.attrs["naive_token_layers"] = one_pass * (len(frame) + 1)
     return frame
 
 

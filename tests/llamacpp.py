@@ -101,7 +101,9 @@ class LlamaCpp:
         if path is None:
             assert self.lib.llama_set_adapter_cvec(self.context, None, 0, 0, -1, -1) == 0
             return
-        width, data = self.read_control_vector(path, scale)
+        width, found = self.read_control_vector(path, scale)
+        data = np.zeros(width * (self.n_layers - 1), np.float32)  # rows that are not given would stay as they were
+        data[: found.size] = found
         where: Any = data.ctypes.data_as(c.c_void_p)
         assert self.lib.llama_set_adapter_cvec(self.context, where, data.size, width, 1, self.n_layers) == 0
 
@@ -112,3 +114,24 @@ class LlamaCpp:
         batch = Batch(n, (c.c_int32 * n)(*ids), None, None, None, None, (c.c_int8 * n)(*[1] * n))
         assert self.lib.llama_decode(self.context, batch) == 0
         return np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (n, self.n_vocab)).copy()
+
+
+def unquantized(gguf: Path, target: Path) -> Path:
+    """The same weights in float32, as the package sees them: without llama.cpp's rounding of activations to 8 bits."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(gguf)
+    writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

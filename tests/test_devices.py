@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_hf, tiny_model, tiny_tokenizer
 
 import grains_tl as gr
+from grains_tl import models as gr_models
 
 ATOL = 1e-5  # the same kernels on the same numbers
 
@@ -23,10 +24,11 @@ def offloaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     tiny_tokenizer().save_pretrained(folder / "model")
     places = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], "cpu")
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    tokenizer = tiny_tokenizer()
+    gr_models._keep_tokenizer_as_is(tokenizer, "tiny")
+    options = {"device_map": places, "offload_folder": str(folder / "disk"), "dtype": torch.float32}
     try:
-        return TransformerBridge.boot_transformers(
-            str(folder / "model"), device_map=places, offload_folder=str(folder / "disk"), dtype=torch.float32
-        )
+        return TransformerBridge.boot_transformers(str(folder / "model"), tokenizer=tokenizer, **options)
     except TypeError:
         pytest.skip("this TransformerLens has no offload_folder")
 
@@ -34,6 +36,7 @@ def offloaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("method", ["leave_one_out", "gradient_x_input"])
 def test_build_and_sweep(offloaded: Any, pairs: list[gr.PreferencePair], method: Any) -> None:
     whole = tiny_model()
+    assert offloaded.original_model.model.layers[2].mlp.down_proj.weight.device.type == "meta"  # it is on disk
     built = [gr.build_vectors(m, pairs, top_k=1, method=method, progress=False) for m in (whole, offloaded)]
     torch.testing.assert_close(built[1].raw, built[0].raw, atol=ATOL, rtol=0)
     swept = [gr.sweep(m, built[0], pairs, progress=False) for m in (whole, offloaded)]

@@ -1,11 +1,12 @@
 """A control vector in llama.cpp itself, on the weights that the package loads (pip install xllamacpp).
 
-llama.cpp multiplies the 4-bit weights with activations rounded to 8 bits, so its logits are not ours to more than a few
-hundredths. What must agree is what the vector *changes*: the margin of each record, and the logits of a whole prompt.
+On the 4-bit file llama.cpp rounds activations to 8 bits, so its logits are ours to about a tenth; the margins of records are
+compared there. Logits are compared on the same weights in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llamacpp import LlamaCpp
+from llamacpp import LlamaCpp, unquantized
 
 import grains_tl as gr
 from grains_tl import models as gr_models
@@ -26,6 +27,7 @@ pytestmark = [
 ]
 LAYERS = [1, 15, 21, 29]
 ALPHA = 0.3
+CHANGE_RTOL = 0.02  # llama.cpp keeps keys and values in half precision
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,15 @@ def engine(smollm2: SimpleNamespace) -> LlamaCpp:
     gguf = gr_models._bundled_gguf()
     assert gguf is not None
     return LlamaCpp(gguf, n_layers=30)
+
+
+@pytest.fixture(scope="module")
+def exact_engine(engine: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaCpp]:
+    gguf = gr_models._bundled_gguf()
+    assert gguf is not None
+    file = unquantized(gguf, tmp_path_factory.mktemp("float32") / "smollm2-f32.gguf")
+    yield LlamaCpp(file, n_layers=30)
+    file.unlink()  # half a gigabyte
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +76,10 @@ def test_its_reader_reads_the_file(engine: LlamaCpp, vectors: gr.SteeringVectors
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_it_changes_the_logits_as_the_hook_does(
-    engine: LlamaCpp, vectors: gr.SteeringVectors, smollm2: SimpleNamespace, layer: int, tmp_path: Path
+    exact_engine: LlamaCpp, vectors: gr.SteeringVectors, smollm2: SimpleNamespace, layer: int, tmp_path: Path
 ) -> None:
     """The layer numbers are the same: the change is that of our hook at this layer and not that at the next one."""
+    engine = exact_engine
     ids = smollm2.tokenizer("All in all, the film was a long one and the end of it")["input_ids"]
     engine.steer(None)
     before = engine.logits(ids)
@@ -89,7 +101,7 @@ def test_it_changes_the_logits_as_the_hook_does(
     other = layer - 1 if layer == 29 else layer + 1
     here, beside = distance(change(layer)), distance(change(other))
     print(f"layer {layer}: relative distance {here:.3f}, {beside:.3f} to layer {other}")
-    assert here < 0.1 and here < 0.5 * beside
+    assert here < CHANGE_RTOL < 0.1 * beside
 
 
 def test_it_moves_the_margin_as_the_hook_does(
