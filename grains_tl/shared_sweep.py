@@ -57,7 +57,10 @@ def shared_sweep(
     order = ["vector", "positions"]
     first = {column: {value: i for i, value in enumerate(parts[0][column].unique())} for column in order}
     frame = frame.sort_values(
-        [*order, "layer"], key=lambda c: c.map(first[c.name]) if c.name in first else c, kind="stable", ignore_index=True
+        [*order, "layer"],
+        key=lambda c: c.map(first[c.name]) if c.name in first else c,
+        kind="stable",
+        ignore_index=True,
     )
     frame.attrs = dict(part.attrs)
     for name in ("token_layers", "from_checkpoint"):

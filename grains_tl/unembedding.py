@@ -12,9 +12,7 @@ from grains_tl.models import hooked, is_bridge
 from grains_tl.types import FwdHooks, HookedModel
 
 
-def target_logits(
-    model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None
-) -> Float[Tensor, "target vocab"]:
+def target_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None) -> Float[Tensor, "target vocab"]:
     """Logits that predict each scored token of a batch; differentiable.
 
     Rows of different lengths end at different places. Keeping some positions of every row would unembed rows times places;

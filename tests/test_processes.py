@@ -22,6 +22,7 @@ import grains_tl as gr
 from grains_tl.cli import main
 from grains_tl.pipeline import attribute_records
 from grains_tl.processes import CHUNK, Processes, files, launched, shared_differences
+from grains_tl.shared_sweep import shared_sweep
 
 ATOL = 1e-5  # float32 sums over the records in another order
 OPTIONS = {"method": "leave_one_out", "n_steps": 1, "baseline": "zero", "objective": "sum", "masker": "zero"}
@@ -114,8 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows[:7])))
     for reduce in ("mean", "svd"):
         assert main(build(folder, reduce, f"alone-{reduce}")) == 0
-    sweep = ["sweep", "--vectors", str(folder / "alone-mean.safetensors"), "--csv", str(folder / "alone.csv")]
-    assert main([*sweep, *common(folder)]) == 0
+    assert main(sweep(folder, "alone")) == 0
     return folder
 
 
@@ -125,6 +125,11 @@ def common(folder: Path) -> list[str]:
 
 def build(folder: Path, reduce: str, out: str) -> list[str]:
     return ["build", "--out", str(folder / f"{out}.safetensors"), "--reduce", reduce, "--top-k", "2", *common(folder)]
+
+
+def sweep(folder: Path, out: str) -> list[str]:
+    table = ["--out", str(folder / f"{out}.csv"), "--alphas=-0.2,0.2", "--neutral", "0", "--report-share", "0"]
+    return ["sweep", "--vectors", str(folder / "alone-mean.safetensors"), *table, *common(folder)]
 
 
 def launch(world: int, arguments: list[str]) -> None:
@@ -167,6 +172,20 @@ def test_processes_build_the_same_vectors(start: Any, world: int, reduce: str, f
 
 
 def test_processes_sweep_the_same_table(folder: Path) -> None:
-    vectors = str(folder / "alone-mean.safetensors")
-    fork(3, ["sweep", "--vectors", vectors, "--csv", str(folder / "three.csv"), *common(folder)])
+    fork(3, sweep(folder, "three"))
     pd.testing.assert_frame_equal(pd.read_csv(folder / "three.csv"), pd.read_csv(folder / "alone.csv"), atol=ATOL)
+    rows = [set((folder / f"{name}.csv.records.jsonl").read_text().splitlines()) for name in ("three", "alone")]
+    assert len(rows[0]) == len(rows[1])
+    assert list(folder.glob("*.rank*")) == []
+
+
+def test_a_dead_share_of_a_sweep_is_taken_over(folder: Path, bridge: Any, tmp_path: Path) -> None:
+    pairs, vectors = gr.load_pairs(folder / "pairs.jsonl"), gr.load_vectors(folder / "alone-mean.safetensors")
+    path = tmp_path / "sweep.jsonl"
+    wanted = gr.sweep(bridge, vectors, pairs, progress=False)
+    gr.sweep(bridge, vectors, pairs, layers=[0], checkpoint=Processes(0, 2).own_file(path), progress=False)
+    found = shared_sweep(bridge, vectors, pairs, checkpoint=path, progress=False)
+    pd.testing.assert_frame_equal(found, wanted, atol=ATOL)
+    assert found.attrs["from_checkpoint"] > 0
+    assert found.attrs["token_layers"] < wanted.attrs["token_layers"]
+    assert list(tmp_path.iterdir()) == [path]
