@@ -1,4 +1,4 @@
-"""The same things from a shell: ``grains-tl demo | build | steer | sweep | attribute``."""
+"""The same things from a shell: ``grains-tl demo | build | steer | sweep | export | attribute``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grains_tl.cli_export import add_export, run_export
 from grains_tl.cli_sweep import add_sweep_options
 
 EXAMPLES = """examples:
@@ -85,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(sweep, default=None)
     sweep.set_defaults(run=_sweep)
 
+    export = commands.add_parser("export", help="vectors for llama.cpp, Hugging Face or vLLM")
+    add_export(export, _layers)
+    _model_options(export, default=None)
+    export.set_defaults(run=lambda args: run_export(args, _load))
+
     attribute = commands.add_parser("attribute", help="which tokens of each prompt push towards chosen or rejected")
     _pair_options(attribute)
     _attribution_options(attribute)
@@ -98,7 +104,8 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None = "smoll
     parser.add_argument("--model", default=default, help=f"smollm2, or a Hugging Face name or folder (default {said})")
     parser.add_argument("--path", help="weights: a .gguf file or a folder")
     parser.add_argument("--kind", default="bridge", choices=["bridge", "hooked"], help="TransformerLens class")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="default cpu, or what the launcher gives to each of several processes")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
 
 
@@ -149,10 +156,13 @@ def _load(args: argparse.Namespace, name: str | None = None) -> Any:
     import torch
 
     from grains_tl.models import load_model
+    from grains_tl.processes import launched_device
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    return load_model(args.model or name or "smollm2", kind=args.kind, path=args.path, device=args.device)
+    return load_model(
+        args.model or name or "smollm2", kind=args.kind, path=args.path, device=args.device or launched_device()
+    )
 
 
 def _pairs(args: argparse.Namespace) -> Any:
@@ -182,8 +192,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _build(args: argparse.Namespace) -> None:
     from grains_tl.pipeline import build_vectors
+    from grains_tl.processes import files, finish, launched
 
     pairs = _pairs(args)
+    processes = launched()
     checkpoint = Path(f"{args.out}.partial.jsonl")
     vectors = build_vectors(
         _load(args),
@@ -197,9 +209,15 @@ def _build(args: argparse.Namespace) -> None:
         masker=args.masker,
         readout=args.readout,
         checkpoint=checkpoint,
+        processes=processes,
+        progress=processes.rank == 0,
     )
+    finish()
+    if processes.rank > 0:
+        return
     path = vectors.save(args.out)
-    checkpoint.unlink(missing_ok=True)
+    for file in files(checkpoint):
+        file.unlink()
     print(f"{path}: {len(vectors.layers)} layers x d_model {vectors.directions.shape[1]} from {len(pairs)} records")
     print(f"tokens: {vectors.info['token_rules']}")
     if vectors.info["moved_borders"]:

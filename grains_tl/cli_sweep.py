@@ -38,7 +38,8 @@ def add_sweep_options(
 def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[str | None], Any]) -> None:
     """Sweep on one part of the records, choose, report on the other."""
     from grains_tl.choosing import choose, report_choice, split_records
-    from grains_tl.sweep import sweep
+    from grains_tl.processes import finish, launched
+    from grains_tl.shared_sweep import shared_sweep
     from grains_tl.vectors import load_vectors
 
     if not test and args.report_share > 0:
@@ -49,16 +50,22 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
     vectors = {stem: load_vectors(path) for stem, path in zip(stems, args.vectors, strict=True)}
     model = load(next(iter(vectors.values())).info.get("model", {}).get("name"))
     checkpoint = args.checkpoint or (f"{args.out}.records.jsonl" if args.out else None)
-    frame = sweep(
+    processes = launched()
+    frame = shared_sweep(
         model,
         vectors,
         pairs,
+        processes=processes,
         layers=args.layers,
         alphas=args.alphas,
         positions=args.positions or "all",
         neutral=args.neutral or None,
         checkpoint=checkpoint,
+        progress=processes.rank == 0,
     )
+    finish()
+    if processes.rank > 0:
+        return
     print(_table(frame))
     run, loop = frame.attrs["token_layers"], frame.attrs["naive_token_layers"]
     print(f"\ntoken-layers run: {run:,}; a loop over settings and responses: {loop:,} ({loop / max(run, 1):.1f} times)")

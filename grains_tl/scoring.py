@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grains_tl.batches import Batch, by_token_budget, scoring_batch
-from grains_tl.models import forward_logits, hooked, is_bridge, require_layers, resid_post
+from grains_tl.models import hooked, is_bridge, require_layers, resid_post
 from grains_tl.objectives import Objective, token_logprobs
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.unembedding import target_logits
 
 #: Hooks, or a function that makes them for a batch (for hooks that need to know where the prompt ends).
 HooksForBatch = FwdHooks | Callable[[Batch], FwdHooks]
@@ -29,8 +30,7 @@ MAX_TOKENS = 512
 
 def batch_logprobs(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None) -> Float[Tensor, "record 2"]:
     """Weighted log-likelihood of chosen (0) and rejected (1) for each record of a batch, nats; differentiable."""
-    logits = forward_logits(model, batch.ids, batch.attention_mask, batch.keep, fwd_hooks, batch.inputs)
-    return _gather(logits[batch.target_row, batch.target_keep], batch)
+    return _gather(target_logits(model, batch, fwd_hooks), batch)
 
 
 def score_batches(
@@ -182,12 +182,13 @@ def restart_logits(
     if later and len(settings) > 1:
         raise ValueError(f"hooks on {later[0][0]} cannot share a pass with other settings; run them one at a time")
     if not restart.exact:
-        return torch.stack([_full_logits(model, batch, hooks) for hooks in settings])
+        return torch.stack([target_logits(model, batch, hooks) for hooks in settings])
     with hooked(model, later):
         resid = torch.cat([_edited(model, restart.resid[layer], hooks, here) for hooks in settings])
         resid = _continue(model, restart, layer + 1, resid)
         resid = resid.view(len(settings), *restart.resid[layer].shape)
-        final = resid[:, batch.target_row, batch.keep[batch.target_keep]].flatten(0, 1)[:, None]
+        rows, places = (x.to(resid.device) for x in (batch.target_row, batch.keep[batch.target_keep]))
+        final = resid[:, rows, places].flatten(0, 1)[:, None]
         logits = model.unembed(model.ln_final(final))  # type: ignore[attr-defined]
         return logits.view(len(settings), len(batch.target_row), -1)
 
@@ -201,11 +202,6 @@ def _edited(
             changed = fn(resid, hook=model.hook_dict[name])  # type: ignore[attr-defined]
             resid = resid if changed is None else changed
     return resid
-
-
-def _full_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks) -> Float[Tensor, "target vocab"]:
-    logits = forward_logits(model, batch.ids, batch.attention_mask, batch.keep, fwd_hooks)
-    return logits[batch.target_row, batch.target_keep]
 
 
 def _continue(
