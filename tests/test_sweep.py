@@ -73,7 +73,8 @@ def test_restart_naive_and_hugging_face_agree(
     tokenized = gr.tokenize_pairs(model, pairs)
     base = [float(a - b) for a, b in (pair_logprobs(hf, t) for t in tokenized)]
     assert len(found) == 2 * len(LAYERS) * len(ALPHAS) * len(pairs)
-    for (name, _, layer, alpha), group in found.groupby(COLUMNS):
+    groups: Any = found.groupby(COLUMNS)
+    for (name, _, layer, alpha), group in groups:
         wanted = by_hand(hf, tokenized, named[name], alpha, layer)
         naive = gr.score_pairs(model, tokenized, named[name].hooks(alpha, [layer])).double()
         np.testing.assert_allclose(group["margin"], wanted, atol=ATOL, rtol=0)
@@ -144,7 +145,8 @@ def test_columns_of_a_pair_by_hand(bridge: Any, hf: Any, pairs: list[gr.Preferen
     vectors, layer, alpha = vectors_of(), 2, -0.4
     found, _ = gr.sweep_records(bridge, vectors, pairs, layers=[layer], alphas=[alpha], progress=False)
     step = alpha * vectors.resid_norms[layer] * vectors.directions[layer]
-    for row, t in zip(found.itertuples(), gr.tokenize_pairs(bridge, pairs), strict=True):
+    rows: Any = found.itertuples()
+    for row, t in zip(rows, gr.tokenize_pairs(bridge, pairs), strict=True):
         with torch.no_grad():
             base = torch.stack(pair_logprobs(hf, t))[:, 0].double()
             token_base = torch.stack(pair_logprobs(hf, t, "mean"))[:, 0].double()
@@ -166,7 +168,8 @@ def test_questions_with_several_answers(bridge: Any, hf: Any, questions: list[gr
     settings = grid({"v": vectors}, [layer], [alpha])
     found = gr.record_effects(bridge, questions, settings)
     step = alpha * vectors.resid_norms[layer] * vectors.directions[layer]
-    for row, item in zip(found.itertuples(), questions, strict=True):
+    rows: Any = found.itertuples()
+    for row, item in zip(rows, questions, strict=True):
         prompt = bridge.tokenizer(item.prompt)["input_ids"]
         answers = [bridge.tokenizer(c)["input_ids"] for c in item.choices]
         with torch.no_grad(), edited(hf, layer, lambda act: steered(act, step, renorm=True)):
@@ -287,11 +290,15 @@ def the_sweep(model: Any, checkpoint: Any, **changed: Any) -> tuple[pd.DataFrame
     records = [
         gr.PreferencePair(f"the {a} film was {b} and", f" {a}", f" {b} but cold") for a in words for b in words[:2]
     ]
-    options = {"alphas": [-0.2, -0.1, 0.1, 0.2, 0.4], "positions": ["all", "last"], "max_tokens": 40} | changed
+    options: dict[str, Any] = {
+        "alphas": [-0.2, -0.1, 0.1, 0.2, 0.4],
+        "positions": ["all", "last"],
+        "max_tokens": 40,
+    } | changed
     texts = ["the film was good", "we hated it . it was very bad"]
     named = {"a": vectors_of(0), "b": vectors_of(1)}
     return gr.sweep_records(
-        model, named, [r for r in records if r.chosen.strip() not in r.rejected], neutral=texts, progress=False,
+        model, named, [r for r in records if str(r.chosen).strip() not in r.rejected], neutral=texts, progress=False,
         checkpoint=checkpoint, **options,
     )  # fmt: skip
 
@@ -366,7 +373,8 @@ def test_a_larger_grid_computes_what_is_new(bridge: Any, tmp_path: Path) -> None
 
 
 def test_other_settings_are_not_mixed_up(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
-    path, options = tmp_path / "c.jsonl", {"alphas": [0.2], "progress": False}
+    path = tmp_path / "c.jsonl"
+    options: dict[str, Any] = {"alphas": [0.2], "progress": False}
     gr.sweep(bridge, vectors_of(0), pairs, checkpoint=path, **options)
     for change in ({"vectors": vectors_of(1)}, {"operator": "add"}, {"objective": "mean"}, {"positions": "last"}):
         changed: dict[str, Any] = {"vectors": vectors_of(0), **options, **change}
