@@ -22,7 +22,7 @@ import grains_tl as gr
 from grains_tl.checkpoint import open_checkpoint
 from grains_tl.choices import binary_accuracy, mc1, mc2, score_choices
 from grains_tl.evaluate import Setting, run_settings
-from grains_tl.scoring import batch_logprobs, prepare_restart, score_batches
+from grains_tl.scoring import batch_logprobs, prepare_restart, restart_logprobs, score_batches
 from grains_tl.sweep import counted_token_layers, grid
 
 ATOL = 1e-4  # nats; the promise of the sweep
@@ -91,10 +91,12 @@ def test_several_settings_in_one_pass(architecture: str, pairs: list[gr.Preferen
     tokenized = gr.tokenize_pairs(model, pairs)
     vectors = vectors_of()
     (_, batch), *_ = score_batches(model, tokenized)
-    assert prepare_restart(model, batch, [1], copies=True).tiles
+    restart = prepare_restart(model, batch, [1], copies=True)
+    assert restart.tiles
+    assert restart.packing is not None
     with counted_token_layers(model) as count:
         found = dict(run_settings(model, batch, grid({"v": vectors}, [1], [0.1, 0.2, 0.4]), max_tokens=10_000))
-    assert count[-1] == 3 * batch.ids.numel()
+    assert count[-1] == 3 * restart.packing.row.numel()
     for i, alpha in enumerate([0.1, 0.2, 0.4]):
         wanted = by_hand(hf, gr.tokenize_pairs(model, pairs), vectors, alpha, 1)
         order = next(iter(score_batches(model, tokenized)))[0]
@@ -113,6 +115,56 @@ def test_a_block_argument_that_cannot_be_copied(bridge: Any, pairs: list[gr.Pref
     for i, logprobs in run_settings(bridge, batch, settings, max_tokens=10_000):
         hooks: Any = [] if i is None else settings[i].hooks
         torch.testing.assert_close(logprobs, batch_logprobs(bridge, batch, hooks), atol=ATOL, rtol=0)
+
+
+LONG = ("the film was very good and the room was warm and", " we liked it . yes", " they hated this hotel")
+
+
+@pytest.mark.parametrize("n_records", [1, 3])  # without and with padding, which blocks are told differently
+def test_responses_share_their_prompt(bridge: Any, hf: Any, n_records: int) -> None:
+    """Two long responses in one row: fewer tokens, the same numbers as apart; also in several copies and in scopes."""
+    rows = [LONG, (LONG[0] + " one two", " yes we liked the soup", " no"), ("it was", " cold soup", " warm soup")][
+        :n_records
+    ]
+    pairs = [gr.PreferencePair(*r) for r in rows]  # type: ignore[arg-type]
+    tokenized, vectors = gr.tokenize_pairs(bridge, pairs), vectors_of()
+    ((_, batch),) = score_batches(bridge, tokenized)
+    restart = prepare_restart(bridge, batch, [0], copies=True)
+    assert restart.packing is not None
+    assert restart.tiles
+    with counted_token_layers(bridge) as count:
+        for _ in run_settings(bridge, batch, grid({"v": vectors}, [1], [0.1, 0.2]), max_tokens=10_000):
+            pass
+    assert count[-1] == 2 * restart.packing.row.numel() < 2 * 0.9 * batch.ids.numel()
+    for positions in ("all", "prompt", "generated", "last"):
+        found = gr.record_effects(bridge, pairs, grid({"v": vectors}, [0, 1], [-0.4, 0.4], positions=positions))  # type: ignore[arg-type]
+        for (layer, alpha), group in found.groupby(["layer", "alpha"]):  # type: ignore[misc]
+            wanted = gr.score_pairs(
+                bridge,
+                tokenized,
+                lambda b, a=alpha, i=layer, p=positions: vectors.hooks(a, [i], positions=p, prompt_len=b.prompt_len),  # type: ignore[misc]
+            )
+            np.testing.assert_allclose(group["margin"], wanted[:, 0] - wanted[:, 1], atol=ATOL, rtol=0)
+            if positions == "all":
+                np.testing.assert_allclose(
+                    group["margin"], by_hand(hf, tokenized, vectors, alpha, layer), atol=ATOL, rtol=0
+                )
+
+
+def test_hooks_that_tell_rows_apart_are_not_packed(bridge: Any) -> None:
+    """A hook may steer the prompt of one response only: then the prompt is not shared."""
+    tokenized = gr.tokenize_pairs(bridge, [gr.PreferencePair(*LONG)])
+    ((_, batch),) = score_batches(bridge, tokenized)
+    restart = prepare_restart(bridge, batch, [0])
+    assert restart.packing is not None
+    mask = torch.zeros(2, batch.ids.shape[1], dtype=torch.bool)
+    mask[0] = True
+    hooks = vectors_of().hooks(0.4, [0], positions=mask)
+    found = restart_logprobs(bridge, restart, 0, hooks)
+    torch.testing.assert_close(found, batch_logprobs(bridge, batch, hooks), atol=ATOL, rtol=0)
+    everywhere = batch_logprobs(bridge, batch, vectors_of().hooks(0.4, [0]))
+    torch.testing.assert_close(found[0, 0], everywhere[0, 0], atol=ATOL, rtol=0)
+    assert abs(found[0, 1] - everywhere[0, 1]) > 0.01
 
 
 @pytest.mark.parametrize("positions", ["prompt", "generated", "last"])
