@@ -21,6 +21,7 @@ from oracles import block, edited, n_blocks, pair_logprobs, response_logprobs, s
 import grains_tl as gr
 from grains_tl.checkpoint import open_checkpoint
 from grains_tl.choices import binary_accuracy, mc1, mc2, score_choices
+from grains_tl.effects import record_id
 from grains_tl.evaluate import Setting, run_settings
 from grains_tl.scoring import batch_logprobs, prepare_restart, restart_logprobs, score_batches
 from grains_tl.sweep import counted_token_layers, grid
@@ -138,7 +139,8 @@ def test_responses_share_their_prompt(bridge: Any, hf: Any, n_records: int) -> N
     assert count[-1] == 2 * restart.packing.row.numel() < 2 * 0.9 * batch.ids.numel()
     for positions in ("all", "prompt", "generated", "last"):
         found = gr.record_effects(bridge, pairs, grid({"v": vectors}, [0, 1], [-0.4, 0.4], positions=positions))  # type: ignore[arg-type]
-        for (layer, alpha), group in found.groupby(["layer", "alpha"]):  # type: ignore[misc]
+        groups: Any = found.groupby(["layer", "alpha"])
+        for (layer, alpha), group in groups:
             wanted = gr.score_pairs(
                 bridge,
                 tokenized,
@@ -447,6 +449,14 @@ def test_the_same_record_twice(bridge: Any, pairs: list[gr.PreferencePair], tmp_
         )
         one, twin = (frame.query("record == @i")["change"].tolist() for i in (0, 2))
         assert one == twin
+
+
+def test_the_image_is_part_of_a_record() -> None:
+    """Two pictures under the same words are two records, one picture in two forms is one."""
+    one, other = np.zeros((4, 4, 3), dtype=np.uint8), np.full((4, 4, 3), 9, dtype=np.uint8)
+    ids = [record_id(gr.PreferencePair("this is", " a film", " a hotel", image=i)) for i in (None, one, [one], other)]
+    assert ids[1] == ids[2]
+    assert len(set(ids)) == 3
 
 
 def test_files_that_are_no_checkpoint_are_refused(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
