@@ -101,8 +101,8 @@ def text_costs(
                 for k, values in _measured(model, batch, [settings[k] for k in wanted], budget):
                     setting, of_texts = settings[wanted[k]], keys[wanted[k]]
                     about = {name: getattr(setting, name) for name in [*SETTING, "draw"]}
-                    new = [(place, i) for place, i in enumerate(group) if of_texts[i] not in store.rows]
-                    store.append([(of_texts[i], values[place].tolist(), {**about, "text": i}) for place, i in new])
+                    new = {of_texts[i]: (place, i) for place, i in enumerate(group) if of_texts[i] not in store.rows}
+                    store.append([(key, values[p].tolist(), {**about, "text": i}) for key, (p, i) in new.items()])
                     bar.update(len(group))
     table = [
         {

@@ -109,8 +109,10 @@ def record_effects(
                 if row == 0:
                     _require_numbers(values)
                 about = {"vector": BASE} if row == 0 else _about(settings[row - 1])
-                new = [i for i in group if keys[row][i] not in store.rows]
-                store.append([(keys[row][i], values[i], {**about, "record": i}) for i in new])
+                new = {
+                    keys[row][i]: i for i in group if keys[row][i] not in store.rows
+                }  # a record may stand there twice
+                store.append([(key, values[i], {**about, "record": i}) for key, i in new.items()])
                 bar.update(len(group) if row else 0)
     # [record][1 + setting, response]; row 0 is the unsteered model
     found = [np.array([store.rows[of_records[i]] for of_records in keys]) for i in range(len(given))]

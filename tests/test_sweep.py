@@ -443,12 +443,20 @@ def test_other_settings_are_not_mixed_up(bridge: Any, pairs: list[gr.PreferenceP
 
 
 def test_the_same_record_twice(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
-    for checkpoint in (None, tmp_path / "c.jsonl"):
-        frame, _ = gr.sweep_records(
-            bridge, vectors_of(), [pairs[0], pairs[1], pairs[0]], max_tokens=1, progress=False, checkpoint=checkpoint
-        )
-        one, twin = (frame.query("record == @i")["change"].tolist() for i in (0, 2))
-        assert one == twin
+    for max_tokens in (1, 4000):  # in batches of their own, and in one
+        path = tmp_path / f"{max_tokens}.jsonl"
+        for checkpoint in (None, path):
+            frame, _ = gr.sweep_records(
+                bridge,
+                vectors_of(),
+                [pairs[0], pairs[1], pairs[0]],
+                max_tokens=max_tokens,
+                progress=False,
+                checkpoint=checkpoint,
+            )
+            one, twin = (frame.query("record == @i")["change"].tolist() for i in (0, 2))
+            assert one == twin
+        assert len(keys_of(path)) == len(set(keys_of(path))) == 2 * (2 * len(LAYERS) + 1)
 
 
 def test_the_image_is_part_of_a_record() -> None:
