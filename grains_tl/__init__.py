@@ -26,9 +26,10 @@ from grains_tl.controls import (
     random_token_differences,
     shuffled_label_vectors,
 )
-from grains_tl.costs import generation_quality, letters, neutral_texts, retention, text_costs, text_quality
+from grains_tl.costs import letters, neutral_texts, retention, text_costs
 from grains_tl.data import load_bundled, load_pairs
 from grains_tl.effects import record_effects, two_sided
+from grains_tl.equal_cost import effect_at_kl
 from grains_tl.evaluate import Setting, measure, next_token_kl
 from grains_tl.faithfulness import compare_attributions
 from grains_tl.generation import generate
@@ -45,12 +46,13 @@ from grains_tl.plotting import (
     plot_tokens,
     show_tokens,
 )
+from grains_tl.quality import generation_quality, text_quality
 from grains_tl.readers import Benchmark, load_benchmark
 from grains_tl.responses import response_logprobs
 from grains_tl.scoring import score_pairs
 from grains_tl.selfcheck import check_model
 from grains_tl.steering import steer_hook
-from grains_tl.summary import effect_at_kl, summarize
+from grains_tl.summary import summarize
 from grains_tl.sweep import grid, sweep, sweep_records
 from grains_tl.tokens import TokenizedPair, TokenRules, token_rules, tokenize_pairs
 from grains_tl.types import Attribution, PreferencePair
