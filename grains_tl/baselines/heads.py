@@ -31,7 +31,8 @@ class HeadVectors:
         heads: (layer, head) of each row.
         directions: ``[head, d_head]``, unit length; +alpha pushes towards chosen.
         sigmas: ``[head]`` standard deviation of the building records' activations along the direction, ITI's unit.
-        writes: ``[head, d_model]`` what a unit step at the head adds to the residual stream (direction times W_O).
+        writes: ``[head, d_model]`` what a unit step at the head adds to the attention output (direction times W_O); where no
+            norm follows it, to the residual stream.
         resid_norm: typical residual norm after the highest steered layer, the unit of ``alpha``.
         accuracies: ``[head]`` cross-validated accuracy of the probe, records kept together.
     """
