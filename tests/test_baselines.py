@@ -232,7 +232,7 @@ def test_differences_must_fit(bridge: Any, pairs: list[gr.PreferencePair]) -> No
 
 
 def output_projection(hf: Any, layer: int) -> Any:
-    module = block(hf, layer)
+    module: Any = block(hf, layer)
     return module.self_attn.o_proj if hasattr(module, "self_attn") else module.attn.c_proj
 
 
@@ -347,11 +347,12 @@ def test_alpha_zero_of_heads_changes_no_bit(model: Any, pairs: list[gr.Preferenc
 
 
 def test_refused_heads(bridge: Any, pairs: list[gr.PreferencePair], unchecked: None) -> None:
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"n_heads": 5}, "have 4 heads"),
         ({"direction": "pca"}, "'mean_shift' or 'probe'"),
         ({"layers": [7]}, "do not exist"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(ValueError, match=message):
             gr.head_vectors(bridge, pairs, **{"layers": [1], **options})
     with pytest.raises(ValueError, match="at least 2 records"):
