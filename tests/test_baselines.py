@@ -303,7 +303,7 @@ def test_heads_are_read_and_moved_as_in_hugging_face(
 def test_heads_see_the_images() -> None:
     """LLaVA: head outputs as in the plain model that is given ids and pixel values."""
     pytest.importorskip("PIL")
-    family = next(f for f in FAMILIES if f.name == "llava")
+    family = next(f for f in FAMILIES if f.name == "LLaVA")
     model, hf = vision_bridge(family), build(family)
     pairs = [
         gr.PreferencePair(prompt="question : what is this ?", chosen=" cat", rejected=" big dog", image=picture(i))
