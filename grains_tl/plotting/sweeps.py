@@ -233,20 +233,16 @@ def plot_token_logprobs(frame: pd.DataFrame, *, width: float = 8.0) -> Any:
     Raises:
         ValueError: missing columns or no rows.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
     rows = numbers(frame, "token", ("before", "after"))
     change = rows.after - rows.before
     top = largest([v for v in change if math.isfinite(v)])
     lowest = min([v for v in (*rows.before, *rows.after) if math.isfinite(v)], default=0.0) or -1.0
-    paint = {
-        "change": ScalarMappable(
-            Normalize(-top, top), LinearSegmentedColormap.from_list("c", [REJECTED, "white", CHOSEN])
-        ),
-        "log p": ScalarMappable(Normalize(lowest, 0.0), LinearSegmentedColormap.from_list("p", ["#8C8C8C", "white"])),
-    }
+    changes = LinearSegmentedColormap.from_list("change", [REJECTED, "white", CHOSEN])
+    greys = LinearSegmentedColormap.from_list("log p", ["#8C8C8C", "white"])
+    paint = {"change": lambda v: changes(0.5 + 0.5 * v / top), "log p": lambda v: greys(1 - v / lowest)}
     strips: list[tuple[str, Sequence[float], str]] = [
         ("before", list(rows.before), "log p"),
         ("after", list(rows.after), "log p"),
@@ -278,7 +274,7 @@ def plot_token_logprobs(frame: pd.DataFrame, *, width: float = 8.0) -> Any:
             ax.text(x + box / 2, y + cell / 2, word, ha="center", va="center_baseline", parse_math=False)
             for row, (_, values, kind) in enumerate(strips, start=1):
                 finite = math.isfinite(values[i])
-                face = paint[kind].to_rgba(values[i]) if finite else (0.93, 0.93, 0.93, 1.0)
+                face = paint[kind](values[i]) if finite else (0.93, 0.93, 0.93, 1.0)
                 dark = 0.2126 * face[0] + 0.7152 * face[1] + 0.0722 * face[2] < 0.45
                 ax.add_patch(Rectangle((x, y + row * cell), box, cell, fc=face, ec="#CCCCCC", lw=0.6))
                 ink = "white" if dark else "black"
@@ -300,7 +296,10 @@ def _one_vector(frame: pd.DataFrame) -> str:
 def _no_repeats(frame: pd.DataFrame, columns: list[str]) -> None:
     twice = frame[frame.duplicated(columns)]
     if len(twice):
-        place = ", ".join(f"{column} {twice.iloc[0][column]!r}" for column in columns)
+        values = [(column, twice.iloc[0][column]) for column in columns]
+        place = ", ".join(
+            f"{name} {value!r}" if isinstance(value, str) else f"{name} {value:g}" for name, value in values
+        )
         raise ValueError(f"several rows for {place}; give one row for each")
 
 
