@@ -42,8 +42,8 @@ def plot_heatmap(
     """One vector's effect over layers and alphas: blue above 0, red below, white at 0.
 
     Args:
-        frame: columns ``layer``, ``alpha`` and ``value``, one row per cell; a cell that is missing or NaN is hatched.
-            Where there is a column ``vector``, it holds one name.
+        frame: columns ``layer``, ``alpha`` and ``value``, one row per cell, as ``sweep`` makes them; a cell that is missing
+            or NaN is hatched. Where there is a column ``vector`` or ``positions``, it holds one name.
         chosen: ``(layer, alpha)`` of the cell to mark.
         value: the column to colour by.
         label: what it is, with its unit.
@@ -111,7 +111,8 @@ def plot_cost(frame: pd.DataFrame, *, scale: Literal["linear", "log"] = "linear"
 
     Args:
         frame: columns ``vector``, ``layer``, ``alpha``, ``effect``, ``effect_se``, ``kl`` and ``kl_se`` (nats), one row
-            per vector, layer and alpha. A row whose effect or KL is NaN is left out.
+            per vector, layer and alpha (and ``positions``, where there is such a column), as ``summarize`` makes them.
+            A row whose effect or KL is NaN is left out.
         scale: of the KL axis; ``"log"`` leaves out rows with a KL of 0.
 
     Returns:
@@ -125,6 +126,8 @@ def plot_cost(frame: pd.DataFrame, *, scale: Literal["linear", "log"] = "linear"
         raise ValueError(f"scale={scale!r}; it is 'linear' or 'log'")
     columns = ("layer", "alpha", "effect", "effect_se", "kl", "kl_se")
     points = numbers(frame, "vector", columns)
+    if "positions" in frame.columns and frame["positions"].nunique() > 1:
+        points["vector"] += [f", {scope}" for scope in frame["positions"]]
     _no_repeats(points, ["vector", "layer", "alpha"])
     points = points[points.effect.notna() & points.kl.notna() & points.alpha.notna()]
     points = points[points.kl > 0] if scale == "log" else points
@@ -168,7 +171,8 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
 
     Args:
         frame: columns ``record`` (a name or number) and ``change`` (nats), one row per record; a NaN is left out and
-            counted in the title. Where there is a column ``vector``, it holds one name.
+            counted in the title. It is one setting of ``record_effects``: columns ``vector``, ``positions``, ``layer``
+            and ``alpha``, where there are any, hold one value.
         label: what ``change`` is, with its unit.
 
     Returns:
@@ -180,6 +184,8 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
     from matplotlib.ticker import MaxNLocator
 
     vector = _one_vector(frame)
+    for column in ("layer", "alpha"):
+        _one(frame, column)
     rows = numbers(frame, "record", ("change",))
     _no_repeats(rows, ["record"])
     missing = int(rows.change.isna().sum())
@@ -284,13 +290,21 @@ def plot_token_logprobs(frame: pd.DataFrame, *, width: float = 8.0) -> Any:
 
 
 def _one_vector(frame: pd.DataFrame) -> str:
-    """The name in the column ``vector``, empty without one (ValueError for several)."""
-    found = list(dict.fromkeys(frame["vector"].astype(str))) if "vector" in frame.columns else []
+    """The name in the column ``vector``, empty without one (ValueError for several vectors or scopes)."""
+    _one(frame, "positions")
+    return _one(frame, "vector")
+
+
+def _one(frame: pd.DataFrame, column: str) -> str:
+    """The only value of a column, empty without the column."""
+    found = list(dict.fromkeys(frame[column])) if column in frame.columns else []
     if len(found) > 1:
+        shown = ", ".join(str(value) for value in found[:4])
+        only = found[0] if isinstance(found[0], str) else float(found[0])
         raise ValueError(
-            f"the table holds {len(found)} vectors {found[:4]}; plot one: frame[frame.vector == {found[0]!r}]"
+            f"the table holds {len(found)} values of {column!r} ({shown}); plot one: frame[frame.{column} == {only!r}]"
         )
-    return found[0] if found else ""
+    return str(found[0]) if found else ""
 
 
 def _no_repeats(frame: pd.DataFrame, columns: list[str]) -> None:
