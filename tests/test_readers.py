@@ -277,4 +277,6 @@ def test_real_anthropic_sets() -> None:
         pairs = gr.load_benchmark("anthropic", path).pairs
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         expected = [(row["answer_matching_behavior"], row["answer_not_matching_behavior"]) for row in rows]
-        assert [(p.chosen.strip(), p.rejected.strip()) for p in pairs] == [(a.strip(), b.strip()) for a, b in expected]
+        assert [(str(p.chosen).strip(), str(p.rejected).strip()) for p in pairs] == [
+            (a.strip(), b.strip()) for a, b in expected
+        ]
