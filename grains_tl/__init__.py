@@ -31,6 +31,7 @@ from grains_tl.data import load_bundled, load_pairs
 from grains_tl.effects import record_effects, two_sided
 from grains_tl.equal_cost import effect_at_kl
 from grains_tl.evaluate import Setting, measure, next_token_kl
+from grains_tl.export import export_gguf, export_hf, vllm_interventions
 from grains_tl.faithfulness import compare_attributions
 from grains_tl.generation import generate
 from grains_tl.masking import Selection, mask_hook, select_tokens
@@ -90,6 +91,8 @@ __all__ = [
     "compare_attributions",
     "compare_with_controls",
     "effect_at_kl",
+    "export_gguf",
+    "export_hf",
     "generate",
     "generation_quality",
     "grid",
@@ -140,5 +143,6 @@ __all__ = [
     "token_rules",
     "tokenize_pairs",
     "two_sided",
+    "vllm_interventions",
     "with_system_prompt",
 ]
