@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TL_MAJOR
 from torch import Tensor
 from vision_families import FAMILIES, LAYERS, Family, bridge, build, picture
 
@@ -23,13 +24,17 @@ from grains_tl.replacements import prompt_embeddings
 PROMPT = "question : what is this ? answer :"
 CHOSEN, REJECTED = " a cat", " a big dog"
 #: Largest difference from Hugging Face in logits of size 1 to 10. TransformerLens 3.9: see docs/vision-families.md.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4 if TL_MAJOR >= 4 else 5e-4
+#: Wrong on images in TransformerLens 3.9: logits differ by up to 0.4 from Hugging Face.
+REFUSED = ("Gemma 3",)
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda f: f.name)
 def family(request: pytest.FixtureRequest) -> SimpleNamespace:
     """One family: the bridge, the plain model, its processor and its record."""
     made: Family = request.param
+    if made.name in REFUSED and TL_MAJOR < 4:
+        pytest.skip(f"{made.name} with images is refused on TransformerLens 3, see test_what_runs_wrongly_is_refused")
     pair = gr.PreferencePair(prompt=PROMPT, chosen=CHOSEN, rejected=REJECTED, image=picture(0))
     return SimpleNamespace(
         name=made.name,
@@ -95,6 +100,22 @@ def after_layer(hf: Any, layer: int, step: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@pytest.mark.skipif(TL_MAJOR >= 4, reason="right in TransformerLens 4")
+@pytest.mark.parametrize("made", [f for f in FAMILIES if f.name in REFUSED], ids=lambda f: f.name)
+def test_what_runs_wrongly_is_refused(made: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bridge(made)
+    pair = gr.PreferencePair(prompt=PROMPT, chosen=CHOSEN, rejected=REJECTED, image=picture(0))
+    with pytest.raises(ValueError, match="install TransformerLens 4"):
+        gr.tokenize_pairs(model, [pair])
+    monkeypatch.setattr("grains_tl.images.NEEDS_TL4", ())
+    family = SimpleNamespace(name=made.name, hf=build(made), processor=made.processor())
+    found = gr.score_pairs(model, gr.tokenize_pairs(model, [pair]))[0]
+    with torch.no_grad():
+        wanted = plain_margin(family, pair.image)
+    # should this fail, TransformerLens 3 has been repaired: take the family out of NEEDS_TL4
+    assert abs(float(found[0] - found[1] - wanted)) > 0.01
 
 
 def test_forward_and_margin_equal_hugging_face(family: SimpleNamespace) -> None:

@@ -76,54 +76,68 @@ def plot_image_attribution(attribution: Attribution, image: Any, *, width: float
     """
     panels = _panels(attribution)
     pictures = load_images(image)
-    if len(pictures) != 1 + max(span.image for panel in panels for span in panel):
-        raise ValueError(
-            f"{len(pictures)} image(s) given, the record has {1 + max(s.image for p in panels for s in p)}"
-        )
+    n_images = 1 + max(span.image for panel in panels for span in panel)
+    if len(pictures) != n_images:
+        raise ValueError(f"{len(pictures)} image(s) given, the record has {n_images}")
     scores = finite(attribution.scores)
     top = largest(scores)
-    side, margin, head, foot, gutter = 2.6, 0.2, 0.62, 0.75, 0.3  # inches
-    columns = 1 if len(panels) == 1 else 2
-    rows = math.ceil(len(panels) / columns)
+    margin, head, foot, gutter = 0.2, 0.62, 0.75, 0.3  # inches
+    text = _words_shown(attribution)
     with style():
-        text = [i for i, is_image in enumerate(attribution.is_image.tolist()) if not is_image]
-        words = [visible(attribution.tokens[i]) for i in text]
-        left = margin + columns * (side + gutter)
-        places, n_lines = wrapped(
-            [attribution.tokens[i] for i in text], text_widths(words), max(2.0, width - left - margin)
-        )
-        width = max(width, left + 2.0 + margin)
-        height = head + max(rows * (side + gutter), 0.47 * n_lines) + foot
+        boxes, bottom = _layout([pictures[panel[0].image].size for panel in panels], margin, head, gutter)
+        left = max(x + wide for x, _, wide, _ in boxes) + gutter
+        width = max(width, left + 2.2)
+        tokens = [attribution.tokens[i] for i in text]
+        words = [visible(token) for token in tokens]
+        places, n_lines = wrapped(tokens, text_widths(words), width - left - margin)
+        height = max(bottom, head + 0.47 * n_lines) + foot
         fig = figure(width, height)
         page = fig.add_axes((0, 0, 1, 1))
         page.set(xlim=(0, width), ylim=(height, 0))
         page.axis("off")
         gap = "none" if attribution.gap is None else f"{signed(attribution.gap)} nats"
-        title = f"{shortened(attribution.method, 40)}:  f(x) = {signed(attribution.objective)} nats,  completeness gap {gap}"
+        value = signed(attribution.objective)
+        title = f"{shortened(attribution.method, 40)}:  f(x) = {value} nats,  completeness gap {gap}"
         page.text(margin, 0.25, title, va="center", fontsize=10.5, parse_math=False)
-        marked = _strongest(
-            scores, [p for panel in panels for s in panel for p in s.positions.flatten().tolist()], n_labels
-        )
-        for number, panel in enumerate(panels):
-            x = margin + (number % columns) * (side + gutter)
-            y = head + (number // columns) * (side + gutter)
-            box = (x / width, 1 - (y + side) / height, side / width, side / height)
-            _draw_panel(fig.add_axes(box), panel, pictures[panel[0].image], scores, top, marked)
-            page.text(x, y - 0.1, _panel_title(panel, len(pictures)), va="center", fontsize=8.5, color=GREY)
-        marked = _strongest(scores, text, n_labels)
-        for word, place, i in zip(words, places, text, strict=True):
-            _draw_word(
-                page,
-                word,
-                (left + place[1], head + 0.47 * place[0], place[2]),
-                scores[i],
-                top,
-                i in marked,
-                bool(attribution.content[i]),
-            )
+        patches = [p for panel in panels for span in panel for p in span.positions.flatten().tolist()]
+        marked = _strongest(scores, patches, n_labels) | _strongest(scores, text, n_labels)
+        for panel, (x, y, wide, high) in zip(panels, boxes, strict=True):
+            ax = fig.add_axes((x / width, 1 - (y + high) / height, wide / width, high / height))
+            _draw_panel(ax, panel, pictures[panel[0].image], scores, top, marked)
+            page.text(x, y - 0.1, _panel_title(panel, n_images), va="center", fontsize=8.5, color=GREY)
+        for word, (at, x, wide), i in zip(words, places, text, strict=True):
+            spot = (left + x, head + 0.47 * at, wide)
+            _draw_word(page, word, spot, scores[i], top, marked=i in marked, content=bool(attribution.content[i]))
         _draw_share(page, attribution_share(attribution), left, height - 0.46, width - left - margin)
         _draw_scale(fig, top, margin, height)
     return fig
+
+
+def _words_shown(attribution: Attribution) -> list[int]:
+    """Text tokens, without the markers that stand between image tokens (tile tags, frames)."""
+    images = attribution.is_image.nonzero().flatten().tolist()
+    inside = range(images[0], images[-1]) if images else range(0)
+    kept = ~attribution.is_image & (
+        attribution.content | torch.tensor([i not in inside for i in range(len(attribution.tokens))])
+    )
+    return kept.nonzero().flatten().tolist()
+
+
+def _layout(
+    sizes: Sequence[tuple[int, int]], margin: float, head: float, gutter: float, side: float = 2.6
+) -> tuple[list[tuple[float, float, float, float]], float]:
+    """(x, y, width, height) of every panel in inches, two in a row, and where the last one ends."""
+    columns = 1 if len(sizes) == 1 else 2
+    boxes, y = [], head
+    for start in range(0, len(sizes), columns):
+        row = sizes[start : start + columns]
+        highs = [side * min(1.0, high / wide) for wide, high in row]
+        boxes += [
+            (margin + i * (side + gutter), y, side * min(1.0, wide / high), tall)
+            for i, ((wide, high), tall) in enumerate(zip(row, highs, strict=True))
+        ]
+        y += max(highs) + gutter
+    return boxes, y
 
 
 def _panels(attribution: Attribution) -> list[list[ImageSpan]]:
@@ -159,7 +173,7 @@ def _draw_panel(
     wide, high = picture.size
     # a washed-out picture: its own colours must not be read as scores
     pixels = np.asarray(picture.convert("L").convert("RGB"), dtype=float) / 255
-    ax.imshow(0.35 + 0.65 * pixels, extent=(0, wide, high, 0), interpolation="nearest")
+    ax.imshow(0.5 + 0.5 * pixels, extent=(0, wide, high, 0), interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
@@ -227,10 +241,11 @@ def _draw_scale(fig: Any, top: float, margin: float, height: float) -> None:
     colorbar = fig.colorbar(ScalarMappable(Normalize(-top, top), colours), cax=bar, orientation="horizontal")
     colorbar.set_ticks([-top, 0, top], labels=[signed(-top), "0", signed(top)])
     colorbar.ax.tick_params(labelsize=8)
+    for label, side in zip(colorbar.ax.get_xticklabels(), ("left", "center", "right"), strict=True):
+        label.set_ha(side)
     colorbar.outline.set_linewidth(0.5)
-    fig.text(
-        margin / width, 0.64 / height, "score, nats: blue toward chosen, red toward rejected", fontsize=8, va="center"
-    )
+    note = "nats: blue toward chosen, red toward rejected"
+    fig.text(margin / width, 0.64 / height, note, fontsize=7.5, va="center", color="#333333")
 
 
 def plot_captions(
@@ -268,7 +283,7 @@ def plot_captions(
         for row in range(len(pictures)):
             texts = {name: texts[row].split() for name, texts in captions.items()}
             room = width - side - label - 4 * margin
-            lines = {name: wrapped([f" {w}" for w in words], text_widths(words), room) for name, words in texts.items()}
+            lines = {name: wrapped(words, text_widths(words), room) for name, words in texts.items()}
             drawn.append((texts, lines))
         heights = [max(side, sum(line * n + 0.08 for _, n in lines.values())) + margin for _, lines in drawn]
         height = sum(heights) + 2 * margin + 0.1
