@@ -72,7 +72,7 @@ def caption_hallucination(
     return CaptionScores(
         n=len(captions),
         hallucinating=float(np.mean(absent)),
-        hallucinating_se=standard_error(absent),
+        hallucinating_se=standard_error(np.asarray(absent, dtype=float)),
         absent_mentions=wrong / (right + wrong) if right + wrong else 0.0,
         coverage=float(np.mean(covered)) if covered else math.nan,
         coverage_se=standard_error(covered),
