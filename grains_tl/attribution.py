@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grains_tl.batches import Batch, by_token_budget, scoring_batch
-from grains_tl.masking import Masker, mask_hook, replacement_embedding
-from grains_tl.models import attribution_point, embed_tokens
+from grains_tl.masking import Masker
+from grains_tl.models import attribution_point
 from grains_tl.objectives import Objective, require_objective, token_weights
+from grains_tl.replacements import ImageMasker, Replacements, hide, prompt_embeddings, replacements
 from grains_tl.scoring import MAX_TOKENS, batch_logprobs, score_pairs
 from grains_tl.tokens import TokenizedPair, tokenize_pairs
 from grains_tl.types import Attribution, FwdHooks, HookedModel, PreferencePair
@@ -34,6 +35,7 @@ def attribute(
     baseline: str | Float[Tensor, "d_model"] = "zero",
     objective: Objective = "sum",
     masker: Masker = "mean_embedding",
+    image_masker: ImageMasker = "mean_patch",
     max_tokens: int = MAX_TOKENS,
 ) -> Attribution:
     """Signed scores of the prompt's tokens for one record.
@@ -53,6 +55,8 @@ def attribute(
             vector, at every prompt position.
         objective: ``"sum"``, ``"mean"`` or ``"single"``.
         masker: what replaces the token, for leave-one-out.
+        image_masker: what replaces a patch, for leave-one-out; and what the patches are at x' of integrated gradients
+            with a baseline other than ``"zero"``.
         max_tokens: token budget of one pass.
 
     Returns:
@@ -74,6 +78,7 @@ def attribute(
         baseline=baseline,
         objective=objective,
         masker=masker,
+        image_masker=image_masker,
         max_tokens=max_tokens,
     )[0]
 
@@ -87,6 +92,7 @@ def attribute_all(
     baseline: str | Float[Tensor, "d_model"] = "zero",
     objective: Objective = "sum",
     masker: Masker = "mean_embedding",
+    image_masker: ImageMasker = "mean_patch",
     content_only: bool = False,
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
@@ -95,7 +101,8 @@ def attribute_all(
     """``attribute`` for many tokenized records, in full batches.
 
     Args:
-        model, tokenized, method, n_steps, baseline, objective, masker, max_tokens: as in ``attribute``.
+        model, tokenized, method, n_steps, baseline, objective, masker, image_masker, max_tokens: as in
+            ``attribute``.
         content_only: leave-one-out only: skip special and template tokens; their scores are NaN.
         progress: show a bar.
         on_result: called with (index, attribution) as soon as a record is finished, so that it can be kept.
@@ -112,9 +119,12 @@ def attribute_all(
         for group in by_token_budget([t.longest for t in tokenized], max_tokens, n_rows):
             records = [tokenized[i] for i in group]
             if method == "leave_one_out":
-                found = _leave_one_out(model, records, objective, masker, content_only, max_tokens)
+                found = _leave_one_out(model, records, objective, masker, image_masker, content_only, max_tokens)
             else:
-                found = _gradient_scores(model, records, method, n_steps, baseline, objective, max_tokens)
+                start = _baseline(
+                    model, records, baseline if method == "integrated_gradients" else "zero", image_masker
+                )
+                found = _gradient_scores(model, records, method, n_steps, start, objective, max_tokens)
             for index, attribution in zip(group, found, strict=True):
                 results[index] = attribution
                 if on_result is not None:
@@ -150,7 +160,7 @@ def interpolate_hook(
     model: HookedModel,
     alphas: Float[Tensor, "batch"],
     prompt_mask: Bool[Tensor, "batch pos"],
-    baseline: Float[Tensor, "d_model"],
+    baseline: Float[Tensor, "*position d_model"],
     probe: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> FwdHooks:
     """One hook that moves the prompt's embeddings towards a baseline: ``x' + alpha * (x - x')``.
@@ -159,7 +169,7 @@ def interpolate_hook(
         model: gives the hook point.
         alphas: ``[batch]``, place on the path of every row; 1 is the real input.
         prompt_mask: ``[batch, pos]``, True where to interpolate.
-        baseline: ``[d_model]`` x'.
+        baseline: ``[d_model]`` x', or ``[batch, pos, d_model]`` for one of its own at every position.
         probe: ``[batch, pos, d_model]`` zeros that require gradients; the gradient of anything with respect to it is the
             gradient with respect to the embeddings at that place of the path.
 
@@ -206,19 +216,19 @@ def _gradient_scores(
     records: Sequence[TokenizedPair],
     method: str,
     n_steps: int,
-    baseline: str | Tensor,
+    start: Replacements,
     objective: Objective,
     max_tokens: int,
 ) -> list[Attribution]:
     is_ig = method == "integrated_gradients"
     nodes, weights = path_nodes(n_steps) if is_ig else (torch.ones(1), torch.ones(1))
-    start = replacement_embedding(model, baseline if is_ig else "zero") if isinstance(baseline, str) else baseline
     mean_grad = [torch.zeros(len(r.prompt), int(model.cfg.d_model)) for r in records]
     real = torch.zeros(len(records))
     runs = [(r, s) for r in range(len(records)) for s in range(len(nodes))]
     for part, batch in _batches(model, records, runs, objective, max_tokens):
         alphas = nodes[[s for _, s in part]].to(batch.ids.device)
-        values, grads = _prompt_gradients(model, batch, alphas, start)
+        owner = [part[run][0] for run in batch.record.tolist()]
+        values, grads = _prompt_gradients(model, batch, alphas, start.rows(owner, batch.offset, batch.ids))
         for row, run in enumerate(batch.record.tolist()):
             record, step = part[run]
             begin = int(batch.offset[row])
@@ -228,7 +238,7 @@ def _gradient_scores(
                 real[record] = values[run]
     if not is_ig:
         return [
-            _result(model, r, g, torch.zeros(()), method, real[i].item(), None)
+            _result(model, r, g, start.of(i), method, real[i].item(), None)
             for i, (r, g) in enumerate(zip(records, mean_grad, strict=True))
         ]
     ends = torch.zeros(2, len(records))
@@ -237,18 +247,29 @@ def _gradient_scores(
             model, records, [(r, e) for r in range(len(records)) for e in (0, 1)], objective, max_tokens
         ):
             alphas = torch.tensor([float(e) for _, e in part], device=batch.ids.device)[batch.record]
-            hooks = interpolate_hook(model, alphas, batch.prompt_mask(), start)
+            owner = [part[run][0] for run in batch.record.tolist()]
+            there = start.rows(owner, batch.offset, batch.ids)
+            hooks = interpolate_hook(model, alphas, batch.prompt_mask(), there)
             logprobs = batch_logprobs(model, batch, hooks)
             for run, (record, end) in enumerate(part):
                 ends[end, record] = logprobs[run, 0] - logprobs[run, 1]
     return [
-        _result(model, r, g, start.cpu(), method, ends[1, i].item(), ends[0, i].item())
+        _result(model, r, g, start.of(i), method, ends[1, i].item(), ends[0, i].item())
         for i, (r, g) in enumerate(zip(records, mean_grad, strict=True))
     ]
 
 
+def _baseline(
+    model: HookedModel, records: Sequence[TokenizedPair], baseline: str | Tensor, image_masker: ImageMasker
+) -> Replacements:
+    """x' of every record: one vector, and with an image a stand-in of its own at every patch."""
+    if isinstance(baseline, str):
+        return replacements(model, records, baseline, "zero" if baseline == "zero" else image_masker)
+    return Replacements(baseline, (None,) * len(records), (None,) * len(records), ((),) * len(records))
+
+
 def _prompt_gradients(
-    model: HookedModel, batch: Batch, alphas: Float[Tensor, "run"], start: Float[Tensor, "d_model"]
+    model: HookedModel, batch: Batch, alphas: Float[Tensor, "run"], start: Float[Tensor, "*position d_model"]
 ) -> tuple[Float[Tensor, "run"], Float[Tensor, "batch pos d_model"]]:
     shape = (*batch.ids.shape, int(model.cfg.d_model))
     probe = torch.zeros(shape, device=batch.ids.device, requires_grad=True)
@@ -278,8 +299,7 @@ def _result(
     value: float,
     baseline_value: float | None,
 ) -> Attribution:
-    ids = torch.tensor([record.prompt], device=next(model.parameters()).device)  # type: ignore[attr-defined]
-    scores = ((embed_tokens(model, ids)[0].float().cpu() - start) * mean_grad).sum(-1)
+    scores = ((prompt_embeddings(model, record) - start) * mean_grad).sum(-1)
     gap = None if baseline_value is None else float(scores.sum()) - (value - baseline_value)
     return _attribution(record, scores, method, value, baseline_value, gap)
 
@@ -289,10 +309,11 @@ def _leave_one_out(
     records: Sequence[TokenizedPair],
     objective: Objective,
     masker: Masker,
+    image_masker: ImageMasker,
     content_only: bool,
     max_tokens: int,
 ) -> list[Attribution]:
-    replacement = None if masker == "attention" else replacement_embedding(model, masker)
+    stand_ins = None if masker == "attention" else replacements(model, records, masker, image_masker)
     base = score_pairs(model, records, objective=objective, max_tokens=max_tokens)
     _require_finite(base, "the log-likelihood")
     values = base[:, 0] - base[:, 1]
@@ -300,8 +321,10 @@ def _leave_one_out(
     runs = [(i, p) for i, r in enumerate(records) for p in range(len(r.prompt)) if r.content[p] or not content_only]
     with torch.no_grad():
         for part, batch in _batches(model, records, runs, objective, max_tokens):
-            masked = batch.scatter_prompt([[p == q for q in range(len(records[r].prompt))] for r, p in part])
-            logprobs = batch_logprobs(model, batch, mask_hook(model, masked, masker, replacement)).cpu()
+            rows = [part[run] for run in batch.record.tolist()]
+            owner, masked = [r for r, _ in rows], [[p] for _, p in rows]
+            hooks = hide(model, stand_ins, owner, masked, offset=batch.offset, like=batch.ids)
+            logprobs = batch_logprobs(model, batch, hooks).cpu()
             for run, (record, position) in enumerate(part):
                 scores[record][position] = values[record] - (logprobs[run, 0] - logprobs[run, 1])
     return [
@@ -317,9 +340,10 @@ def _attribution(
         scores=scores,
         tokens=list(record.strings),
         content=torch.tensor(record.content),
-        is_image=torch.zeros(len(record.prompt), dtype=torch.bool),
+        is_image=torch.tensor(record.is_image),
         gap=gap,
         objective=value,
         baseline_objective=baseline_value,
         method=method,
+        spans=() if record.images is None else record.images.spans,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from grains_tl.images import ImageInputs, collate_images
 from grains_tl.models import device_of
 from grains_tl.objectives import Objective, token_weights
 from grains_tl.tokens import TokenizedPair, token_rules
@@ -32,6 +33,7 @@ class Batch:
         target_row, target_keep, target_id, target_weight, target_slot: one entry per scored response token: its row,
             its place in ``keep``, its id, its weight in the objective, and ``2 * record + (0 chosen | 1 rejected)``.
         n_records: number of records in the batch.
+        inputs: what else the model is called with: the images of all rows, empty without any.
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -46,6 +48,7 @@ class Batch:
     target_weight: Float[Tensor, "target"]
     target_slot: Int[Tensor, "target"]
     n_records: int
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def prompt_mask(self) -> Bool[Tensor, "batch pos"]:
         """True at the prompt's tokens."""
@@ -107,7 +110,18 @@ def scoring_batch(
         target_weight=weight_.to(device),
         target_slot=slot.to(device),
         n_records=len(tokenized),
+        inputs=image_inputs(model, [tokenized[o].images for o in owner], ids, offset),
     )
+
+
+def image_inputs(
+    model: HookedModel,
+    images: Sequence[ImageInputs | None],
+    ids: Int[Tensor, "batch pos"],
+    offset: Int[Tensor, "batch"],
+) -> dict[str, Tensor]:
+    """What the model is called with besides ids and mask: the images of each row (``collate_images``)."""
+    return collate_images(images, offset, ids, next(model.parameters()).dtype)  # type: ignore[attr-defined]
 
 
 def pad_rows(

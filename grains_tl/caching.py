@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grains_tl.batches import by_token_budget, pad_rows
-from grains_tl.masking import Masker, Selection, mask_hook, replacement_embedding
+from grains_tl.batches import by_token_budget, image_inputs, pad_rows
+from grains_tl.masking import Masker, Selection
 from grains_tl.models import hooked, require_layers, resid_post, run_blocks
+from grains_tl.replacements import ImageMasker, Replacements, hide, replacements
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
@@ -85,6 +86,7 @@ def read_out(
     *,
     layers: Sequence[int],
     masker: Masker = "mean_embedding",
+    image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
     norms: list[Float[Tensor, "layer token"]] | None = None,
     max_tokens: int = MAX_TOKENS,
@@ -97,6 +99,7 @@ def read_out(
         masked: for every record the prompt positions to take out; ``None`` or empty for none.
         layers: which layers to keep.
         masker: how tokens are taken out.
+        image_masker: what stands in for a patch (with the masker ``"attention"`` patches are knocked out too).
         readout: where to read.
         norms: a list that receives the residual norms of the content tokens, ``[layer, token]`` per batch.
         max_tokens: token budget of one pass.
@@ -105,13 +108,16 @@ def read_out(
     check_readout(readout)
     masked = [()] * len(tokenized) if masked is None else masked
     owner, rows = zip(*((i, row) for i, t in enumerate(tokenized) for row in _rows(t, readout)), strict=True)
+    needed = masker != "attention" and any(masked)
+    stand_ins = replacements(model, tokenized, masker, image_masker) if needed else None
     found = _run_rows(
         model,
         rows,
         [masked[i] for i in owner],
-        [tokenized[i].content for i in owner],
+        [tokenized[i] for i in owner],
+        owner=owner,
+        stand_ins=stand_ins,
         layers=require_layers(model, layers),
-        masker=masker,
         norms=norms,
         max_tokens=max_tokens,
         progress=progress,
@@ -131,14 +137,14 @@ def read_out_responses(
 ) -> Float[Tensor, "record 2 layer d_model"]:
     """Residuals at the last token of prompt + chosen (0) and prompt + rejected (1), as CAA reads them."""
     rows = [row for t in tokenized for row in _rows(t, "response_end")]
-    contents = [t.content for t in tokenized for _ in range(2)]
     found = _run_rows(
         model,
         rows,
         [()] * len(rows),
-        contents,
+        [t for t in tokenized for _ in range(2)],
+        owner=range(len(rows)),
+        stand_ins=None,
         layers=require_layers(model, layers),
-        masker="eos",
         norms=None,
         max_tokens=max_tokens,
         progress=progress,
@@ -150,32 +156,35 @@ def _run_rows(
     model: HookedModel,
     rows: Sequence[tuple[tuple[int, ...], int]],
     masked: Sequence[Sequence[int]],
-    contents: Sequence[Sequence[bool]],
+    records: Sequence[TokenizedPair],
     *,
+    owner: Sequence[int],
+    stand_ins: Replacements | None,
     layers: list[int],
-    masker: Masker,
     norms: list[Float[Tensor, "layer token"]] | None,
     max_tokens: int,
     progress: bool,
 ) -> Float[Tensor, "row layer d_model"]:
-    """Read-out of each row (ids, first position read), with its masked positions taken out, in a few full batches."""
-    replacement = None if masker == "attention" else replacement_embedding(model, masker)
+    """Read-out of each row (ids, first position read), with its masked positions taken out, in a few full batches.
+
+    ``owner`` says which of ``stand_ins`` belongs to a row; without ``stand_ins`` masked tokens are knocked out of attention.
+    """
     out = torch.zeros(len(rows), len(layers), int(model.cfg.d_model))
     with torch.no_grad(), tqdm(total=len(rows), desc="cache", unit="run", disable=not progress) as bar:
         for group in by_token_budget([len(ids) for ids, _ in rows], max_tokens):
-            ids, mask, _ = pad_rows(model, [rows[g][0] for g in group])
+            ids, mask, offset = pad_rows(model, [rows[g][0] for g in group])
             weights = torch.zeros(ids.shape)
-            hidden = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
             for place, g in enumerate(group):
                 sequence, start = rows[g]
                 weights[place, start : len(sequence)] = 1.0 / (len(sequence) - start)
-                hidden[place, list(masked[g])] = True
             store = torch.zeros(len(group), *out.shape[1:])
-            hooks = mask_hook(model, hidden, masker, replacement) if bool(hidden.any()) else []
+            taken = [masked[g] for g in group]
+            hooks = hide(model, stand_ins, [owner[g] for g in group], taken, offset=offset, like=ids)
             if norms is not None:
-                hooks = hooks + _norm_hooks(layers, [contents[g] for g in group], norms)
+                hooks = hooks + _norm_hooks(layers, [records[g].content for g in group], norms)
+            inputs = image_inputs(model, [records[g].images for g in group], ids, offset)
             with hooked(model, hooks + cache_hook(layers, weights, store)):
-                run_blocks(model, ids, mask, stop=layers[-1] + 1)
+                run_blocks(model, ids, mask, layers[-1] + 1, inputs)
             out[group] = store
             bar.update(len(group))
     return out
@@ -188,6 +197,7 @@ def collect_differences(
     *,
     layers: Sequence[int] | None = None,
     masker: Masker = "mean_embedding",
+    image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
@@ -201,11 +211,17 @@ def collect_differences(
         model, tokenized: the model and records from ``tokenize_pairs``.
         selections: which tokens to mask, one per record.
         layers: default all.
-        masker, readout, max_tokens, progress: as in ``read_out``.
+        masker, image_masker, readout, max_tokens, progress: as in ``read_out``.
     """
     layers = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
     norms: list[Tensor] = []
-    common: dict[str, Any] = {"layers": layers, "masker": masker, "readout": readout, "max_tokens": max_tokens}
+    common: dict[str, Any] = {
+        "layers": layers,
+        "masker": masker,
+        "image_masker": image_masker,
+        "readout": readout,
+        "max_tokens": max_tokens,
+    }
     whole = read_out(model, tokenized, norms=norms, progress=progress, **common)
     up = _masked_difference(model, tokenized, whole, [s.toward_chosen for s in selections], progress, common)
     down = _masked_difference(model, tokenized, whole, [s.toward_rejected for s in selections], progress, common)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from grains_tl.caching import Differences, Readout, read_out, read_out_responses
 from grains_tl.masking import Masker, Selection, random_selection
+from grains_tl.replacements import ImageMasker
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import HookedModel
@@ -48,11 +49,14 @@ def random_token_differences(
     n_draws: int = 20,
     seed: int = 0,
     masker: Masker = "mean_embedding",
+    image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
 ) -> list[Differences]:
     """The method with its attribution replaced by chance: as many content tokens masked per record, drawn at random.
+
+    As many patches and as many text tokens, where there is an image.
 
     Args:
         model, tokenized: the model and the building records.
@@ -61,14 +65,16 @@ def random_token_differences(
         resid_norms: ``[layer]``, copied into the results.
         n_draws: number of draws; the whole prompts are run once for all of them.
         seed: of the draws.
-        masker, readout, max_tokens: as in ``collect_differences``.
+        masker, image_masker, readout, max_tokens: as in ``collect_differences``.
         progress: show a bar over draws.
     """
     generator = torch.Generator().manual_seed(seed)
     whole = read_out(model, tokenized, layers=layers, masker=masker, readout=readout, max_tokens=max_tokens)
     found = []
     for _ in tqdm(range(n_draws), desc="random tokens", unit="draw", disable=not progress):
-        drawn = [random_selection(t.content, s, generator) for t, s in zip(tokenized, selections, strict=True)]
+        drawn = [
+            random_selection(t.content, s, generator, t.is_image) for t, s in zip(tokenized, selections, strict=True)
+        ]
         # both sides of all records in the same full batches
         both = read_out(
             model,
@@ -76,6 +82,7 @@ def random_token_differences(
             [*(s.toward_chosen for s in drawn), *(s.toward_rejected for s in drawn)],
             layers=layers,
             masker=masker,
+            image_masker=image_masker,
             readout=readout,
             max_tokens=max_tokens,
         )

@@ -91,10 +91,10 @@ class DemoSettings:
 
 QUICK = DemoSettings(
     sets=("sentiment",),
-    n_build=16,
+    n_build=12,
     n_choose=8,
     n_test=16,
-    n_test_draws=10,
+    n_test_draws=8,
     n_draws=20,
     methods=(("leave_one_out", 1), ("integrated_gradients", 4)),
     layers=(12, 18, 24),

@@ -134,7 +134,9 @@ def next_token_kl(
             keep, place = last.unique(return_inverse=True)
             rows = torch.arange(len(last), device=last.device)
             base, steered = (
-                forward_logits(model, batch.ids, batch.attention_mask, keep, h)[rows, place].float().log_softmax(-1)
+                forward_logits(model, batch.ids, batch.attention_mask, keep, h, batch.inputs)[rows, place]
+                .float()
+                .log_softmax(-1)
                 for h in (None, hooks)
             )
             kl = (steered.exp() * (steered - base)).sum(-1)

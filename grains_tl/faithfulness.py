@@ -13,9 +13,10 @@ from torch import Tensor
 
 from grains_tl.attribution import Method, attribute_all, check_attribution_options
 from grains_tl.evaluate import margins, mean_and_se
-from grains_tl.masking import Masker, Selection, mask_hook, random_selection, replacement_embedding, select_tokens
+from grains_tl.masking import Masker, Selection, random_selection, select_tokens
 from grains_tl.objectives import Objective
 from grains_tl.pipeline import check_top_k
+from grains_tl.replacements import ImageMasker, Replacements, hide, replacements
 from grains_tl.scoring import MAX_TOKENS, batch_logprobs, score_batches
 from grains_tl.tokens import TokenizedPair, tokenize_pairs
 from grains_tl.types import Attribution, HookedModel, PreferencePair
@@ -31,6 +32,7 @@ def compare_attributions(
     baseline: str = "zero",
     objective: Objective = "sum",
     masker: Masker = "mean_embedding",
+    image_masker: ImageMasker = "mean_patch",
     n_draws: int = 5,
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
@@ -43,7 +45,7 @@ def compare_attributions(
         pairs: records.
         methods: names of attribution methods.
         top_k: tokens taken out together on each side.
-        n_steps, baseline, objective, masker: as in ``attribute``.
+        n_steps, baseline, objective, masker, image_masker: as in ``attribute``.
         n_draws: draws of the last row, ``random_tokens``: as many content tokens, chosen by chance.
         seed: of these draws.
         max_tokens: token budget of one pass.
@@ -68,10 +70,10 @@ def compare_attributions(
     for method in methods:
         check_attribution_options(method, n_steps, baseline, objective)
     check_top_k(tokenized, top_k)
-    replacement = None if masker == "attention" else replacement_embedding(model, masker)
+    stand_ins = None if masker == "attention" else replacements(model, tokenized, masker, image_masker)
 
     def removal(selections: Sequence[Selection]) -> Float[Tensor, "2 record"]:
-        return _removal_effects(model, tokenized, selections, objective, masker, replacement, max_tokens)
+        return _removal_effects(model, tokenized, selections, objective, stand_ins, max_tokens)
 
     rows: list[dict[str, object]] = []
     for method in methods:
@@ -84,6 +86,7 @@ def compare_attributions(
             baseline=baseline,
             objective=objective,
             masker=masker,
+            image_masker=image_masker,
             content_only=method == "leave_one_out",
             max_tokens=max_tokens,
             progress=progress,
@@ -107,8 +110,7 @@ def _removal_effects(
     tokenized: Sequence[TokenizedPair],
     selections: Sequence[Selection],
     objective: Objective,
-    masker: Masker,
-    replacement: Tensor | None,
+    stand_ins: Replacements | None,
     max_tokens: int,
 ) -> Float[Tensor, "2 record"]:
     """How far f falls without I+ (0) and rises without I- (1)."""
@@ -117,9 +119,10 @@ def _removal_effects(
     sides = [nothing, [s.toward_chosen for s in selections], [s.toward_rejected for s in selections]]
     with torch.no_grad():
         for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):
+            owner = [group[record] for record in batch.record.tolist()]
             for row, side in enumerate(sides):
-                masked = batch.scatter_prompt([[p in side[i] for p in range(len(tokenized[i].prompt))] for i in group])
-                hooks = mask_hook(model, masked, masker, replacement) if row else []
+                masked = [side[i] for i in owner]
+                hooks = hide(model, stand_ins, owner, masked, offset=batch.offset, like=batch.ids)
                 f[row, group] = margins(batch_logprobs(model, batch, hooks)).cpu()
     return torch.stack([f[0] - f[1], f[2] - f[0]])
 

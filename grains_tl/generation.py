@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from grains_tl.batches import pad_rows
+from grains_tl.batches import image_inputs, pad_rows
+from grains_tl.images import ImageInputs
 from grains_tl.models import hooked, is_bridge
-from grains_tl.tokens import prompt_ids, token_rules
+from grains_tl.tokens import TokenRules, prompt_inputs, token_rules
 from grains_tl.types import FwdHooks, HookedModel, Text
 
 
@@ -22,6 +24,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 8,
+    images: Sequence[Any] | None = None,
 ) -> list[str]:
     """Continue prompts with hooks active at every step.
 
@@ -34,12 +37,14 @@ def generate(
         temperature: 0 for greedy decoding, else sampling.
         seed: for sampling; the global random state is left as it was.
         batch_size: prompts per batch; they are padded left.
+        images: for vision-language models, one entry per prompt: an image, a list of images, or ``None`` (see
+            ``PreferencePair``).
 
     Returns:
         The new text of each prompt, special tokens left out.
 
     Raises:
-        ValueError: no prompts, an empty or too long one, or ``max_new_tokens < 1``.
+        ValueError: no prompts, an empty or too long one, not as many images as prompts, or ``max_new_tokens < 1``.
 
     Example:
         >>> generate(model, ["The film was"], vectors.hooks(0.2, layers=[15]), max_new_tokens=10)  # doctest: +SKIP
@@ -54,8 +59,11 @@ def generate(
         raise ValueError(f"batch_size={batch_size}; at least 1 is needed")
     if temperature < 0:
         raise ValueError(f"temperature={temperature}; 0 (greedy) or a positive number")
-    encoded = [prompt_ids(model, p) for p in prompts]
-    longest, n_ctx = max(len(ids) for ids in encoded), int(model.cfg.n_ctx)
+    images = [None] * len(prompts) if images is None else list(images)
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(images)} images; give one entry per prompt (None for none)")
+    encoded = [prompt_inputs(model, p, image) for p, image in zip(prompts, images, strict=True)]
+    longest, n_ctx = max(len(ids) for ids, _ in encoded), int(model.cfg.n_ctx)
     if longest + max_new_tokens > n_ctx:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are too long, the model's context holds "
@@ -64,21 +72,22 @@ def generate(
     texts: list[str] = []
     for start in range(0, len(encoded), batch_size):
         rows = encoded[start : start + batch_size]
-        # every batch has a seed of its own: copies of a prompt must not repeat with the batch
-        texts += _continue(model, rows, fwd_hooks, max_new_tokens, temperature, seed + start)
+        # every batch has a seed of its own, far from those of the next seeds: copies of a prompt must not repeat
+        texts += _continue(model, rows, fwd_hooks, max_new_tokens, temperature, seed * 1_000_003 + start)
     return texts
 
 
 def _continue(
     model: HookedModel,
-    rows: list[list[int]],
+    rows: list[tuple[list[int], ImageInputs | None]],
     fwd_hooks: FwdHooks | Callable[[int], FwdHooks] | None,
     max_new_tokens: int,
     temperature: float,
     seed: int,
 ) -> list[str]:
     # A prompt of one token would look like a decoding step to a hook: it gets a (masked) position of padding.
-    ids, mask, _ = pad_rows(model, rows, padding_side="left", at_least=2)
+    ids, mask, offset = pad_rows(model, [row for row, _ in rows], padding_side="left", at_least=2)
+    pictures = image_inputs(model, [images for _, images in rows], ids, offset)
     prompt_len = ids.shape[1]
     hooks = fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks
     rules = token_rules(model)
@@ -88,19 +97,17 @@ def _continue(
         if is_bridge(model):
             if sampling:
                 sampling |= {"top_k": 0, "top_p": 1.0}
-            out = model.original_model.generate(  # type: ignore[attr-defined]
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=rules.pad,
-                do_sample=bool(sampling),
-                # a checkpoint may bring decoding settings of its own: the likelihood alone decides here
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                num_beams=1,
-                **sampling,
-            )
+            with _plain_decoding(model.original_model, rules) as end_ids:  # type: ignore[attr-defined]
+                out = model.original_model.generate(  # type: ignore[attr-defined]
+                    input_ids=ids,
+                    attention_mask=mask,
+                    **pictures,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=bool(sampling),
+                    **sampling,
+                )
         else:
+            end_ids = [rules.eos]
             out = model.generate(  # type: ignore[attr-defined]
                 ids,
                 max_new_tokens=max_new_tokens,
@@ -111,9 +118,27 @@ def _continue(
                 do_sample=bool(sampling),
                 **sampling,
             )
-    return [_text(model, row[prompt_len:].tolist(), rules.eos) for row in out]
+    return [_text(model, row[prompt_len:].tolist(), end_ids) for row in out]
 
 
-def _text(model: HookedModel, ids: list[int], eos: int) -> str:
-    end = ids.index(eos) if eos in ids else len(ids)
+@contextmanager
+def _plain_decoding(hf_model: Any, rules: TokenRules) -> Iterator[list[int]]:
+    """Decode by likelihood alone: a checkpoint's own settings (penalties, suppressed tokens, ...) come back afterwards.
+
+    Only its end-of-text ids are kept; they are what the ``with`` statement gives.
+    """
+    from transformers import GenerationConfig
+
+    own = hf_model.generation_config
+    ends = getattr(own, "eos_token_id", None)
+    end_ids = sorted({rules.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
+    hf_model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=rules.pad)
+    try:
+        yield end_ids
+    finally:
+        hf_model.generation_config = own
+
+
+def _text(model: HookedModel, ids: list[int], end_ids: list[int]) -> str:
+    end = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
     return model.tokenizer.decode(ids[:end], skip_special_tokens=True)

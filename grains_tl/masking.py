@@ -28,13 +28,18 @@ class Selection:
     toward_rejected: tuple[int, ...]
 
 
-def select_tokens(attribution: Attribution, top_k: int) -> Selection:
+def select_tokens(attribution: Attribution, top_k: int, top_k_image: int | None = None) -> Selection:
     """The ``top_k`` content tokens with the largest positive score, and with the most negative one.
 
     Fewer come back where fewer have that sign (paper section 3: I+ and I-). Special and template tokens are never chosen.
 
+    Args:
+        attribution: scores of one record.
+        top_k: tokens on each side; with ``top_k_image`` text tokens alone (0 for none).
+        top_k_image: patches on each side, chosen apart from the text; ``None`` lets both compete for ``top_k``.
+
     Raises:
-        ValueError: ``top_k`` is not positive.
+        ValueError: nothing to choose (``top_k`` and ``top_k_image`` not positive).
 
     Example:
         >>> a = Attribution(torch.tensor([.5, -1., 2.]), ["a", "b", "c"], torch.tensor([True] * 3),
@@ -42,17 +47,47 @@ def select_tokens(attribution: Attribution, top_k: int) -> Selection:
         >>> select_tokens(a, top_k=1)
         Selection(toward_chosen=(2,), toward_rejected=(1,))
     """
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k}; at least one token must be chosen")
+    check_budget(top_k, top_k_image)
     scores = torch.where(attribution.content, attribution.scores.nan_to_num(0.0), torch.zeros(()))
     order = scores.argsort(descending=True, stable=True).tolist()
-    up = [i for i in order if scores[i] > 0][:top_k]
-    down = [i for i in reversed(order) if scores[i] < 0][:top_k]
+    up = _first([i for i in order if scores[i] > 0], attribution.is_image, top_k, top_k_image)
+    down = _first([i for i in reversed(order) if scores[i] < 0], attribution.is_image, top_k, top_k_image)
     return Selection(tuple(up), tuple(down))
 
 
-def random_selection(content: Sequence[bool], like: Selection, generator: torch.Generator) -> Selection:
-    """As many content tokens as ``like`` has, drawn at random (the two sides may overlap only if they must)."""
+def check_budget(top_k: int, top_k_image: int | None = None) -> None:
+    """Refuse numbers that choose nothing (ValueError)."""
+    if top_k_image is None and top_k < 1:
+        raise ValueError(f"top_k={top_k}; at least one token must be chosen")
+    if top_k_image is not None and (min(top_k, top_k_image) < 0 or top_k + top_k_image < 1):
+        raise ValueError(f"top_k={top_k}, top_k_image={top_k_image}; at least one token must be chosen, none negative")
+
+
+def _first(order: list[int], is_image: Tensor, top_k: int, top_k_image: int | None) -> list[int]:
+    if top_k_image is None:
+        return order[:top_k]
+    text = [i for i in order if not is_image[i]][:top_k]
+    patches = [i for i in order if is_image[i]][:top_k_image]
+    return [i for i in order if i in {*text, *patches}]
+
+
+def random_selection(
+    content: Sequence[bool], like: Selection, generator: torch.Generator, is_image: Sequence[bool] | None = None
+) -> Selection:
+    """As many content tokens as ``like`` has, drawn at random (the two sides may overlap only if they must).
+
+    With ``is_image`` as many text tokens and as many patches, each drawn among its kind.
+    """
+    if is_image is not None and any(is_image):
+        drawn = []
+        for kind in (False, True):
+            of_kind = [c and i == kind for c, i in zip(content, is_image, strict=True)]
+            sides = (
+                tuple(p for p in side if is_image[p] == kind) for side in (like.toward_chosen, like.toward_rejected)
+            )
+            drawn.append(random_selection(of_kind, Selection(*sides), generator))
+        text, patches = drawn
+        return Selection(text.toward_chosen + patches.toward_chosen, text.toward_rejected + patches.toward_rejected)
     positions = torch.tensor([i for i, keep in enumerate(content) if keep])
     order = positions[torch.randperm(len(positions), generator=generator)].tolist()
     n_up, n_down = len(like.toward_chosen), len(like.toward_rejected)
@@ -85,7 +120,7 @@ def mask_hook(
     model: HookedModel,
     masked: Bool[Tensor, "batch pos"],
     how: Masker = "mean_embedding",
-    replacement: Float[Tensor, "d_model"] | None = None,
+    replacement: Float[Tensor, "*position d_model"] | None = None,
 ) -> FwdHooks:
     """Hooks that take tokens out of the input.
 
@@ -93,7 +128,8 @@ def mask_hook(
         model: gives the hook points (and the replacement, if none is passed).
         masked: ``[batch, pos]``, True at the tokens to take out.
         how: what to put there; ``"attention"`` leaves the token where it is and lets no other position attend to it.
-        replacement: ``[d_model]``, to avoid computing it again.
+        replacement: ``[d_model]``, to avoid computing it again, or ``[batch, pos, d_model]`` for a stand-in of its own
+            at every position (``replacements.Replacements.rows`` makes one for images).
 
     Returns:
         ``[(name, fn)]`` for ``run_with_hooks``: one hook at the attribution point, or one per layer for ``"attention"``.

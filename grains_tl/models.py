@@ -7,7 +7,7 @@ the user already has.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
@@ -256,6 +256,7 @@ def forward_logits(
     attention_mask: Int[Tensor, "batch pos"],
     keep: Int[Tensor, "kept"],
     fwd_hooks: FwdHooks | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "batch kept vocab"]:
     """Logits at the positions ``keep`` only, with hooks; the unembedding is not computed anywhere else.
 
@@ -265,11 +266,12 @@ def forward_logits(
         attention_mask: 1 at real tokens.
         keep: positions whose logits are wanted, the same for every row.
         fwd_hooks: hooks to run with; they see the full ``[batch, pos, d_model]`` residual.
+        inputs: the images of a vision-language model (``Batch.inputs``).
     """
     with hooked(model, fwd_hooks or []):
         if is_bridge(model):
             # use_cache=False: a key-value cache would only cost memory here
-            logits = model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False)
+            logits = model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False, **(inputs or {}))
             # an architecture that ignores logits_to_keep returns every position
             return logits if logits.shape[1] == keep.shape[0] else logits[:, keep]
         side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
@@ -316,17 +318,22 @@ def embed_tokens(model: HookedModel, ids: Int[Tensor, "*shape"]) -> Float[Tensor
 
 
 def run_blocks(
-    model: HookedModel, ids: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"], stop: int
+    model: HookedModel,
+    ids: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"],
+    stop: int,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Run the blocks ``0 .. stop - 1`` for the sake of the hooks on them; no logits.
 
     Stopping early saves the upper blocks and the unembedding; needs ``1 <= stop <= n_layers``.
     """
     keep = torch.zeros(1, dtype=torch.long, device=ids.device)
+    more = dict(inputs or {})
     if is_bridge(model) and stop == model.cfg.n_layers:
-        model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False)
+        model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False, **more)
     elif is_bridge(model):
-        model(ids, attention_mask=attention_mask, stop_at_layer=stop, use_cache=False)
+        model(ids, attention_mask=attention_mask, stop_at_layer=stop, use_cache=False, **more)
     else:
         side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
         model(ids, attention_mask=attention_mask, padding_side=side, stop_at_layer=stop)

@@ -12,9 +12,10 @@ import torch
 
 from grains_tl.attribution import Method, attribute_all, check_attribution_options
 from grains_tl.caching import Readout, check_readout, collect_differences
-from grains_tl.masking import Masker, replacement_embedding, select_tokens
+from grains_tl.masking import Masker, check_budget, replacement_embedding, select_tokens
 from grains_tl.models import model_identity, require_layers
 from grains_tl.objectives import Objective
+from grains_tl.replacements import ImageMasker, check_image_masker
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair, token_rules, tokenize_pairs
 from grains_tl.types import Attribution, HookedModel, PreferencePair
@@ -33,6 +34,7 @@ def build_vectors(
     pairs: Iterable[PreferencePair],
     *,
     top_k: int = 4,
+    top_k_image: int | None = None,
     method: Method = "leave_one_out",
     reduce: Reduce = "mean",
     layers: Sequence[int] | None = None,
@@ -41,6 +43,7 @@ def build_vectors(
     n_steps: int = 32,
     baseline: str = "zero",
     masker: Masker = "mean_embedding",
+    image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
@@ -57,11 +60,12 @@ def build_vectors(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         pairs: the building records.
-        top_k: tokens masked on each side (the paper: 10 for long prompts).
+        top_k: tokens masked on each side (the paper: 10 for long prompts, 50 with an image).
+        top_k_image: patches masked on each side, apart from ``top_k`` words; ``None`` lets both compete for ``top_k``.
         method, n_steps, baseline, objective: see ``attribute``.
         reduce: ``"mean"``, ``"svd"`` or ``"pca"`` (see ``reduce_vectors``); ``side`` as there.
         layers: which layers, default all.
-        masker: what replaces a masked token, in leave-one-out and in caching.
+        masker: what replaces a masked token, in leave-one-out and in caching; ``image_masker`` the same for patches.
         readout: where the residual is read.
         max_tokens: token budget of one pass.
         progress: show bars.
@@ -85,25 +89,36 @@ def build_vectors(
     check_attribution_options(method, n_steps, baseline, objective)
     check_reduction(reduce, side, len(records))
     check_readout(readout)
-    check_top_k(tokenized, top_k)
+    check_top_k(tokenized, top_k, top_k_image)
+    check_image_masker(image_masker)
     if masker != "attention":
         replacement_embedding(model, masker)  # refuses an unknown masker now rather than after the attributions
     options = {"method": method, "n_steps": n_steps, "baseline": baseline, "objective": objective, "masker": masker}
+    if any(t.images is not None for t in tokenized):
+        options["image_masker"] = image_masker
     attributions = attribute_records(
         model, tokenized, options, max_tokens=max_tokens, progress=progress, checkpoint=checkpoint
     )
-    selections = [select_tokens(a, top_k) for a in attributions]
+    selections = [select_tokens(a, top_k, top_k_image) for a in attributions]
     differences = collect_differences(
         model,
         tokenized,
         selections,
         layers=layers,
         masker=masker,
+        image_masker=image_masker,
         readout=readout,
         max_tokens=max_tokens,
         progress=progress,
     )
-    settings = {**options, "top_k": top_k, "reduce": reduce, "side": side, "readout": readout}
+    settings = {
+        **options,
+        "top_k": top_k,
+        "top_k_image": top_k_image,
+        "reduce": reduce,
+        "side": side,
+        "readout": readout,
+    }
     return reduce_vectors(
         differences, reduce=reduce, side=side, info=manifest(model, tokenized, settings, attributions)
     )
@@ -150,16 +165,18 @@ def attribute_records(
     return [_restore(done[key], t) for key, t in zip(keys, tokenized, strict=True)]
 
 
-def check_top_k(tokenized: Sequence[TokenizedPair], top_k: int) -> None:
-    """Refuse a ``top_k`` that some prompt cannot give (ValueError naming the record)."""
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k}; at least one token must be chosen")
+def check_top_k(tokenized: Sequence[TokenizedPair], top_k: int, top_k_image: int | None = None) -> None:
+    """Refuse numbers of tokens that some prompt cannot give (ValueError naming the record)."""
+    check_budget(top_k, top_k_image)
     for number, pair in enumerate(tokenized, start=1):
-        if top_k > pair.n_content:
-            raise ValueError(
-                f"record {number}: top_k={top_k}, but its prompt has {pair.n_content} content tokens; lower top_k or "
-                "drop the record"
-            )
+        n_text = pair.n_content - (0 if top_k_image is None else pair.n_patches)
+        for name, wanted, there in (("top_k", top_k, n_text), ("top_k_image", top_k_image or 0, pair.n_patches)):
+            if wanted > there:
+                what = "content tokens" if name == "top_k" else "patches"
+                raise ValueError(
+                    f"record {number}: {name}={wanted}, but its prompt has {there} {what}; lower {name} or drop the "
+                    "record"
+                )
 
 
 def manifest(
@@ -177,7 +194,7 @@ def manifest(
         "model": {**identity, "config_hash": _hash(shape)},
         **settings,
         "n_records": len(tokenized),
-        "data_hash": _hash([[t.prompt, t.chosen, t.rejected] for t in tokenized]),
+        "data_hash": _hash([[t.prompt, t.chosen, t.rejected, *_image_key(t)] for t in tokenized]),
         "moved_borders": sum(t.moved_border > 0 for t in tokenized),
         "token_rules": token_rules(model).describe(),
         "template_hash": _hash(str(template)),
@@ -193,7 +210,12 @@ def _hash(value: Any) -> str:
 
 
 def _key(identity: dict[str, Any], options: dict[str, Any], pair: TokenizedPair) -> str:
-    return _hash([identity, options, pair.prompt, pair.chosen, pair.rejected, pair.content])
+    return _hash([identity, options, pair.prompt, pair.chosen, pair.rejected, pair.content, *_image_key(pair)])
+
+
+def _image_key(pair: TokenizedPair) -> list[str]:
+    """Nothing without an image: text-only hashes stay what they were."""
+    return [] if pair.images is None else [pair.images.digest]
 
 
 def _append_to(file: Any, done: dict[str, dict[str, Any]], keys: Sequence[str]) -> Callable[[int, Attribution], None]:
@@ -236,9 +258,10 @@ def _restore(row: dict[str, Any], pair: TokenizedPair) -> Attribution:
         scores=torch.tensor(row["scores"], dtype=torch.float32),
         tokens=list(pair.strings),
         content=torch.tensor(pair.content),
-        is_image=torch.zeros(len(pair.prompt), dtype=torch.bool),
+        is_image=torch.tensor(pair.is_image),
         gap=row["gap"],
         objective=row["objective"],
         baseline_objective=row["baseline_objective"],
         method=row["method"],
+        spans=() if pair.images is None else pair.images.spans,
     )

@@ -29,7 +29,7 @@ MAX_TOKENS = 512
 
 def batch_logprobs(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None) -> Float[Tensor, "record 2"]:
     """Weighted log-likelihood of chosen (0) and rejected (1) for each record of a batch, nats; differentiable."""
-    logits = forward_logits(model, batch.ids, batch.attention_mask, batch.keep, fwd_hooks)
+    logits = forward_logits(model, batch.ids, batch.attention_mask, batch.keep, fwd_hooks, batch.inputs)
     return _gather(logits[batch.target_row, batch.target_keep], batch)
 
 

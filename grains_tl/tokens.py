@@ -7,10 +7,12 @@ BOS, chat markers, padding and the border between prompt and response are decide
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from typing import Any
 
-from grains_tl.types import HookedModel, Message, PreferencePair, Text, plain_text
+from grains_tl.images import ImageInputs, as_parts, load_images, process_images, template_owner, with_placeholders
+from grains_tl.types import HookedModel, Message, PreferencePair, Text, message_texts, plain_text
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def token_rules(model: HookedModel) -> TokenRules:
         pad=int(pad),
         special=frozenset(special),
         n_ctx=int(model.cfg.n_ctx),
-        has_chat_template=getattr(tokenizer, "chat_template", None) is not None,
+        has_chat_template=getattr(template_owner(model), "chat_template", None) is not None,
     )
 
 
@@ -85,6 +87,7 @@ class TokenizedPair:
         strings: the prompt's tokens as text.
         moved_border: how many prompt tokens were given to the responses because a token merges across the border
             (0 almost always). Both responses then begin with those characters, so their comparison stays right.
+        images: the images of the prompt as the model takes them; ``None`` without.
     """
 
     prompt: tuple[int, ...]
@@ -93,11 +96,22 @@ class TokenizedPair:
     content: tuple[bool, ...]
     strings: tuple[str, ...]
     moved_border: int = 0
+    images: ImageInputs | None = None
+
+    @property
+    def is_image(self) -> tuple[bool, ...]:
+        """For every prompt token, whether an image feature stands there."""
+        return (False,) * len(self.prompt) if self.images is None else self.images.is_image
 
     @property
     def n_content(self) -> int:
-        """Number of content tokens in the prompt."""
+        """Number of content tokens in the prompt, image patches included."""
         return sum(self.content)
+
+    @property
+    def n_patches(self) -> int:
+        """Number of content tokens that show a part of an image."""
+        return sum(c and i for c, i in zip(self.content, self.is_image, strict=True))
 
     @property
     def inputs(self) -> tuple[tuple[int, ...], ...]:
@@ -123,7 +137,8 @@ def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[
 
     Raises:
         ValueError: no records, a record that is too long for the context, a response without tokens, a conversational
-            record for a tokenizer without chat template; the message names the record (from 1).
+            record for a tokenizer without chat template, an image for a model without a processor; the message names
+            the record (from 1).
 
     Example:
         >>> toks = tokenize_pairs(model, load_bundled("sentiment", "choose"))  # doctest: +SKIP
@@ -136,7 +151,7 @@ def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[
     tokenized = []
     for number, pair in enumerate(records, start=1):
         try:
-            tokenized.append(_tokenize(model.tokenizer, rules, pair))
+            tokenized.append(_tokenize(model, rules, pair))
         except ValueError as error:
             raise ValueError(f"record {number}: {error}") from None
     return tokenized
@@ -148,57 +163,105 @@ def prompt_ids(model: HookedModel, prompt: Text) -> list[int]:
     Raises:
         ValueError: an empty prompt, or one longer than the context.
     """
+    return prompt_inputs(model, prompt)[0]
+
+
+def prompt_inputs(model: HookedModel, prompt: Text, image: Any = None) -> tuple[list[int], ImageInputs | None]:
+    """Ids of one prompt with its image tokens expanded, and its images.
+
+    Raises:
+        ValueError: an empty prompt, one longer than the context, or images the model cannot take.
+    """
     rules = token_rules(model)
     if not plain_text(prompt).strip():
         raise ValueError(f"the prompt is empty ({plain_text(prompt)!r}); some text is needed")
-    ids, _ = _encode(model.tokenizer, rules, prompt, _render(model.tokenizer, rules, prompt))
+    pictures = () if image is None else load_images(image)
+    prompt = with_placeholders(model, prompt, len(pictures))
+    text = _render(template_owner(model), rules, prompt)
+    ids, images = _encode(model.tokenizer, rules, prompt, text)[0], None
+    if pictures:
+        ids, images = process_images(model, text, pictures, bos=_bos(rules, prompt))
     if len(ids) >= rules.n_ctx:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's context holds {rules.n_ctx}; shorten it")
-    return ids
+    return ids, images
 
 
-def _tokenize(tokenizer: Any, rules: TokenRules, pair: PreferencePair) -> TokenizedPair:
-    prompt_text = _render(tokenizer, rules, pair.prompt)
-    prompt, offsets = _encode(tokenizer, rules, pair.prompt, prompt_text)
-    responses = [_response_text(tokenizer, rules, pair.prompt, prompt_text, r) for r in (pair.chosen, pair.rejected)]
-    full = [_encode(tokenizer, rules, pair.prompt, prompt_text + text)[0] for text in responses]
+def _tokenize(model: HookedModel, rules: TokenRules, pair: PreferencePair) -> TokenizedPair:
+    tokenizer, template = model.tokenizer, template_owner(model)
+    pictures = () if pair.image is None else load_images(pair.image)
+    source = with_placeholders(model, pair.prompt, len(pictures))
+    prompt_text = _render(template, rules, source)
+    prompt, offsets = _encode(tokenizer, rules, source, prompt_text)
+    responses = [_response_text(template, source, prompt_text, r) for r in (pair.chosen, pair.rejected)]
+    full = [_encode(tokenizer, rules, source, prompt_text + text)[0] for text in responses]
     border = min(_common_prefix(prompt, ids) for ids in full)
     if border == 0:
         raise ValueError("the whole prompt merges with the responses into one token; write a longer prompt")
     for name, ids in zip(("chosen", "rejected"), full, strict=True):
         if len(ids) == border:
             raise ValueError(f"{name} has no tokens of its own after the prompt; write a longer response")
-        if len(ids) > rules.n_ctx:
-            raise ValueError(
-                f"prompt + {name} is {len(ids)} tokens, the model's context holds {rules.n_ctx}; shorten the prompt"
-            )
     if full[0] == full[1]:
         raise ValueError("chosen and rejected give the same tokens; there is nothing to prefer")
-    content = _content_mask(tokenizer, rules, pair.prompt, prompt_text, prompt, offsets)
+    content = _content_mask(template, rules, source, prompt_text, prompt, offsets)
+    moved, chosen, rejected = len(prompt) - border, full[0][border:], full[1][border:]
+    images = None
+    if pictures:
+        given_away = prompt[border:]
+        expanded, images = process_images(model, prompt_text, pictures, bos=_bos(rules, source))
+        content = _expand_content(prompt, content, expanded, images)
+        border, prompt = len(expanded) - moved, expanded
+        if prompt[border:] != given_away or any(images.is_image[border:]):
+            raise ValueError("a token merges across the border of prompt and response at an image; put text between")
+        images = _until(images, border)
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        if border + len(response) > rules.n_ctx:
+            raise ValueError(
+                f"prompt + {name} is {border + len(response)} tokens, the model's context holds {rules.n_ctx}; shorten "
+                "the prompt"
+            )
     return TokenizedPair(
         prompt=tuple(prompt[:border]),
-        chosen=tuple(full[0][border:]),
-        rejected=tuple(full[1][border:]),
+        chosen=tuple(chosen),
+        rejected=tuple(rejected),
         content=tuple(content[:border]),
         strings=tuple(tokenizer.decode([i]) for i in prompt[:border]),
-        moved_border=len(prompt) - border,
+        moved_border=moved,
+        images=images,
     )
 
 
-def _render(tokenizer: Any, rules: TokenRules, prompt: Text) -> str:
+def _expand_content(
+    short: Sequence[int], content: Sequence[bool], prompt: Sequence[int], images: ImageInputs
+) -> list[bool]:
+    """Content flags of a prompt, carried over to the same prompt with its images expanded; patches are content."""
+    out = [False] * len(prompt)
+    for block in SequenceMatcher(None, list(short), list(prompt), autojunk=False).get_matching_blocks():
+        out[block.b : block.b + block.size] = content[block.a : block.a + block.size]
+    patches = images.patches
+    return [p in patches if is_image else out[p] for p, is_image in enumerate(images.is_image)]
+
+
+def _until(images: ImageInputs, border: int) -> ImageInputs:
+    tokens = {key: values[:border] for key, values in images.token_inputs.items()}
+    return replace(images, token_inputs=tokens, is_image=images.is_image[:border])
+
+
+def _render(template: Any, rules: TokenRules, prompt: Text) -> str:
     if isinstance(prompt, str):
         return prompt
     if not rules.has_chat_template:
         raise ValueError("the prompt is a conversation, but the tokenizer has no chat template; give plain text")
-    return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return template.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
 
 
-def _response_text(tokenizer: Any, rules: TokenRules, prompt: Text, prompt_text: str, response: Text) -> str:
+def _response_text(template: Any, prompt: Text, prompt_text: str, response: Text) -> str:
     if isinstance(prompt, str):
         return str(response)
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
-    full = tokenizer.apply_chat_template([*prompt, *response], tokenize=False)
+    if any(not isinstance(message.get("content"), str) for message in prompt):  # a template that takes parts
+        response = [as_parts(message) for message in response]
+    full = template.apply_chat_template([*prompt, *response], tokenize=False)
     if not full.startswith(prompt_text):
         raise ValueError(
             "the chat template renders prompt + response differently from the prompt alone; use plain text"
@@ -206,12 +269,16 @@ def _response_text(tokenizer: Any, rules: TokenRules, prompt: Text, prompt_text:
     rest = full[len(prompt_text) :]
     end = 0
     for message in response:
-        words = str(message["content"]).strip()
-        at = rest.find(words, end)
-        if at < 0:
-            raise ValueError(f"the chat template rewrites the response {words!r}; use plain text")
-        end = at + len(words)
+        for words in map(str.strip, message_texts(message)):
+            at = rest.find(words, end)
+            if at < 0:
+                raise ValueError(f"the chat template rewrites the response {words!r}; use plain text")
+            end = at + len(words)
     return rest[:end]
+
+
+def _bos(rules: TokenRules, prompt: Text) -> int | None:
+    return rules.bos if isinstance(prompt, str) else None
 
 
 def _encode(
@@ -235,7 +302,7 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _content_mask(
-    tokenizer: Any,
+    template: Any,
     rules: TokenRules,
     prompt: Text,
     text: str,
@@ -249,12 +316,12 @@ def _content_mask(
     if offsets is None:
         raise ValueError("a conversation needs a fast tokenizer (character offsets) to tell words from template")
     inside = [False] * len(text)
-    for begin, end in _message_spans(tokenizer, prompt, text):
+    for begin, end in _message_spans(template, prompt, text):
         inside[begin:end] = [True] * (end - begin)
     return [keep and any(inside[a:b]) for keep, (a, b) in zip(content, offsets, strict=True)]
 
 
-def _message_spans(tokenizer: Any, prompt: Sequence[Message], text: str) -> list[tuple[int, int]]:
+def _message_spans(template: Any, prompt: Sequence[Message], text: str) -> list[tuple[int, int]]:
     """Where each message's words stand in the rendered text.
 
     The template is rendered again with a marker in place of one message's words: what stands before the marker is the
@@ -263,12 +330,22 @@ def _message_spans(tokenizer: Any, prompt: Sequence[Message], text: str) -> list
     marker = "\u2603marker\u2603"
     spans = []
     for i, message in enumerate(prompt):
-        words = str(message.get("content", "")).strip()
-        if not words:
-            continue
-        changed = [{**m, "content": marker} if i == j else m for j, m in enumerate(prompt)]
-        rendered = tokenizer.apply_chat_template(changed, tokenize=False, add_generation_prompt=True)
-        begin = rendered.find(marker)
-        if begin >= 0 and text[begin : begin + len(words)] == words:
-            spans.append((begin, begin + len(words)))
+        for part, words in enumerate(map(str.strip, message_texts(message))):
+            if not words:
+                continue
+            changed = [_with_text(m, part, marker) if i == j else m for j, m in enumerate(prompt)]
+            rendered = template.apply_chat_template(changed, tokenize=False, add_generation_prompt=True)
+            begin = rendered.find(marker)
+            if begin >= 0 and text[begin : begin + len(words)] == words:
+                spans.append((begin, begin + len(words)))
     return spans
+
+
+def _with_text(message: Message, part: int, text: str) -> Message:
+    """The message with its ``part``-th text replaced."""
+    if isinstance(message.get("content", ""), str):
+        return {**message, "content": text}
+    content = list(message["content"])
+    at = [i for i, p in enumerate(content) if p.get("type") == "text"][part]
+    content[at] = {**content[at], "text": text}
+    return {**message, "content": content}

@@ -17,8 +17,9 @@ from torch import Tensor
 HookFn = Callable[..., Any]
 #: What ``run_with_hooks(fwd_hooks=...)`` and ``model.hooks(fwd_hooks=...)`` take.
 FwdHooks = list[tuple[str, HookFn]]
-#: One chat message: ``{"role": ..., "content": ...}``.
-Message = Mapping[str, str]
+#: One chat message: ``{"role": ..., "content": ...}``; the content is text, or a list of parts (``{"type": "image"}``,
+#: ``{"type": "text", "text": ...}``) as vision-language models take them.
+Message = Mapping[str, Any]
 #: A prompt or response: plain text, or a conversation that goes through the model's chat template.
 Text = str | Sequence[Message]
 
@@ -45,7 +46,9 @@ class PreferencePair:
         chosen: the preferred response; text continues a text prompt as it stands (mind the leading space), messages
             (or plain text) answer a conversational prompt.
         rejected: the dispreferred response, likewise.
-        image: reserved for vision-language models.
+        image: for vision-language models: a PIL image, a path, an array ``[height, width, 3]``, or a list of these. The
+            prompt may say where it stands (the processor's placeholder, or an image part of a message); it comes first
+            otherwise.
         meta: any further columns of the source row (domain, split, ...).
 
     Raises:
@@ -87,13 +90,14 @@ class Attribution:
     Attributes:
         scores: ``[pos]``, nats; positive pushes towards ``chosen``. One per prompt token.
         tokens: the prompt's tokens as text, same length.
-        content: ``[pos]``, False for special tokens, BOS and chat-template tokens.
-        is_image: ``[pos]``, all False without an image.
+        content: ``[pos]``, False for special tokens, BOS, chat-template tokens and row separators of images.
+        is_image: ``[pos]``, True where an image feature stands; all False without an image.
         gap: completeness gap in nats, ``sum(scores) - (f(x) - f(x'))``, signed as captum's convergence delta; ``None``
             for methods that promise no completeness.
         objective: f(x) in nats, the contrastive log-likelihood of the unchanged prompt.
         baseline_objective: f(x') in nats; ``None`` for methods without a baseline run.
         method: name of the attribution method.
+        spans: the patch grids of the images (``ImageSpan``), empty without an image.
     """
 
     scores: Tensor
@@ -104,6 +108,7 @@ class Attribution:
     objective: float
     baseline_objective: float | None
     method: str
+    spans: tuple[Any, ...] = ()
 
     @property
     def relative_gap(self) -> float | None:
@@ -123,4 +128,12 @@ def plain_text(text: Text) -> str:
     """The words of a text or conversation, without template markers."""
     if isinstance(text, str):
         return text
-    return "\n".join(str(message.get("content", "")) for message in text)
+    return "\n".join(words for message in text for words in message_texts(message))
+
+
+def message_texts(message: Message) -> list[str]:
+    """The texts of a message, one per text part."""
+    content = message.get("content", "")
+    if isinstance(content, (list, tuple)):
+        return [str(part.get("text", "")) for part in content if part.get("type") == "text"]
+    return [str(content)]

@@ -205,6 +205,14 @@ def test_batches_draw_different_samples(model: Any) -> None:
     assert len(set(texts)) == 6
 
 
+def test_neighbouring_seeds_draw_different_samples(model: Any) -> None:
+    texts = [
+        gr.generate(model, [PROMPTS[0]] * 3, temperature=3.0, batch_size=1, seed=seed, max_new_tokens=N_NEW)
+        for seed in range(3)
+    ]
+    assert len({text for group in texts for text in group}) == 9
+
+
 def test_decoding_settings_of_the_checkpoint_are_not_mixed_in(hf: Any) -> None:
     """Some models come with a repetition penalty; greedy means the largest logit all the same."""
     model = tiny_model("bridge")
@@ -212,13 +220,37 @@ def test_decoding_settings_of_the_checkpoint_are_not_mixed_in(hf: Any) -> None:
     assert gr.generate(model, PROMPTS, max_new_tokens=N_NEW) == [plain_greedy(hf, p) for p in PROMPTS]
 
 
-@pytest.mark.xfail(strict=True, reason="reported: generate() resets some settings of the checkpoint, not these")
-@pytest.mark.parametrize("setting", [{"suppress_tokens": [13, 16, 4]}, {"min_new_tokens": N_NEW}])
+SETTINGS = [
+    {"suppress_tokens": [13, 16, 4]},
+    {"begin_suppress_tokens": [13, 16, 4]},
+    {"min_new_tokens": N_NEW},
+    {"bad_words_ids": [[13], [16], [4]]},
+    {"encoder_repetition_penalty": 5.0},
+    {"forced_eos_token_id": 4},
+    {"max_time": 0.0},
+    {"num_return_sequences": 3},
+    {"stop_strings": ["e"]},
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_other_settings_of_the_checkpoint_are_not_mixed_in(hf: Any, setting: dict[str, Any]) -> None:
     model = tiny_model("bridge")
     for name, value in setting.items():
         setattr(model.original_model.generation_config, name, value)
     assert gr.generate(model, PROMPTS, max_new_tokens=N_NEW) == [plain_greedy(hf, p) for p in PROMPTS]
+    for name, value in setting.items():
+        assert getattr(model.original_model.generation_config, name) == value  # the model has its own settings back
+
+
+def test_every_end_of_text_id_of_the_checkpoint_ends_the_text(hf: Any) -> None:
+    model = tiny_model("bridge")
+    text = gr.generate(model, [PROMPTS[0]], max_new_tokens=N_NEW)[0]
+    second = text.split()[1]
+    end = tiny_tokenizer().convert_tokens_to_ids(second)
+    model.original_model.generation_config.eos_token_id = [model.tokenizer.eos_token_id, end]
+    stopped = gr.generate(model, [PROMPTS[0]], max_new_tokens=N_NEW)[0].split()
+    assert stopped == text.split()[: text.split().index(second)]
 
 
 # -- clean up ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from oracles import embeddings, margin, residuals
 
 import grains_tl as gr
 from grains_tl.attribution import Method
-from grains_tl.pipeline import attribute_records
+from grains_tl.pipeline import attribute_records, manifest
 
 RESID_RTOL = 1e-4  # relative to the largest entry: differences of float32 residuals of size 5 that are 0.1 and more
 SCORE_ATOL = 1e-5
@@ -62,27 +63,59 @@ def only_identified(model: Any) -> Iterator[None]:
 # -- the whole job ----------------------------------------------------------------------------------------------------
 
 
-def test_vectors_by_hand(model: Any, hf: Any, pairs: list[gr.PreferencePair]) -> None:
-    """Leave-one-out, selection, masking and mean with nothing but the plain Hugging Face model."""
-    top_k, eos = 2, 2
+def stand_in(hf: Any, masker: str) -> torch.Tensor:
+    """What a masked token's embedding becomes, from the definition."""
+    table = hf.get_input_embeddings().weight.detach()
+    return {"eos": table[2], "mean_embedding": table.mean(0), "zero": torch.zeros_like(table[0])}[masker]
+
+
+def read_by_hand(hf: Any, pair: gr.TokenizedPair, embeds: torch.Tensor, readout: str) -> torch.Tensor:
+    """``[layer, d_model]`` residuals of one record read where ``readout`` says, responses run one by one."""
+    if readout == "prompt_end":
+        return residuals(hf, pair.prompt, embeds)[:, -1]
+    ends = []
+    for response in (pair.chosen, pair.rejected):
+        whole = residuals(hf, pair.prompt, torch.cat([embeds, embeddings(hf, response)], dim=1))
+        ends.append(whole[:, -1] if readout == "response_end" else whole[:, len(pair.prompt) :].mean(1))
+    return (ends[0] + ends[1]) / 2
+
+
+@pytest.mark.parametrize("readout", ["prompt_end", "response_end", "response_mean"])
+@pytest.mark.parametrize("masker", ["eos", "mean_embedding", "zero"])
+def test_vectors_by_hand(model: Any, hf: Any, pairs: list[gr.PreferencePair], masker: Any, readout: Any) -> None:
+    """Leave-one-out, selection, masking, read-out and mean with nothing but the plain Hugging Face model."""
+    top_k, replacement = 2, stand_in(hf, masker)
     wanted = torch.zeros(3, 32)
     for pair in gr.tokenize_pairs(model, pairs):
-        ids, content = torch.tensor(pair.prompt), torch.tensor(pair.content)
-        variants = ids.repeat(len(ids), 1).fill_diagonal_(eos)
-        scores = margin(hf, pair) - margin(hf, pair, prompt_embeds=hf.get_input_embeddings()(variants))
-        scores = scores * content
+        content = torch.tensor(pair.content)
+        variants = embeddings(hf, pair.prompt).detach().repeat(len(content), 1, 1)
+        variants[range(len(content)), range(len(content))] = replacement
+        scores = (margin(hf, pair) - margin(hf, pair, prompt_embeds=variants)).detach() * content
         order = scores.argsort(descending=True)
         up = [i for i in order[:top_k].tolist() if scores[i] > 0]
         down = [i for i in order[-top_k:].tolist() if scores[i] < 0]
         ends = []
         for positions in (up, down):
-            masked = ids.clone()
-            masked[positions] = eos
-            ends.append(residuals(hf, masked.tolist(), embeddings(hf, masked.tolist()))[:, -1])
+            masked = embeddings(hf, pair.prompt).detach().clone()
+            masked[0, positions] = replacement
+            ends.append(read_by_hand(hf, pair, masked, readout))
         wanted += (ends[1] - ends[0]) / len(pairs)  # d+ - d-: the unmasked run cancels
-    found = gr.build_vectors(model, pairs, top_k=top_k, method="leave_one_out", masker="eos", progress=False)
+    found = gr.build_vectors(
+        model, pairs, top_k=top_k, method="leave_one_out", masker=masker, readout=readout, progress=False
+    )
     assert found.layers == (0, 1, 2)
     torch.testing.assert_close(found.raw, wanted, atol=RESID_RTOL * float(wanted.abs().max()), rtol=0)
+
+
+def test_knocked_out_tokens_do_not_matter(model: Any, pairs: list[gr.PreferencePair]) -> None:
+    """With attention knock-out the masked token's own content cannot reach the read-out position."""
+    tokenized = gr.tokenize_pairs(model, pairs)
+    changed = [replace(t, prompt=(t.prompt[0], 9, *t.prompt[2:])) for t in tokenized]
+    at = {"layers": [0, 1, 2], "masker": "attention"}
+    one, two = (gr.read_out(model, some, [[1]] * len(some), **at) for some in (tokenized, changed))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+    seen = gr.read_out(model, changed, [[0]] * len(changed), **at)
+    assert not torch.allclose(seen, gr.read_out(model, tokenized, [[0]] * len(tokenized), **at), atol=1e-2)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -137,6 +170,15 @@ def test_manifest(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -
     assert plain["top_k"] == 2 and plain["n_records"] == 4 and plain["median_relative_gap"] is None
     assert ig["method"] == "integrated_gradients" and ig["median_relative_gap"] > 0 and 0 <= ig["converged_share"] <= 1
     assert info(pairs[:3])["data_hash"] != plain["data_hash"] == ig["data_hash"]
+    assert plain["moved_borders"] == 0
+    merged = [replace(t, moved_border=i) for i, t in enumerate(gr.tokenize_pairs(bridge, pairs))]
+    assert manifest(bridge, merged, {})["moved_borders"] == 3  # of the four only the first border stayed
+    assert plain["seed"] is None  # nothing random happens in a build
+    other = tiny_model("bridge")
+    other.tokenizer.chat_template = "{{ messages[0].content }}"
+    changed = dict(gr.build_vectors(other, pairs, top_k=2, progress=False).info)
+    assert changed["template_hash"] != plain["template_hash"]
+    assert changed["model"]["config_hash"] == plain["model"]["config_hash"]
     assert plain["model"]["name"] == "tiny" and plain["model"]["d_model"] == 32
     assert (
         plain["versions"]["torch"] == torch.__version__.split("+")[0] or plain["versions"]["torch"] in torch.__version__

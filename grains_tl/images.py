@@ -1,0 +1,271 @@
+"""Everything about images: reading them, the model's processor, and its tensors in padded batches.
+
+The processor (``model.processor``, as transformers makes it) is applied once per record, in ``process_images``. All it
+returns goes on to the model: what is left out (token types, sizes, grids) silently changes positions in some families.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from grains_tl.patches import ImageSpan, image_spans, image_token_id
+from grains_tl.types import HookedModel, Message, Text
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInputs:
+    """The images of one prompt, as the model takes them.
+
+    Attributes:
+        inputs: the processor's image tensors (``pixel_values``, ``image_sizes``, ``image_grid_thw``, ...), one record.
+        token_inputs: what the processor says about every prompt token (``mm_token_type_ids``, ...), ``[pos]`` each.
+        is_image: for every prompt token, whether an image feature stands there.
+        spans: the patch grids, see ``ImageSpan``.
+        images: the pictures (PIL, RGB).
+        text: the prompt with one placeholder per image.
+        digest: fingerprint of the image tensors.
+    """
+
+    inputs: Mapping[str, Tensor]
+    token_inputs: Mapping[str, tuple[int, ...]]
+    is_image: tuple[bool, ...]
+    spans: tuple[ImageSpan, ...]
+    images: tuple[Any, ...]
+    text: str
+    digest: str
+
+    @property
+    def patches(self) -> frozenset[int]:
+        """Prompt positions that show a part of an image (image tokens without row separators)."""
+        return frozenset(p for span in self.spans for p in span.positions.flatten().tolist())
+
+
+def load_images(image: Any) -> tuple[Any, ...]:
+    """One or several images as RGB pictures.
+
+    Args:
+        image: a PIL image, a path, an array or tensor (``[height, width]``, ``[height, width, 3 or 4]`` or
+            ``[3, height, width]``; integers 0 to 255, or floats 0 to 1), or a list of these.
+
+    Raises:
+        ValueError: something else, an empty list, or values outside these ranges.
+        FileNotFoundError: no file at the path.
+
+    Example:
+        >>> [picture.size for picture in load_images([np.zeros((4, 6, 3)), np.zeros((8, 8), dtype=np.uint8)])]
+        [(6, 4), (8, 8)]
+    """
+    several = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not several:
+        raise ValueError("image is an empty list; give at least one image, or None")
+    return tuple(_load_image(item) for item in several)
+
+
+def _load_image(image: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            raise FileNotFoundError(
+                f"image {str(image)!r} is no file; give a path on this machine, or the picture itself"
+            )
+        with Image.open(image) as file:
+            return file.convert("RGB")
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
+        what = f"array of shape {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
+        raise ValueError(f"image is {what}; a PIL image, a path, or an array [height, width, 3] is needed")
+    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3, 4):
+        image = image.transpose(1, 2, 0)
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim == 3 and image.shape[2] not in (3, 4):
+        raise ValueError(f"image has shape {image.shape}; [height, width, 3] is needed")
+    low, high = float(image.min()), float(image.max())
+    is_float = np.issubdtype(image.dtype, np.floating)
+    if not (low >= 0 and high <= (1 if is_float else 255)):  # also refuses NaN
+        wanted = "0 to 1" if is_float else "0 to 255"
+        raise ValueError(f"image has values from {low:g} to {high:g}; {image.dtype} pixels go from {wanted}")
+    pixels = (image * 255).round() if is_float else image
+    return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+
+
+def require_processor(model: HookedModel) -> Any:
+    """The model's processor.
+
+    Raises:
+        ValueError: there is none, or the model takes no images.
+    """
+    image_token_id(model)
+    processor = getattr(model, "processor", None)
+    if processor is None:
+        raise ValueError(
+            "the model has no processor, so it cannot take an image; load it with load_model, or set "
+            "model.processor = transformers.AutoProcessor.from_pretrained(name)"
+        )
+    return processor
+
+
+def template_owner(model: HookedModel) -> Any:
+    """What renders conversations: the processor, where it has a chat template, else the tokenizer."""
+    processor = getattr(model, "processor", None)
+    return processor if getattr(processor, "chat_template", None) else model.tokenizer
+
+
+def with_placeholders(model: HookedModel, prompt: Text, n_images: int) -> Text:
+    """The prompt with a place for every image: in front, unless it has its own.
+
+    Raises:
+        ValueError: the prompt's own places are not as many as the images.
+    """
+    if isinstance(prompt, str):
+        if not n_images:
+            return prompt
+        token = str(require_processor(model).image_token)
+        found = prompt.count(token)
+        if found not in (0, n_images):
+            raise ValueError(f"the prompt has {found} placeholders {token!r} for {n_images} image(s)")
+        return prompt if found else _framed(model, token) * n_images + "\n" + prompt
+    messages = list(prompt)
+    if not n_images and all(isinstance(m.get("content"), str) for m in messages):
+        return messages if template_owner(model) is model.tokenizer else [as_parts(m) for m in messages]
+    messages = [as_parts(m) for m in messages]
+    found = sum(part.get("type") == "image" for m in messages for part in m["content"])
+    if found not in (0, n_images):
+        raise ValueError(f"the conversation has {found} image part(s) for {n_images} image(s)")
+    if found == n_images:
+        return messages
+    first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), 0)
+    pictures: list[Any] = [{"type": "image"}] * n_images
+    messages[first] = {**messages[first], "content": [*pictures, *messages[first]["content"]]}
+    return messages
+
+
+def _framed(model: HookedModel, token: str) -> str:
+    """The placeholder between the markers that some families (Qwen-VL) want around it."""
+    config = model.original_model.config  # type: ignore[attr-defined]
+    ends = [getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end")]
+    if None in ends:
+        return token
+    start, end = model.tokenizer.convert_ids_to_tokens(ends)
+    return f"{start}{token}{end}"
+
+
+def as_parts(message: Message) -> dict[str, Any]:
+    """The message with its content as a list of parts, as the templates of vision-language models take it."""
+    content = message.get("content", "")
+    return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else list(content)}
+
+
+def process_images(
+    model: HookedModel, text: str, images: Sequence[Any], *, bos: int | None = None
+) -> tuple[list[int], ImageInputs]:
+    """Ids of a rendered prompt with its image tokens expanded, and everything else the processor made of the images.
+
+    Args:
+        model: with its processor.
+        text: the prompt with one placeholder per image.
+        images: from ``load_images``.
+        bos: id to put in front.
+
+    Raises:
+        ValueError: no processor, or the processor does not take text and images together.
+    """
+    processor = require_processor(model)
+    found = dict(processor(text=[text], images=list(images), add_special_tokens=False, return_tensors="pt"))
+    ids = found.pop("input_ids")[0].tolist()
+    found.pop("attention_mask", None)
+    front = [] if bos is None else [bos]
+    per_token = {
+        key: (*([0] * len(front)), *value[0].tolist()) for key, value in found.items() if key.endswith("token_type_ids")
+    }
+    inputs = {key: torch.as_tensor(value) for key, value in found.items() if key not in per_token}
+    ids = [*front, *ids]
+    image_token = image_token_id(model)
+    if image_token not in ids:
+        raise ValueError("the processor put no image tokens into the prompt; does it belong to this model?")
+    return ids, ImageInputs(
+        inputs=inputs,
+        token_inputs=per_token,
+        is_image=tuple(token == image_token for token in ids),
+        spans=image_spans(model, ids, inputs, [picture.size for picture in images]),
+        images=tuple(images),
+        text=text,
+        digest=_digest(inputs),
+    )
+
+
+def blurred(model: HookedModel, found: ImageInputs, *, radius: float = 0.1) -> ImageInputs:
+    """The same prompt with Gaussian-blurred images (``radius`` as a share of the longer edge): colours without shapes."""
+    from PIL import ImageFilter
+
+    soft = [picture.filter(ImageFilter.GaussianBlur(radius * max(picture.size))) for picture in found.images]
+    _, again = process_images(model, found.text, soft)
+    return replace(found, inputs=again.inputs, images=again.images, digest=again.digest)
+
+
+def collate_images(
+    records: Sequence[ImageInputs | None],
+    offset: Int[Tensor, "batch"],
+    like: Int[Tensor, "batch pos"],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The images of several rows as the model takes them together.
+
+    Images stand one after the other in the order of the rows; where some have fewer tiles than others, zeros fill up, as
+    the processors themselves do. Token types are 0 at padding and responses.
+
+    Args:
+        records: the images of each row, ``None`` for a row without.
+        offset: ``[batch]`` padding before each row.
+        like: ``[batch, pos]`` token ids: gives shape and device.
+        dtype: floating-point type of the model.
+    """
+    present = [r for r in records if r is not None]
+    if not present:
+        return {}
+    keys = set(present[0].inputs)
+    if any(set(r.inputs) != keys for r in present):
+        raise ValueError(f"records come from different processors: {sorted(keys)} and others; process them alike")
+    out = {}
+    for key in present[0].inputs:
+        parts = [r.inputs[key] for r in present]
+        biggest = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
+        joined = torch.cat([_fill_up(part, biggest) for part in parts]).to(like.device)
+        out[key] = joined.to(dtype) if joined.is_floating_point() else joined
+    for key in present[0].token_inputs:
+        types = torch.zeros_like(like)
+        for row, (record, start) in enumerate(zip(records, offset.tolist(), strict=True)):
+            if record is not None:
+                values = torch.tensor(record.token_inputs[key], device=like.device)
+                types[row, start : start + len(values)] = values
+        out[key] = types
+    return out
+
+
+def _fill_up(part: Tensor, sizes: Sequence[int]) -> Tensor:
+    if list(part.shape[1:]) == list(sizes):
+        return part
+    out = torch.zeros((part.shape[0], *sizes), dtype=part.dtype)
+    out[tuple(slice(n) for n in part.shape)] = part
+    return out
+
+
+def _digest(inputs: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for key in sorted(inputs):
+        found.update(f"{key}{tuple(inputs[key].shape)}".encode())
+        found.update(inputs[key].detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
