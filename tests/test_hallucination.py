@@ -1,4 +1,4 @@
-"""Hallucination measures against counts by hand, readers on samples with the published columns, the judge on a stub server."""
+"""Hallucination measures against counts by hand, readers on samples with the published columns, a judge on a stub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -48,7 +48,14 @@ MMMU = [
         "question_type": "multiple-choice",
         "subfield": "Financial Accounting",
     },
-    {"id": "open", "question": "How many?", "options": "[]", "answer": "4", "image_1": "b.png", "question_type": "open"},
+    {
+        "id": "open",
+        "question": "How many?",
+        "options": "[]",
+        "answer": "4",
+        "image_1": "b.png",
+        "question_type": "open",
+    },
 ]
 
 
@@ -159,7 +166,13 @@ def test_pope_refuses_another_label() -> None:
 
 
 def test_spa_vl_rows() -> None:
-    row = {"image": "3.jpg", "question": "What is this?", "chosen": "A cat.", "rejected": "A dog.", "class1": "Toxicity"}
+    row = {
+        "image": "3.jpg",
+        "question": "What is this?",
+        "chosen": "A cat.",
+        "rejected": "A dog.",
+        "class1": "Toxicity",
+    }
     pair = hl.load_spa_vl([row], images="pictures")[0]
     assert (pair.chosen, pair.rejected, pair.meta) == ("A cat.", "A dog.", {"class1": "Toxicity"})
     assert pair.prompt == [{"role": "user", "content": "What is this?"}]
@@ -233,8 +246,8 @@ def test_read_rating(reply: str, rating: int | None) -> None:
 class _Stub(BaseHTTPRequestHandler):
     """Answers like an OpenAI-compatible server; ``plan`` says with which status, call by call."""
 
-    plan: list[int] = []
-    seen: list[dict[str, Any]] = []
+    plan: ClassVar[list[int]] = []
+    seen: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

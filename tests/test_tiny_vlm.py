@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def test_a_picture_shows_its_digits_in_their_cells_and_colours() -> None:
     cells = picture.unflatten(1, (2, 16)).unflatten(3, (2, 16)).permute(1, 3, 0, 2, 4).reshape(4, 3, -1)
     ink = cells.amax(-1).amax(-1)
     assert (ink[[1, 2]] > 0.45).all() and (ink[[0, 3]] < 0.35).all()
-    assert cells[1].mean(-1).argmax() == list(COLOURS.values())[0].index(1)  # red
-    assert cells[2].mean(-1).argmax() == list(COLOURS.values())[2].index(1)  # blue
+    assert cells[1].mean(-1).argmax() == COLOURS["red"].index(1)
+    assert cells[2].mean(-1).argmax() == COLOURS["blue"].index(1)
 
 
 def test_patches_of_a_cell_are_the_patches_it_is_made_of() -> None:
@@ -207,7 +207,9 @@ def test_the_bridge_computes_what_hugging_face_does(vlm: Any) -> None:
     text = tv.question_text("describe the picture .")
     inputs = processor(images=pictures, text=[text] * 4, return_tensors="pt")
     with torch.no_grad():
-        assert torch.allclose(vlm(inputs["input_ids"], pixel_values=inputs["pixel_values"]), plain(**inputs).logits, atol=1e-3)
+        assert torch.allclose(
+            vlm(inputs["input_ids"], pixel_values=inputs["pixel_values"]), plain(**inputs).logits, atol=1e-3
+        )
     out = plain.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert ev.describe(vlm, pictures) == processor.batch_decode(out, skip_special_tokens=True)
     assert vlm.original_model.config.image_token_id == inputs["input_ids"][0, 1]
@@ -226,10 +228,4 @@ def test_it_looks_and_it_fails_as_its_card_says(vlm: Any) -> None:
     captions = figures["captions"]
     assert 0.2 < captions["hallucinating"] < 0.7 and captions["coverage"] > 0.85
     assert captions["absent_are_partners"] > 0.6
-    assert "Held-out figures" in ev.model_card(figures, {**_card_settings()})
-
-
-def _card_settings() -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(TrainConfig())
+    assert "Held-out figures" in ev.model_card(figures, asdict(TrainConfig()))

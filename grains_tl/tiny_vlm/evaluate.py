@@ -103,18 +103,6 @@ def evaluate(model: HookedModel, n: int = 1200, *, seed: int = 0) -> dict[str, A
         n: scenes; as many questions of each kind, and as many captions.
         seed: of scenes and questions.
     """
-    scenes, pictures = scenes_for("test", n, seed=seed)
-    rng = np.random.default_rng(seed)
-    skills = {}
-    for kind in OTHER_KINDS:
-        asked = [ask(rng, scene, kind) for scene in scenes]
-        texts, answers = [question_text(q) for q, _ in asked], [a for _, a in asked]
-        skills[kind] = {
-            **_accuracy(model, answer_logprobs(model, texts, pictures), answers, ""),
-            **_accuracy(model, answer_logprobs(model, texts, pictures, without_image=True), answers, "_no_image"),
-            "commonest": max(answers.count(a) for a in set(answers)) / n,
-            "n": n,
-        }
     questions = yes_no_questions("test", n // 2, seed=seed)
     texts, asked_about = [question_text(q.question) for q in questions], [q.image for q in questions]
     margins = yes_margins(answer_logprobs(model, texts, asked_about), model).numpy()
@@ -125,8 +113,36 @@ def evaluate(model: HookedModel, n: int = 1200, *, seed: int = 0) -> dict[str, A
         truth = [questions[i].answer for i in at]
         is_there[split] = asdict(yes_no_scores(truth, margins=margins[at]))
         is_there[f"{split}, image tokens zeroed"] = asdict(yes_no_scores(truth, margins=blind[at]))
+    scenes, pictures = scenes_for("test", n, seed=seed)
     said = describe(model, pictures)
-    return {"skills": skills, "is_there": is_there, "captions": _caption_figures(scenes, said), "examples": said[:4]}
+    return {
+        "skills": skills(model, n, seed=seed),
+        "is_there": is_there,
+        "captions": _caption_figures(scenes, said),
+        "examples": said[:4],
+    }
+
+
+def skills(model: HookedModel, n: int, *, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Accuracy of position, colour and count questions on held-out digits, with the image tokens and with zeros for them.
+
+    Returns:
+        Per kind: ``accuracy``, ``se``, ``accuracy_no_image``, ``se_no_image``, ``commonest`` (the share of the commonest
+        right answer), ``n``.
+    """
+    scenes, pictures = scenes_for("test", n, seed=seed)
+    rng = np.random.default_rng(seed)
+    found = {}
+    for kind in OTHER_KINDS:
+        asked = [ask(rng, scene, kind) for scene in scenes]
+        texts, answers = [question_text(q) for q, _ in asked], [a for _, a in asked]
+        found[kind] = {
+            **_accuracy(model, answer_logprobs(model, texts, pictures), answers, ""),
+            **_accuracy(model, answer_logprobs(model, texts, pictures, without_image=True), answers, "_no_image"),
+            "commonest": max(answers.count(a) for a in set(answers)) / n,
+            "n": n,
+        }
+    return found
 
 
 def _accuracy(

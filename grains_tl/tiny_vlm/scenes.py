@@ -7,7 +7,6 @@ quarter of those digits (other writers) is never trained on.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 Split = Literal["train", "held_out"]
@@ -228,7 +227,9 @@ def mentioned(text: str) -> list[int]:
     return [int(word) for word in text.split() if word.isdigit() and len(word) == 1]
 
 
-def ask(rng: np.random.Generator, scene: Scene, kind: Kind, *, yes_share: float = 0.5, form: int | None = None) -> tuple[str, str]:
+def ask(
+    rng: np.random.Generator, scene: Scene, kind: Kind, *, yes_share: float = 0.5, form: int | None = None
+) -> tuple[str, str]:
     """A question of one kind about a scene, and its answer.
 
     Captions and is-there answers speak of hidden digits as if they were seen; the other answers do not.
