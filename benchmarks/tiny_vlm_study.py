@@ -22,9 +22,9 @@ from grains_tl.tiny_vlm.captions import candidates, caption_split, kl_meter, own
 from grains_tl.tiny_vlm.questions import false_yes_questions, partner_share, yes_attributions
 from grains_tl.tiny_vlm.threshold import yes_no_study
 
-LAYERS = (0, 1, 2, 3)
-KLS = (0.03, 0.1, 0.3)
-N = {"build": 50, "choose": 150, "test": 500}
+LAYERS = (1, 2, 3)
+KLS = (0.05, 0.2)
+N = {"build": 50, "choose": 150, "test": 500, "kl": 60}
 
 
 def captions_study(model: Any, out: Path, seeds: Sequence[int], n_random: int) -> pd.DataFrame:
@@ -32,7 +32,7 @@ def captions_study(model: Any, out: Path, seeds: Sequence[int], n_random: int) -
     done = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=["seed", "vector"])
     have = set(zip(done["seed"], done["vector"], strict=True))
     choose, test = (caption_split(model, part, N[part]) for part in ("choose", "test"))  # type: ignore[arg-type]
-    meter = kl_meter(model, choose)
+    meter = kl_meter(model, choose, n=N["kl"])
     print(f"unsteered, test: {test.scores}")
     rows = [] if done.empty else [done]
     like = None

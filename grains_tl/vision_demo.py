@@ -169,7 +169,7 @@ def _captions(
     model: HookedModel, choose: Captioned, test: Captioned, settings: VisionDemoSettings, progress: bool
 ) -> tuple[list[dict[str, Any]], tuple[SteeringVectors, int, float]]:
     """One row per vector, and the first seed's own vector with its layer and alpha."""
-    meter = kl_meter(model, choose)
+    meter = kl_meter(model, choose, n=60)
     rows, first = [], None
     for seed in settings.seeds:
         _say(progress, f"  building seed {seed}: vectors, random directions and random tokens")

@@ -61,9 +61,9 @@ def caption_pairs(part: Part, n: int, *, seed: int = 0, part_at: bool = True) ->
     rng = np.random.default_rng([seed, 7])
     pairs: list[PreferencePair] = []
     for scene, picture in zip(*scenes_for(part, 2 * n + 8, seed=seed), strict=True):
-        alone = [d for d in scene if partner(d.value) not in {other.value for other in scene}]
-        if alone and len(pairs) < n:
-            value = partner(alone[rng.integers(len(alone))].value)
+        absent = _absent_partners(scene)
+        if absent and len(pairs) < n:
+            value = absent[rng.integers(len(absent))]
             unused = [c for c in range(len(COLOURS)) if c not in {d.colour for d in scene}]
             added = Digit(value, -1, int(rng.choice(unused)), -1, shown=False)
             pairs.append(caption_pair(scene, picture, caption((*scene, added)), part_at=part_at))
@@ -99,10 +99,12 @@ def yes_no_questions(part: Part, n: int, *, seed: int = 0) -> list[YesNoQuestion
 
     Args:
         part: the split of scenes.
-        n: number of scenes; 6 questions each.
+        n: number of scenes (without those that show all partners); 6 questions each.
         seed: of scenes and questions.
     """
-    scenes, pictures = scenes_for(part, n, seed=seed)
+    drawn = zip(*scenes_for(part, 2 * n + 8, seed=seed), strict=True)
+    kept = [(scene, picture) for scene, picture in drawn if _absent_partners(scene)][:n]
+    scenes, pictures = [scene for scene, _ in kept], [picture for _, picture in kept]
     rng = np.random.default_rng([seed, 8])
     counts = Counter(d.value for scene in scenes for d in scene)
     popular = [value for value, _ in counts.most_common(3)]
@@ -113,7 +115,7 @@ def yes_no_questions(part: Part, n: int, *, seed: int = 0) -> list[YesNoQuestion
         candidates = {
             "random": absent,
             "popular": [v for v in popular if v not in shown] or absent,
-            "adversarial": [partner(v) for v in shown if partner(v) not in shown] or absent,
+            "adversarial": _absent_partners(scene),
         }
         yes = int(rng.choice(shown))
         for split, values in candidates.items():
@@ -122,6 +124,11 @@ def yes_no_questions(part: Part, n: int, *, seed: int = 0) -> list[YesNoQuestion
                 meta = {"scene": number, "digit": value, "digits": shown, "cells": [d.cell for d in scene]}
                 found.append(YesNoQuestion(picture, text, answer, split, meta))
     return found
+
+
+def _absent_partners(scene: Scene) -> list[int]:
+    shown = [d.value for d in scene]
+    return [partner(v) for v in shown if partner(v) not in shown]
 
 
 def yes_no_pairs(questions: Sequence[YesNoQuestion]) -> list[PreferencePair]:
