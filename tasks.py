@@ -2,7 +2,7 @@
 
 python tasks.py demo          install into .venv-tl4 and run the quick demo (two minutes after the install)
 python tasks.py demo --full   the whole demo (about fifteen minutes on two cores)
-python tasks.py test          linters, tests and notebooks on TransformerLens 4 and 3
+python tasks.py test          linters, documentation, tests and notebooks on TransformerLens 4 and 3
 python tasks.py test --tl 4   on one of them
 """
 
@@ -50,11 +50,12 @@ def demo(full: bool) -> None:
 def test(majors: list[int]) -> None:
     """Install and run linters, type checker, tests and notebooks."""
     for major in majors:
-        python = environment(major, "dev")
+        python = environment(major, "dev,docs")
         if major == majors[0]:
             run(python, "-m", "ruff", "check", ".")
             run(python, "-m", "ruff", "format", "--check", ".")
             run(python, "-m", "mypy")
+            run(python, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", "out/site")
         run(python, "-m", "pytest", "-q", "--durations=5")
 
 

@@ -1,20 +1,13 @@
 """Building vectors, against a plain per-record Hugging Face + captum loop with the same steps and the same result.
 
-    python -m benchmarks.build_vectors --records 50 --steps 20 --threads 2
-
 Both sides score the whole responses at the right positions, use Gauss-Legendre nodes from the zero embedding, mask with
 the end-of-text token, read the last prompt token at every layer, and reduce by the mean. The loop is what one writes
-first: a record at a time, chosen and rejected apart, full logits. Timed twice each, alternating; the table gives the
-faster of each. Tokens that pass through the embedding are counted and set beside the fewest that the job can do with.
+first: a record at a time, chosen and rejected apart, full logits.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,33 +15,22 @@ from captum.attr import IntegratedGradients
 from torch import Tensor
 
 import grains_tl as gr
+from benchmarks.common import Operations, count_operations, floating_point_operations, matrix_rate, timed
 from grains_tl.tokens import TokenizedPair, token_rules
 
 
-@contextmanager
-def count_tokens(model: Any) -> Iterator[dict[str, int]]:
-    """Token positions that run forward, and those that also run backward (padding included)."""
-    counts = {"forward": 0, "backward": 0}
-
-    def note(module: Any, args: Any, output: Tensor) -> None:
-        counts["forward"] += output.shape[0] * output.shape[1]
-
-    def note_gradient(act: Tensor, hook: Any) -> None:
-        counts["backward"] += act.shape[0] * act.shape[1] if act.requires_grad else 0
-
-    handle = model.embed.register_forward_hook(note)
-    try:
-        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", note_gradient)]):
-            yield counts
-    finally:
-        handle.remove()
-
-
-def fewest_tokens(tokenized: Sequence[TokenizedPair], n_steps: int) -> dict[str, int]:
-    """The least the method needs: every distinct row once per step and at both ends, three prompts for the caching."""
-    rows = [sum(map(len, t.inputs)) for t in tokenized]
+def fewest(tokenized: Sequence[TokenizedPair], n_steps: int, n_layers: int) -> Operations:
+    """The least the method needs without sharing prefixes: every distinct row once per step and at both ends, three
+    prompts for the caching, and logits where a response token is predicted."""
+    rows = sum(sum(map(len, t.inputs)) for t in tokenized)
     prompts = sum(len(t.prompt) for t in tokenized)
-    return {"forward": (n_steps + 2) * sum(rows) + 3 * prompts, "backward": n_steps * sum(rows)}
+    # one position predicts the first token of both responses where they share a row
+    positions = sum(len(t.chosen) + len(t.rejected) - (len(t.inputs) == 1) for t in tokenized)
+    return Operations(
+        forward=((n_steps + 2) * rows + 3 * prompts) * n_layers,
+        backward=n_steps * rows * n_layers,
+        unembedded=(n_steps + 2) * positions,
+    )
 
 
 def plain_loop(hf_model: Any, tokenized: Sequence[TokenizedPair], n_steps: int, top_k: int, eos: int) -> Tensor:
@@ -85,66 +67,53 @@ def plain_loop(hf_model: Any, tokenized: Sequence[TokenizedPair], n_steps: int, 
     return torch.stack(differences).mean(0)
 
 
-def main() -> None:
-    """Print the table and write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--top-k", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--set", default="sentiment", choices=["sentiment", "misconceptions"])
-    parser.add_argument("--json", help="write the figures to this file")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    model = gr.load_model("smollm2")
-    pairs = gr.load_bundled(args.set, "build")[: args.records]
+def run(model: Any, *, records: int, steps: int, top_k: int = 3, repeats: int = 3) -> dict[str, Any]:
+    """Seconds, operations and agreement of both sides."""
+    pairs = gr.load_bundled("sentiment", "build")[:records]
     tokenized = gr.tokenize_pairs(model, pairs)
     eos = token_rules(model).eos
-    seconds: dict[str, list[float]] = {"grains_tl": [], "plain loop": []}
-    for _ in range(args.repeats):
-        with count_tokens(model) as counts:
-            started = time.perf_counter()
-            ours = gr.build_vectors(
-                model,
-                pairs,
-                method="integrated_gradients",
-                masker="eos",
-                n_steps=args.steps,
-                top_k=args.top_k,
-                progress=False,
-            )
-            seconds["grains_tl"].append(time.perf_counter() - started)
-        started = time.perf_counter()
-        theirs = plain_loop(model.original_model, tokenized, args.steps, args.top_k, eos)
-        seconds["plain loop"].append(time.perf_counter() - started)
-
+    options: dict[str, Any] = {"masker": "eos", "n_steps": steps, "top_k": top_k, "progress": False}
+    jobs = {
+        "grains_tl": lambda: gr.build_vectors(model, pairs, method="integrated_gradients", **options),
+        "plain loop": lambda: plain_loop(model.original_model, tokenized, steps, top_k, eos),
+    }
+    seconds, results = timed(jobs, repeats)
+    with count_operations(model) as ours:
+        jobs["grains_tl"]()
+    with count_operations(model) as theirs:
+        plain_loop(model.original_model, tokenized[:1], steps, top_k, eos)
+    rate = matrix_rate(model)
+    least = fewest(tokenized, steps, int(model.cfg.n_layers))
+    floor = floating_point_operations(model, least) / rate
     # Hugging Face's last hidden state comes after the final norm: the residual stream ends one layer earlier
-    cosine = torch.cosine_similarity(ours.raw[:-1], theirs[:-1], dim=-1)
-    fewest = fewest_tokens(tokenized, args.steps)
-    best = {name: min(found) for name, found in seconds.items()}
-    figures = {
+    cosine = torch.cosine_similarity(results["grains_tl"].raw[:-1], results["plain loop"][:-1], dim=-1)
+    return {
         "records": len(pairs),
-        "set": args.set,
-        "steps": args.steps,
-        "threads": args.threads,
+        "steps": steps,
         "seconds": seconds,
-        "ratio": best["plain loop"] / best["grains_tl"],
-        "tokens": counts,
-        "fewest_tokens": fewest,
+        "times_faster": seconds["plain loop"] / seconds["grains_tl"],
+        "operations": vars(ours),
+        "operations_plain_first_record": vars(theirs),
+        "fewest_operations": vars(least),
+        "share_of_fewest": {k: vars(least)[k] / max(vars(ours)[k], 1) for k in vars(least)},
+        "matrix_gflops": rate / 1e9,
+        "floor_seconds": floor,
+        "share_of_floor": floor / seconds["grains_tl"],
         "smallest_cosine": cosine.min().item(),
     }
-    print(f"{len(pairs)} {args.set} records, {args.steps} steps, {args.threads} threads")
-    for name, value in best.items():
-        print(f"  {name:<12} {value:8.1f} s")
-    print(f"  {figures['ratio']:.2f} times faster; smallest cosine of the vectors over layers {cosine.min():.6f}")
-    for kind in ("forward", "backward"):
-        print(f"  {kind} tokens {counts[kind]}, fewest possible {fewest[kind]} ({fewest[kind] / counts[kind]:.2f})")
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
 
 
-if __name__ == "__main__":
-    main()
+def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines of the table."""
+    s, share = figures["seconds"], figures["share_of_fewest"]
+    return [
+        (f"build, {figures['records']} records, {figures['steps']} IG steps", f"{s['grains_tl']:.2f} s"),
+        ("the same, plain Hugging Face + captum loop", f"{s['plain loop']:.2f} s"),
+        ("times faster", f"{figures['times_faster']:.2f}"),
+        ("smallest cosine of the vectors over layers", f"{figures['smallest_cosine']:.6f}"),
+        ("fewest forward token-layers / done", f"{share['forward']:.2f}"),
+        ("fewest backward token-layers / done", f"{share['backward']:.2f}"),
+        ("fewest unembedded positions / done", f"{share['unembedded']:.2f}"),
+        ("matrix rate of this machine at these shapes", f"{figures['matrix_gflops']:.1f} GFLOP/s"),
+        ("share of the floor (matrix products alone) reached", f"{figures['share_of_floor']:.2f}"),
+    ]

@@ -3,21 +3,55 @@
 The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_vectors``; ``vectors.hooks``; measure.
 """
 
+from grains_tl import lm_eval
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
+from grains_tl.baselines import (
+    BASELINES,
+    HeadVectors,
+    baseline_draws,
+    baseline_vectors,
+    head_vectors,
+    lora_adapter,
+    with_system_prompt,
+)
 from grains_tl.caching import Differences, cache_hook, collect_differences, read_out
-from grains_tl.controls import caa_differences, random_direction_vectors, random_token_differences
+from grains_tl.choices import MultipleChoice, binary_accuracy, mc1, mc2, score_choices
+from grains_tl.choosing import Choice, choose, report_choice, split_records
+from grains_tl.comparison import Comparison, compare_with_controls
+from grains_tl.controls import (
+    bootstrap_vectors,
+    caa_differences,
+    orthogonal_direction_vectors,
+    random_direction_vectors,
+    random_token_differences,
+    shuffled_label_vectors,
+)
+from grains_tl.costs import generation_quality, letters, neutral_texts, retention, text_costs, text_quality
 from grains_tl.data import load_bundled, load_pairs
+from grains_tl.effects import record_effects, two_sided
 from grains_tl.evaluate import Setting, measure, next_token_kl
 from grains_tl.faithfulness import compare_attributions
 from grains_tl.generation import generate
 from grains_tl.masking import Selection, mask_hook, select_tokens
 from grains_tl.models import load_model
 from grains_tl.pipeline import build_vectors
-from grains_tl.plotting import plot_controls, plot_layers, plot_tokens, show_tokens
+from grains_tl.plotting import (
+    plot_controls,
+    plot_cost,
+    plot_heatmap,
+    plot_layers,
+    plot_records,
+    plot_token_logprobs,
+    plot_tokens,
+    show_tokens,
+)
+from grains_tl.readers import Benchmark, load_benchmark
+from grains_tl.responses import response_logprobs
 from grains_tl.scoring import score_pairs
 from grains_tl.selfcheck import check_model
 from grains_tl.steering import steer_hook
-from grains_tl.sweep import sweep
+from grains_tl.summary import effect_at_kl, summarize
+from grains_tl.sweep import grid, sweep, sweep_records
 from grains_tl.tokens import TokenizedPair, TokenRules, token_rules, tokenize_pairs
 from grains_tl.types import Attribution, PreferencePair
 from grains_tl.vectors import SteeringVectors, load_vectors, reduce_vectors
@@ -25,8 +59,14 @@ from grains_tl.vectors import SteeringVectors, load_vectors, reduce_vectors
 __version__ = "0.1.0"
 
 __all__ = [
+    "BASELINES",
     "Attribution",
+    "Benchmark",
+    "Choice",
+    "Comparison",
     "Differences",
+    "HeadVectors",
+    "MultipleChoice",
     "PreferencePair",
     "Selection",
     "Setting",
@@ -35,33 +75,68 @@ __all__ = [
     "TokenizedPair",
     "attribute",
     "attribute_all",
+    "baseline_draws",
+    "baseline_vectors",
+    "binary_accuracy",
+    "bootstrap_vectors",
     "build_vectors",
     "caa_differences",
     "cache_hook",
     "check_model",
+    "choose",
     "collect_differences",
     "compare_attributions",
+    "compare_with_controls",
+    "effect_at_kl",
     "generate",
+    "generation_quality",
+    "grid",
+    "head_vectors",
     "interpolate_hook",
+    "letters",
+    "lm_eval",
+    "load_benchmark",
     "load_bundled",
     "load_model",
     "load_pairs",
     "load_vectors",
+    "lora_adapter",
     "mask_hook",
+    "mc1",
+    "mc2",
     "measure",
+    "neutral_texts",
     "next_token_kl",
+    "orthogonal_direction_vectors",
     "plot_controls",
+    "plot_cost",
+    "plot_heatmap",
     "plot_layers",
+    "plot_records",
+    "plot_token_logprobs",
     "plot_tokens",
     "random_direction_vectors",
     "random_token_differences",
     "read_out",
+    "record_effects",
     "reduce_vectors",
+    "report_choice",
+    "response_logprobs",
+    "retention",
+    "score_choices",
     "score_pairs",
     "select_tokens",
     "show_tokens",
+    "shuffled_label_vectors",
+    "split_records",
     "steer_hook",
+    "summarize",
     "sweep",
+    "sweep_records",
+    "text_costs",
+    "text_quality",
     "token_rules",
     "tokenize_pairs",
+    "two_sided",
+    "with_system_prompt",
 ]

@@ -92,25 +92,53 @@ def scoring_batch(
             for i, (token, w) in enumerate(zip(response, weight, strict=True)):
                 if w:
                     targets.append((len(rows) - 1, len(pair.prompt) - 1 + i, token, w, 2 * record + side))
+    prompt_lens = [len(tokenized[o].prompt) for o in owner]
+    images = [tokenized[o].images for o in owner]
+    return batch_of(model, rows, owner, prompt_lens, targets, len(tokenized), images=images, padding_side=padding_side)
+
+
+def batch_of(
+    model: HookedModel,
+    rows: Sequence[Sequence[int]],
+    owner: Sequence[int],
+    prompt_lens: Sequence[int],
+    targets: Sequence[tuple[int, int, int, float, int]],
+    n_records: int,
+    *,
+    images: Sequence[ImageInputs | None] | None = None,
+    padding_side: str = "right",
+) -> Batch:
+    """Pad rows and put the targets in tensors.
+
+    Args:
+        model: gives the pad id and the device.
+        rows: token ids.
+        owner: the record of each row.
+        prompt_lens: the number of prompt tokens of each row.
+        targets: ``(row, position in the row, id, weight, slot)`` of each scored token.
+        n_records: half the number of slots.
+        images: what the processor made of the images of each row's prompt.
+        padding_side: ``"right"`` or ``"left"``.
+    """
     ids, mask, offset = pad_rows(model, rows, padding_side=padding_side)
     device = ids.device
-    row, position, token_id, weight_, slot = (torch.tensor(column) for column in zip(*targets, strict=True))
+    row, position, token_id, weight, slot = (torch.tensor(column) for column in zip(*targets, strict=True))
     position = position + offset.cpu()[row]
     keep, target_keep = position.unique(return_inverse=True)
     return Batch(
         ids=ids,
         attention_mask=mask,
         offset=offset,
-        prompt_len=torch.tensor([len(tokenized[o].prompt) for o in owner], device=device),
+        prompt_len=torch.tensor(prompt_lens, device=device),
         record=torch.tensor(owner, device=device),
         keep=keep.to(device),
         target_row=row.to(device),
         target_keep=target_keep.to(device),
         target_id=token_id.to(device),
-        target_weight=weight_.to(device),
+        target_weight=weight.to(device),
         target_slot=slot.to(device),
-        n_records=len(tokenized),
-        inputs=image_inputs(model, [tokenized[o].images for o in owner], ids, offset),
+        n_records=n_records,
+        inputs=image_inputs(model, [None] * len(rows) if images is None else images, ids, offset),
     )
 
 

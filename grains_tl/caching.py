@@ -214,6 +214,33 @@ def collect_differences(
         masker, image_masker, readout, max_tokens, progress: as in ``read_out``.
     """
     layers = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
+    up, down, norms = collect_with_norms(
+        model,
+        tokenized,
+        selections,
+        layers=layers,
+        masker=masker,
+        image_masker=image_masker,
+        readout=readout,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    return Differences(up, down, tuple(layers), norms.median(dim=1).values)
+
+
+def collect_with_norms(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    selections: Sequence[Selection],
+    *,
+    layers: Sequence[int],
+    masker: Masker = "mean_embedding",
+    image_masker: ImageMasker = "mean_patch",
+    readout: Readout = "prompt_end",
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "record layer d_model"], Float[Tensor, "layer token"]]:
+    """``collect_differences`` in parts that can be joined: d+, d-, and the residual norm of every content token."""
     norms: list[Tensor] = []
     common: dict[str, Any] = {
         "layers": layers,
@@ -225,7 +252,7 @@ def collect_differences(
     whole = read_out(model, tokenized, norms=norms, progress=progress, **common)
     up = _masked_difference(model, tokenized, whole, [s.toward_chosen for s in selections], progress, common)
     down = _masked_difference(model, tokenized, whole, [s.toward_rejected for s in selections], progress, common)
-    return Differences(up, down, tuple(layers), torch.cat(norms, dim=1).median(dim=1).values)
+    return up, down, torch.cat(norms, dim=1)
 
 
 def check_readout(readout: str) -> None:

@@ -1,4 +1,4 @@
-"""The same things from a shell: ``grains-tl demo | build | steer | sweep | attribute``."""
+"""The same things from a shell: ``grains-tl demo | build | steer | sweep | export | attribute``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from grains_tl.cli_export import add_export, run_export
+from grains_tl.cli_sweep import add_sweep_options
 
 EXAMPLES = """examples:
   grains-tl demo --quick
@@ -78,14 +81,16 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(steer, default=None)
     steer.set_defaults(run=_steer)
 
-    sweep = commands.add_parser("sweep", help="effect on the margin over layers and alphas, as a table")
-    sweep.add_argument("--vectors", required=True, help="file written by build")
-    sweep.add_argument("--layers", type=_layers, help="e.g. 12,18 or 10-20; default all stored")
-    sweep.add_argument("--alphas", type=_numbers, default=[-0.2, 0.2], help="e.g. --alphas=-0.2,0.2 (default)")
-    sweep.add_argument("--csv", help="also write the table to this file")
+    sweep = commands.add_parser("sweep", help="effect and cost over layers and alphas, a choice, and its report")
+    add_sweep_options(sweep, _layers, _numbers)
     _pair_options(sweep)
     _model_options(sweep, default=None)
     sweep.set_defaults(run=_sweep)
+
+    export = commands.add_parser("export", help="vectors for llama.cpp, Hugging Face or vLLM")
+    add_export(export, _layers)
+    _model_options(export, default=None)
+    export.set_defaults(run=lambda args: run_export(args, _load))
 
     attribute = commands.add_parser("attribute", help="which tokens of each prompt push towards chosen or rejected")
     _pair_options(attribute)
@@ -102,7 +107,8 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None = "smoll
     )
     parser.add_argument("--path", help="weights: a .gguf file or a folder")
     parser.add_argument("--kind", default="bridge", choices=["bridge", "hooked"], help="TransformerLens class")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="default cpu, or what the launcher gives to each of several processes")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
 
 
@@ -153,10 +159,13 @@ def _load(args: argparse.Namespace, name: str | None = None) -> Any:
     import torch
 
     from grains_tl.models import load_model
+    from grains_tl.processes import launched_device
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    return load_model(args.model or name or "smollm2", kind=args.kind, path=args.path, device=args.device)
+    return load_model(
+        args.model or name or "smollm2", kind=args.kind, path=args.path, device=args.device or launched_device()
+    )
 
 
 def _pairs(args: argparse.Namespace) -> Any:
@@ -199,8 +208,10 @@ def _vision_demo(args: argparse.Namespace) -> None:
 
 def _build(args: argparse.Namespace) -> None:
     from grains_tl.pipeline import build_vectors
+    from grains_tl.processes import files, finish, launched
 
     pairs = _pairs(args)
+    processes = launched()
     checkpoint = Path(f"{args.out}.partial.jsonl")
     vectors = build_vectors(
         _load(args),
@@ -214,9 +225,15 @@ def _build(args: argparse.Namespace) -> None:
         masker=args.masker,
         readout=args.readout,
         checkpoint=checkpoint,
+        processes=processes,
+        progress=processes.rank == 0,
     )
+    finish()
+    if processes.rank > 0:
+        return
     path = vectors.save(args.out)
-    checkpoint.unlink(missing_ok=True)
+    for file in files(checkpoint):
+        file.unlink()
     print(f"{path}: {len(vectors.layers)} layers x d_model {vectors.directions.shape[1]} from {len(pairs)} records")
     print(f"tokens: {vectors.info['token_rules']}")
     if vectors.info["moved_borders"]:
@@ -274,16 +291,10 @@ def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 56
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from grains_tl.sweep import sweep
-    from grains_tl.vectors import load_vectors
+    from grains_tl.cli_sweep import run_sweep
 
-    pairs = _pairs(args)
-    vectors = load_vectors(args.vectors)
-    model = _load(args, vectors.info.get("model", {}).get("name"))
-    frame = sweep(model, vectors, pairs, layers=args.layers, alphas=args.alphas)
-    print(frame.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    if args.csv:
-        frame.to_csv(args.csv, index=False)
+    test = _pairs(argparse.Namespace(pairs=args.test, column=args.column, limit=None)) if args.test else []
+    run_sweep(args, _pairs(args), test, lambda name: _load(args, name))
 
 
 def _attribute(args: argparse.Namespace) -> None:

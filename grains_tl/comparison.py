@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,22 +61,37 @@ def compare_with_controls(
         choose: records on which each random-token draw may tune its sign, a sceptic's control.
         test: records to report on.
         vectors: single-layer vectors by name.
-        draws: by name, ``"random tokens"`` and other controls whose name begins with "random", and bootstrap vectors
-            under the name of the vector they belong to.
+        draws: controls by any name (see ``baseline_draws`` and ``controls``), and bootstrap vectors under the name of
+            the vector they belong to. ``"random_tokens"``, if there, also gives the control with tuned signs and
+            ``p_random_tokens``.
         name: the vector that is compared with the controls.
         alpha: step, fraction of the layer's typical residual norm.
         n_test_draws: test records the draws are measured on.
         seed: of the resampling.
         progress: show bars.
+
+    Raises:
+        ValueError: ``name`` without bootstrap vectors in ``draws``, or vectors of several layers.
+
+    Example:
+        >>> vectors = baseline_vectors(model, build, ["caa"], layers=[21])              # doctest: +SKIP
+        >>> controls = baseline_draws(model, build, layers=[21], like=vectors["caa"])   # doctest: +SKIP
+        >>> draws = {**controls, "caa": bootstrap_vectors(caa_differences(...))}        # doctest: +SKIP
+        >>> compare_with_controls(model, choose, test, vectors, draws, name="caa",      # doctest: +SKIP
+        ...                       alpha=0.2, n_test_draws=20).table
     """
+    if name not in vectors or name not in draws:
+        raise ValueError(f"name={name!r} needs a vector in vectors and its bootstrap vectors in draws")
     base, found = effects(model, test, list(vectors.values()), alpha, progress=progress)
     part = test[:n_test_draws]
     names = [label for label, group in draws.items() for _ in group]
     _, drawn = effects(model, part, [v for group in draws.values() for v in group], alpha, progress=progress)
     samples = {label: drawn[[i for i, n in enumerate(names) if n == label]] for label in draws}
-    _, tuning = effects(model, choose, draws[RANDOM_TOKENS], alpha, progress=progress)
-    samples[SIGN_TUNED] = samples[RANDOM_TOKENS] * tuning.mean(-1, keepdim=True).sign()
-    controls = [label for label in samples if label.startswith("random")]
+    tokens = _random_tokens(draws)
+    if tokens is not None:
+        _, tuning = effects(model, choose, draws[tokens], alpha, progress=progress)
+        samples[SIGN_TUNED] = samples[tokens] * tuning.mean(-1, keepdim=True).sign()
+    controls = [label for label in samples if label not in vectors]
     own = dict(zip(vectors, found, strict=True))
 
     rows = [_vector_row(label, effect, samples, len(part), seed) for label, effect in own.items()]
@@ -91,6 +106,11 @@ def compare_with_controls(
     )
 
 
+def _random_tokens(labels: Iterable[str]) -> str | None:
+    """The label of the random-token draws: the demo writes it as words, ``baseline_draws`` as a name."""
+    return next((label for label in labels if label.replace("_", " ") == RANDOM_TOKENS), None)
+
+
 def _vector_row(
     label: str, effect: Float[Tensor, "record"], samples: Mapping[str, Tensor], n_part: int, seed: int
 ) -> dict[str, Any]:
@@ -102,7 +122,10 @@ def _vector_row(
         # centred on the full estimate: the draws are measured on fewer records
         low, high = (float(x) for x in np.quantile(spread, [0.025, 0.975]) + mean.item() - spread.mean())
         interval, n_draws = "building + test records", len(samples[label])
-    at_least = (samples[RANDOM_TOKENS].mean(-1) >= effect[:n_part].mean()).float().mean().item()
+    tokens = _random_tokens(samples)
+    at_least = None
+    if tokens is not None:
+        at_least = (samples[tokens].mean(-1) >= effect[:n_part].mean()).float().mean().item()
     return {
         "vector": label,
         "effect": mean.item(),

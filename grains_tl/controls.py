@@ -1,8 +1,9 @@
-"""What a steering vector must beat: random directions, random tokens, and the older recipe CAA. All of unit length."""
+"""What a steering vector must beat: chance directions, chance tokens, chance labels, and the recipe CAA. Unit length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,6 +40,87 @@ def random_direction_vectors(like: SteeringVectors, *, n_draws: int = 20, seed: 
     ]
 
 
+def orthogonal_directions(
+    directions: Float[Tensor, "layer d_model"], generator: torch.Generator
+) -> Float[Tensor, "layer d_model"]:
+    """In each layer a unit direction drawn uniformly from those at right angles to the given one."""
+    unit = directions.double() / directions.double().norm(dim=-1, keepdim=True)
+    drawn = torch.randn(unit.shape, generator=generator, dtype=torch.float64).to(unit.device)
+    drawn = drawn - (drawn * unit).sum(-1, keepdim=True) * unit
+    return (drawn / drawn.norm(dim=-1, keepdim=True)).float()
+
+
+def orthogonal_direction_vectors(like: SteeringVectors, *, n_draws: int = 20, seed: int = 0) -> list[SteeringVectors]:
+    """Directions drawn at right angles to ``like`` in each layer, at its norms: same step, nothing of its direction.
+
+    Such perturbations do nearly as well as the vector in some published set-ups (arXiv 2602.06801).
+
+    Example:
+        >>> like = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
+        >>> v = orthogonal_direction_vectors(like, n_draws=1)[0]
+        >>> v.cosine(like).abs().max().item() < 1e-6
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        SteeringVectors.from_raw(
+            orthogonal_directions(like.directions, generator),
+            like.layers,
+            like.resid_norms,
+            {"method": "orthogonal_direction", "seed": seed, "draw": draw, "model": like.info.get("model")},
+        )
+        for draw in range(n_draws)
+    ]
+
+
+def shuffle_labels(differences: Differences, generator: torch.Generator) -> Differences:
+    """Chosen and rejected swapped in a random half of the records, from the differences alone: no model is run.
+
+    Swapping the responses of a record turns the sign of its f, so its two sides change places (exact for methods whose
+    scores turn their sign with f, as all of this package do, and for CAA). Of an odd number of records the smaller or
+    the larger half is swapped by the toss of a coin: every record is swapped with probability one half.
+    """
+    n = len(differences.toward_chosen)
+    n_swapped = (n + int(torch.randint(2, (), generator=generator))) // 2
+    swap = torch.zeros(n, dtype=torch.bool)
+    swap[torch.randperm(n, generator=generator)[:n_swapped]] = True
+    where = swap.to(differences.toward_chosen.device)[:, None, None]
+    up, down = differences.toward_chosen, differences.toward_rejected
+    return Differences(
+        torch.where(where, down, up), torch.where(where, up, down), differences.layers, differences.resid_norms
+    )
+
+
+def shuffled_label_vectors(
+    differences: Differences, *, n_draws: int = 20, seed: int = 0, **options: str
+) -> list[SteeringVectors]:
+    """Vectors from the same differences with the labels of a random half of the records swapped (``shuffle_labels``).
+
+    What a method finds where there is nothing to find: the records, the masking and the reduction are all as they were.
+
+    Args:
+        differences: of the building records.
+        n_draws: number of shuffles.
+        seed: of the draws.
+        options: passed to ``reduce_vectors``: ``reduce``, ``side``.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(1)
+        >>> d = Differences(torch.randn(6, 1, 3, generator=g), torch.zeros(6, 1, 3), (4,), torch.ones(1))
+        >>> [v.info["draw"] for v in shuffled_label_vectors(d, n_draws=2)]
+        [0, 1]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        reduce_vectors(
+            shuffle_labels(differences, generator),
+            info={"method": "shuffled_labels", "seed": seed, "draw": draw},
+            **options,  # type: ignore[arg-type]
+        )
+        for draw in range(n_draws)
+    ]
+
+
 def random_token_differences(
     model: HookedModel,
     tokenized: Sequence[TokenizedPair],
@@ -70,25 +152,42 @@ def random_token_differences(
     """
     generator = torch.Generator().manual_seed(seed)
     whole = read_out(model, tokenized, layers=layers, masker=masker, readout=readout, max_tokens=max_tokens)
-    found = []
-    for _ in tqdm(range(n_draws), desc="random tokens", unit="draw", disable=not progress):
-        drawn = [
-            random_selection(t.content, s, generator, t.is_image) for t, s in zip(tokenized, selections, strict=True)
-        ]
-        # both sides of all records in the same full batches
-        both = read_out(
-            model,
-            [*tokenized, *tokenized],
-            [*(s.toward_chosen for s in drawn), *(s.toward_rejected for s in drawn)],
-            layers=layers,
-            masker=masker,
-            image_masker=image_masker,
-            readout=readout,
-            max_tokens=max_tokens,
+    common: dict[str, Any] = {
+        "layers": layers,
+        "masker": masker,
+        "image_masker": image_masker,
+        "readout": readout,
+        "max_tokens": max_tokens,
+    }
+    return [
+        Differences(
+            *mask_at_random(model, tokenized, selections, whole, generator, **common), tuple(layers), resid_norms
         )
-        up, down = whole - both[: len(tokenized)], whole - both[len(tokenized) :]
-        found.append(Differences(up, down, tuple(layers), resid_norms))
-    return found
+        for _ in tqdm(range(n_draws), desc="random tokens", unit="draw", disable=not progress)
+    ]
+
+
+def mask_at_random(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    selections: Sequence[Selection],
+    whole: Float[Tensor, "record layer d_model"],
+    generator: torch.Generator,
+    **options: Any,
+) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "record layer d_model"]]:
+    """One draw of ``random_token_differences``: d+ and d- of random tokens, given the read-out of the whole prompts.
+
+    Args:
+        model, tokenized, selections: as there.
+        whole: ``read_out`` of the unmasked prompts with the same ``options``.
+        generator: of the draw.
+        options: passed to ``read_out``: ``layers``, ``masker``, ``readout``, ``max_tokens``.
+    """
+    drawn = [random_selection(t.content, s, generator, t.is_image) for t, s in zip(tokenized, selections, strict=True)]
+    # both sides of all records in the same full batches
+    positions = [*(s.toward_chosen for s in drawn), *(s.toward_rejected for s in drawn)]
+    both = read_out(model, [*tokenized, *tokenized], positions, **options)
+    return whole - both[: len(tokenized)], whole - both[len(tokenized) :]
 
 
 def random_token_vectors(differences: Sequence[Differences], *, seed: int = 0) -> list[SteeringVectors]:

@@ -49,7 +49,7 @@ def load_pairs(
     if unknown:
         raise ValueError(f"columns maps {sorted(unknown)}, but a record has only {FIELDS}")
     pairs: list[PreferencePair] = []
-    for row_number, row in _rows(source):
+    for row_number, row in read_rows(source):
         if limit is not None and len(pairs) >= limit:
             break
         pairs.append(row if isinstance(row, PreferencePair) else _pair(row, columns or {}, row_number))
@@ -83,7 +83,7 @@ def load_bundled(name: str, split: str | None = None) -> list[PreferencePair]:
     return [p for p in pairs if split is None or p.meta["split"] == split]
 
 
-def _rows(source: Any) -> Iterator[tuple[int, Any]]:
+def read_rows(source: Any) -> Iterator[tuple[int, Any]]:
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.is_file():

@@ -45,7 +45,7 @@ ABOUT = {
 
 #: At most so many records of a set: whole sentences as responses cost several times as much as single words.
 AT_MOST = {
-    "sentiment": {"build": 88, "choose": 24, "test": 104, "draws": 52},
+    "sentiment": {"build": 88, "choose": 24, "test": 104, "draws": 36},
     "misconceptions": {"build": 36, "choose": 12, "test": 40, "draws": 20},
 }
 
@@ -73,7 +73,7 @@ class DemoSettings:
     n_build: int = 88
     n_choose: int = 24
     n_test: int = 104
-    n_test_draws: int = 52
+    n_test_draws: int = 36
     n_draws: int = 20
     methods: tuple[tuple[Method, int], ...] = (
         ("leave_one_out", 1),

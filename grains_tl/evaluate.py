@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,19 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grains_tl.models import forward_logits, require_hook_names
+from grains_tl.batches import Batch
+from grains_tl.models import forward_logits, require_hook_names, resid_post
 from grains_tl.objectives import Objective
-from grains_tl.scoring import MAX_TOKENS, HooksForBatch, prepare_restart, restart_logprobs, score_batches
+from grains_tl.scoring import (
+    MAX_TOKENS,
+    HooksForBatch,
+    Restart,
+    prepare_restart,
+    restart_many,
+    score_batches,
+)
 from grains_tl.tokens import TokenizedPair
-from grains_tl.types import HookedModel
+from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors import SteeringVectors
 
 
@@ -24,11 +33,20 @@ class Setting:
 
     Attributes:
         layer: the lowest layer the hooks act on; everything below is shared with the unsteered run.
-        hooks: hooks on ``resid_post`` of this and later layers, or a function ``Batch -> hooks``.
+        hooks: hooks on ``resid_post`` of this and later layers, or a function ``Batch -> hooks``. An empty list is the
+            unsteered model and costs nothing.
+        vector, alpha, positions, draw: what to call it in a table; ``draw`` counts resampled or random vectors from 0
+            and is -1 for the vector itself.
+        key: tells in a checkpoint what the hooks do (empty: cannot be resumed).
     """
 
     layer: int
     hooks: HooksForBatch
+    vector: str = "vector"
+    alpha: float = math.nan
+    positions: str = "all"
+    draw: int = -1
+    key: str = ""
 
 
 def measure(
@@ -60,17 +78,61 @@ def measure(
             require_hook_names(model, setting.hooks)
     base = torch.zeros(len(tokenized), 2)
     steered = torch.zeros(len(settings), len(tokenized), 2)
-    layers = sorted({s.layer for s in settings})
     total = len(settings) * len(tokenized)
     with tqdm(total=total, desc="measure", unit="run", disable=not progress) as bar:
         for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):
-            restart = prepare_restart(model, batch, layers)
-            base[group] = restart.base.cpu()
-            for i, setting in enumerate(settings):
-                hooks = setting.hooks(batch) if callable(setting.hooks) else setting.hooks
-                steered[i, group] = restart_logprobs(model, restart, setting.layer, hooks).cpu()
-                bar.update(len(group))
+            for i, logprobs in run_settings(model, batch, settings, max_tokens=max_tokens):
+                if i is None:
+                    base[group] = logprobs.cpu()
+                else:
+                    steered[i, group] = logprobs.cpu()
+                    bar.update(len(group))
     return base, steered
+
+
+def run_settings(
+    model: HookedModel, batch: Batch, settings: Sequence[Setting], *, max_tokens: int = MAX_TOKENS
+) -> Iterator[tuple[int | None, Float[Tensor, "record 2"]]]:
+    """Log-likelihoods of one batch: ``(None, base)`` first, then ``(index, logprobs)`` of every setting.
+
+    Every setting restarts from the residual cached at its layer; settings of one layer share a pass as long as it stays
+    under ``max_tokens``. Layers come in rising order, so that a run that is stopped has finished what it has yielded.
+    """
+    restart = prepare_restart(model, batch, [s.layer for s in settings] or [0], copies=_room(batch, max_tokens) > 1)
+    yield None, restart.base
+    for layer, group, hooks in shared_passes(settings, restart, max_tokens=max_tokens):
+        if hooks is None:
+            yield from ((i, restart.base) for i in group)
+        else:
+            yield from zip(group, restart_many(model, restart, layer, hooks), strict=True)
+
+
+def shared_passes(
+    settings: Sequence[Setting], restart: Restart, *, max_tokens: int = MAX_TOKENS
+) -> Iterator[tuple[int, list[int], list[FwdHooks] | None]]:
+    """Which settings run together: ``(layer, their indices, their hooks)``; no hooks for those that change nothing.
+
+    Layers come in rising order. Hooks above the setting's own layer would act on its neighbours too: those run alone.
+    """
+    size = _room(restart.batch, max_tokens) if restart.tiles else 1
+    for layer in sorted({s.layer for s in settings}):
+        made = {
+            i: s.hooks(restart.batch) if callable(s.hooks) else s.hooks
+            for i, s in enumerate(settings)
+            if s.layer == layer
+        }
+        idle = [i for i, hooks in made.items() if not hooks]
+        alone = [i for i, hooks in made.items() if any(name != resid_post(layer) for name, _ in hooks)]
+        shared = [i for i in made if i not in idle and i not in alone]
+        if idle:
+            yield layer, idle, None
+        for group in [[i] for i in alone] + [shared[k : k + size] for k in range(0, len(shared), size)]:
+            yield layer, group, [made[i] for i in group]
+
+
+def _room(batch: Batch, max_tokens: int) -> int:
+    """How many copies of a batch stay under the token budget."""
+    return max(1, max_tokens // batch.ids.numel())
 
 
 def effects(

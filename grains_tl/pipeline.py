@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from grains_tl.attribution import Method, attribute_all, check_attribution_options
-from grains_tl.caching import Readout, check_readout, collect_differences
+from grains_tl.caching import Readout, check_readout
 from grains_tl.masking import Masker, check_budget, replacement_embedding, select_tokens
 from grains_tl.models import model_identity, require_layers
 from grains_tl.objectives import Objective
+from grains_tl.processes import ALONE, Processes, files, shared_differences
 from grains_tl.replacements import ImageMasker, check_image_masker
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair, token_rules, tokenize_pairs
@@ -48,6 +49,7 @@ def build_vectors(
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
     checkpoint: str | Path | None = None,
+    processes: Processes = ALONE,
 ) -> SteeringVectors:
     """Steering vectors from preference records (GrAInS, arXiv 2507.18043, sections 3.1 to 3.3).
 
@@ -71,6 +73,8 @@ def build_vectors(
         progress: show bars.
         checkpoint: a ``.jsonl`` file that receives each record's attribution when it is finished; a later call with the
             same model, record and settings takes them from there.
+        processes: ``launched()`` under ``accelerate launch``: each process then does a share of the same records, and all
+            return the same vectors.
 
     Returns:
         ``SteeringVectors``; ``vectors.info`` holds all settings, the share of converged attributions, and versions.
@@ -96,14 +100,23 @@ def build_vectors(
     options = {"method": method, "n_steps": n_steps, "baseline": baseline, "objective": objective, "masker": masker}
     if any(t.images is not None for t in tokenized):
         options["image_masker"] = image_masker
-    attributions = attribute_records(
-        model, tokenized, options, max_tokens=max_tokens, progress=progress, checkpoint=checkpoint
+    mine = attribute_records(
+        model,
+        [tokenized[i] for i in processes.share(len(tokenized))],
+        options,
+        max_tokens=max_tokens,
+        progress=progress,
+        checkpoint=checkpoint,
+        processes=processes,
     )
+    attributions = processes.gather_shares(mine)
     selections = [select_tokens(a, top_k, top_k_image) for a in attributions]
-    differences = collect_differences(
+    differences = shared_differences(
         model,
         tokenized,
         selections,
+        processes=processes,
+        mean_only=reduce == "mean",
         layers=layers,
         masker=masker,
         image_masker=image_masker,
@@ -132,6 +145,7 @@ def attribute_records(
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
     checkpoint: str | Path | None = None,
+    processes: Processes = ALONE,
 ) -> list[Attribution]:
     """``attribute_all`` that keeps finished records in a file and does not compute them again.
 
@@ -140,6 +154,7 @@ def attribute_records(
         options: keyword arguments of ``attribute_all``: method, n_steps, baseline, objective, masker.
         max_tokens, progress: as in ``attribute_all``.
         checkpoint: the ``.jsonl`` file, or ``None``.
+        processes: names the part of the checkpoint that this process writes; all parts are read.
     """
     content_only = options["method"] == "leave_one_out"
     if checkpoint is None:
@@ -149,10 +164,11 @@ def attribute_records(
     path = Path(checkpoint)
     identity = model_identity(model)
     keys = [_key(identity, options, t) for t in tokenized]
-    done = _read_checkpoint(path)
+    own = processes.own_file(path)
+    done = {key: row for file in files(path) for key, row in _read_checkpoint(file, mend=file == own).items()}
     todo = [i for i, key in enumerate(keys) if key not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with own.open("a", encoding="utf-8") as file:
         attribute_all(
             model,
             [tokenized[i] for i in todo],
@@ -235,10 +251,8 @@ def _append_to(file: Any, done: dict[str, dict[str, Any]], keys: Sequence[str]) 
     return append
 
 
-def _read_checkpoint(path: Path) -> dict[str, dict[str, Any]]:
+def _read_checkpoint(path: Path, mend: bool) -> dict[str, dict[str, Any]]:
     """Finished records by key. A run killed while writing leaves a torn last line: it is skipped, and closed off."""
-    if not path.exists():
-        return {}
     done = {}
     text = path.read_text(encoding="utf-8")
     for line in text.splitlines():
@@ -247,7 +261,7 @@ def _read_checkpoint(path: Path) -> dict[str, dict[str, Any]]:
             done[row["key"]] = row
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    if text and not text.endswith("\n"):
+    if mend and text and not text.endswith("\n"):  # the file of another process may be in use
         with path.open("a", encoding="utf-8") as file:
             file.write("\n")
     return done

@@ -7,7 +7,7 @@ residuals, for the many runs of a sweep that change nothing below some layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grains_tl.batches import Batch, by_token_budget, scoring_batch
-from grains_tl.models import forward_logits, hooked, is_bridge, require_layers, resid_post
+from grains_tl.models import hooked, is_bridge, require_layers, resid_post
 from grains_tl.objectives import Objective, token_logprobs
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.unembedding import target_logits
 
 #: Hooks, or a function that makes them for a batch (for hooks that need to know where the prompt ends).
 HooksForBatch = FwdHooks | Callable[[Batch], FwdHooks]
@@ -29,8 +30,7 @@ MAX_TOKENS = 512
 
 def batch_logprobs(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None) -> Float[Tensor, "record 2"]:
     """Weighted log-likelihood of chosen (0) and rejected (1) for each record of a batch, nats; differentiable."""
-    logits = forward_logits(model, batch.ids, batch.attention_mask, batch.keep, fwd_hooks, batch.inputs)
-    return _gather(logits[batch.target_row, batch.target_keep], batch)
+    return _gather(target_logits(model, batch, fwd_hooks), batch)
 
 
 def score_batches(
@@ -95,6 +95,7 @@ class Restart:
         block_inputs: for a bridge, the further arguments each block was called with (masks, rotary tables).
         base: ``[record, 2]`` log-likelihoods of the unsteered run.
         exact: whether continuing reproduces ``base``; where it does not, full runs are used instead.
+        tiles: whether continuing several copies of the batch in one pass does so too.
     """
 
     batch: Batch
@@ -102,10 +103,14 @@ class Restart:
     block_inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
     base: Float[Tensor, "record 2"]
     exact: bool
+    tiles: bool = False
 
 
-def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int]) -> Restart:
-    """One full run that keeps what ``restart_logprobs`` needs, and a check that continuing gives the same numbers."""
+def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, copies: bool = False) -> Restart:
+    """One full run that keeps what ``restart_logprobs`` needs, and a check that continuing gives the same numbers.
+
+    With ``copies`` the check is also made for two copies of the batch in one pass.
+    """
     resid: dict[int, Tensor] = {}
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -129,9 +134,20 @@ def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int]) -> 
         for handle in handles:
             handle.remove()
     restart = Restart(batch, resid, inputs, base, exact=True)
-    again = restart_logprobs(model, restart, max(resid), [])
+    tiles = copies and _continues(model, restart, 2)
+    return replace(restart, exact=tiles or _continues(model, restart, 1), tiles=tiles)
+
+
+def _continues(model: HookedModel, restart: Restart, n: int) -> bool:
+    """Whether ``n`` copies of the batch, continued from the highest cached layer, give its base numbers."""
+    try:
+        again = restart_many(model, restart, max(restart.resid), [[]] * n)
+    except RuntimeError:  # shapes that do not fit: an architecture with block arguments of another kind
+        if n == 1:
+            raise
+        return False
     # float32 round-off of a reordered sum is some 1e-5; a missing soft-cap or extra input shows as 1e-2 and more
-    return Restart(batch, resid, inputs, base, exact=bool((again - base).abs().max() < 1e-3))
+    return bool((again - restart.base).abs().max() < 1e-3)
 
 
 def restart_logprobs(
@@ -141,35 +157,78 @@ def restart_logprobs(
 
     Runs the blocks after ``layer`` and unembeds the scored positions alone.
     """
-    batch = restart.batch
+    with torch.no_grad():
+        return _gather(restart_logits(model, restart, layer, [fwd_hooks])[0], restart.batch)
+
+
+def restart_many(
+    model: HookedModel, restart: Restart, layer: int, settings: Sequence[FwdHooks]
+) -> Float[Tensor, "setting record 2"]:
+    """``restart_logprobs`` of several hooks in one pass: the batch is continued in as many copies."""
+    with torch.no_grad():
+        return torch.stack([_gather(x, restart.batch) for x in restart_logits(model, restart, layer, settings)])
+
+
+def restart_logits(
+    model: HookedModel, restart: Restart, layer: int, settings: Sequence[FwdHooks]
+) -> Float[Tensor, "setting target vocab"]:
+    """Logits that predict the scored tokens, under each of several hooks on ``layer`` (one setting: and above it).
+
+    Raises:
+        ValueError: several settings, one of which has hooks above ``layer``; they would act on the others too.
+    """
+    batch, here = restart.batch, resid_post(layer)
+    later = [(name, fn) for hooks in settings for name, fn in hooks if name != here]
+    if later and len(settings) > 1:
+        raise ValueError(f"hooks on {later[0][0]} cannot share a pass with other settings; run them one at a time")
     if not restart.exact:
-        with torch.no_grad():
-            return batch_logprobs(model, batch, fwd_hooks)
-    here = resid_post(layer)
-    later = [(name, fn) for name, fn in fwd_hooks if name != here]
-    with torch.no_grad(), hooked(model, later):
-        resid = restart.resid[layer]
-        for name, fn in fwd_hooks:
-            if name == here:
-                steered = fn(resid, hook=model.hook_dict[name])  # type: ignore[attr-defined]
-                resid = resid if steered is None else steered
+        return torch.stack([target_logits(model, batch, hooks) for hooks in settings])
+    with hooked(model, later):
+        resid = torch.cat([_edited(model, restart.resid[layer], hooks, here) for hooks in settings])
         resid = _continue(model, restart, layer + 1, resid)
-        positions = batch.keep[batch.target_keep]
-        final = resid[batch.target_row, positions][:, None]
+        resid = resid.view(len(settings), *restart.resid[layer].shape)
+        rows, places = (x.to(resid.device) for x in (batch.target_row, batch.keep[batch.target_keep]))
+        final = resid[:, rows, places].flatten(0, 1)[:, None]
         logits = model.unembed(model.ln_final(final))  # type: ignore[attr-defined]
-        return _gather(logits[:, 0], batch)
+        return logits.view(len(settings), len(batch.target_row), -1)
+
+
+def _edited(
+    model: HookedModel, resid: Float[Tensor, "batch pos d_model"], hooks: FwdHooks, here: str
+) -> Float[Tensor, "batch pos d_model"]:
+    """What the hooks on one point make of its activation."""
+    for name, fn in hooks:
+        if name == here:
+            changed = fn(resid, hook=model.hook_dict[name])  # type: ignore[attr-defined]
+            resid = resid if changed is None else changed
+    return resid
 
 
 def _continue(
-    model: HookedModel, restart: Restart, first: int, resid: Float[Tensor, "batch pos d_model"]
-) -> Float[Tensor, "batch pos d_model"]:
-    n_layers = int(model.cfg.n_layers)
+    model: HookedModel, restart: Restart, first: int, resid: Float[Tensor, "rows pos d_model"]
+) -> Float[Tensor, "rows pos d_model"]:
+    """Run the blocks from ``first`` on; ``resid`` may hold several copies of the batch."""
+    n_layers, n_rows = int(model.cfg.n_layers), len(restart.batch.ids)
+    copies = len(resid) // n_rows
     if first == n_layers:
         return resid
     if not is_bridge(model):
-        mask = restart.batch.attention_mask
+        mask = restart.batch.attention_mask.repeat(copies, 1)
         return model(resid, start_at_layer=first, stop_at_layer=n_layers, attention_mask=mask)
     for block, (args, kwargs) in list(zip(model.blocks, restart.block_inputs, strict=True))[first:]:
-        out = block(resid, *args, **kwargs)
+        out = block(resid, *_copied(args, n_rows, copies), **_copied(kwargs, n_rows, copies))
         resid = out[0] if isinstance(out, tuple) else out
     return resid
+
+
+def _copied(value: Any, n_rows: int, copies: int) -> Any:
+    """A block's arguments for several copies of the batch: whatever has a row per batch row is repeated."""
+    if copies == 1:
+        return value
+    if isinstance(value, dict):
+        return {k: _copied(v, n_rows, copies) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_copied(v, n_rows, copies) for v in value)
+    if isinstance(value, Tensor) and value.ndim > 1 and n_rows > 1 and value.shape[0] == n_rows:
+        return value.repeat(copies, *[1] * (value.ndim - 1))
+    return value

@@ -1,53 +1,69 @@
-"""Layer x alpha grids as one tidy table."""
+"""Vectors x layers x alphas x scopes: what each cell does to a set of records, as a tidy table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from grains_tl.batches import Batch
-from grains_tl.evaluate import Setting, margins, mean_and_se, measure
+from grains_tl.checkpoint import hash_of, open_checkpoint
+from grains_tl.costs import neutral_texts, text_costs
+from grains_tl.effects import Record, record_effects
+from grains_tl.evaluate import Setting
 from grains_tl.models import require_layers
 from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS, HooksForBatch
 from grains_tl.steering import Operator, Positions
-from grains_tl.tokens import tokenize_pairs
-from grains_tl.types import FwdHooks, HookedModel, PreferencePair
+from grains_tl.summary import summarize
+from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors import SteeringVectors
+
+Vectors = SteeringVectors | Mapping[str, SteeringVectors]
 
 
 def sweep(
     model: HookedModel,
-    vectors: SteeringVectors,
-    pairs: Iterable[PreferencePair],
+    vectors: Vectors,
+    pairs: Iterable[Record],
     *,
     layers: Sequence[int] | None = None,
     alphas: Sequence[float] = (-0.2, 0.2),
     operator: Operator = "add_renorm",
-    positions: Positions = "all",
+    positions: Positions | Sequence[Positions] = "all",
     objective: Objective = "sum",
+    neutral: Sequence[str] | int | None = None,
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Steer at one layer at a time and see what happens to the margin.
+    """Steer at one layer at a time and see what happens to the margin, and what it costs.
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
-        vectors: from ``build_vectors``.
-        pairs: records to measure on; choose layer and alpha on others than you report on.
+        vectors: from ``build_vectors``, or several by name.
+        pairs: records to measure on (or ``MultipleChoice`` questions): ``choose`` a cell here, ``report_choice`` on others.
         layers: default all stored.
-        alphas: steps, fractions of the layer's typical residual norm.
-        operator, positions: as in ``SteeringVectors.hooks``.
+        alphas: steps, fractions of the layer's typical residual norm; give both signs to see what any push does.
+        operator: as in ``SteeringVectors.hooks``.
+        positions: a scope or several of them: ``"all"``, ``"prompt"``, ``"generated"``, ``"last"``.
         objective: how response tokens are combined.
-        max_tokens: token budget of one pass.
-        progress: show a bar.
+        neutral: texts to measure the cost on, or how many of the bundled ones; ``None`` leaves the cost out.
+        max_tokens: token budget of one pass; settings of one layer share a pass as long as they fit.
+        progress: show bars.
+        checkpoint: a ``.jsonl`` file that receives every result when it is finished. The same call with the same file goes
+            on where it stopped, and a larger grid computes what is new.
 
     Returns:
-        One row per layer and alpha: ``layer``, ``alpha``, ``margin`` (mean log p(chosen) - log p(rejected), nats),
-        ``effect`` (its mean paired change from the unsteered run), ``effect_se`` (over records), ``wrong_way`` (share of
-        records whose margin moved against alpha's sign), ``accuracy`` (share with a positive margin), ``base_margin``,
-        ``n``.
+        One row per vector, scope, layer and alpha: ``vector``, ``positions``, ``layer``, ``alpha``, ``effect`` (mean
+        paired change of the margin, nats) with ``effect_se``, ``low``, ``high`` and ``verdict``, ``wrong_way``,
+        ``accuracy``, ``margin``, ``base_margin``, ``n``, with ``neutral`` also ``kl``, ``perplexity`` and the other
+        columns of ``summarize``. ``sweep_records`` has the same per record. ``frame.attrs`` holds ``token_layers`` (tokens
+        times blocks that were run), ``naive_token_layers`` (what a loop over settings, records and responses runs), and
+        the hashes of the records.
 
     Raises:
         ValueError: bad records, a layer that is not stored, vectors of another model; before anything runs.
@@ -55,52 +71,165 @@ def sweep(
     Example:
         >>> frame = sweep(model, vectors, pairs, layers=[6, 12, 18], alphas=[-0.2, 0.2])   # doctest: +SKIP
         >>> frame.pivot(index="layer", columns="alpha", values="effect")                  # doctest: +SKIP
+        >>> choice = choose(sweep(model, vectors, pairs, neutral=10), max_kl=0.1)          # doctest: +SKIP
     """
-    tokenized = tokenize_pairs(model, pairs)
-    vectors.require_match(model)
-    layers = require_layers(model, vectors.layers if layers is None else layers)
-    grid = [(layer, float(alpha)) for layer in layers for alpha in alphas]
-    if not grid:
-        raise ValueError("no alphas given; for example alphas=[-0.2, 0.2]")
-    settings = [
-        Setting(layer, hooks_for_batch(vectors, alpha, layer, operator=operator, positions=positions))
-        for layer, alpha in grid
-    ]
-    base, steered = measure(model, tokenized, settings, objective=objective, max_tokens=max_tokens, progress=progress)
-    rows = []
-    for (layer, alpha), logprobs in zip(grid, steered, strict=True):
-        change = margins(logprobs) - margins(base)
-        effect, se = mean_and_se(change)
-        rows.append(
-            {
-                "layer": layer,
-                "alpha": alpha,
-                "margin": margins(logprobs).mean().item(),
-                "effect": effect.item(),
-                "effect_se": se.item(),
-                "wrong_way": (change * alpha < 0).float().mean().item(),
-                "accuracy": (margins(logprobs) > 0).float().mean().item(),
-                "base_margin": margins(base).mean().item(),
-                "n": len(tokenized),
-            }
+    found, costs = sweep_records(
+        model,
+        vectors,
+        pairs,
+        layers=layers,
+        alphas=alphas,
+        operator=operator,
+        positions=positions,
+        objective=objective,
+        neutral=neutral,
+        max_tokens=max_tokens,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
+    return summarize(found, costs)
+
+
+def sweep_records(
+    model: HookedModel,
+    vectors: Vectors,
+    pairs: Iterable[Record],
+    *,
+    layers: Sequence[int] | None = None,
+    alphas: Sequence[float] = (-0.2, 0.2),
+    operator: Operator = "add_renorm",
+    positions: Positions | Sequence[Positions] = "all",
+    objective: Objective = "sum",
+    neutral: Sequence[str] | int | None = None,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """``sweep`` before it is summarized: ``(record_effects, text_costs)``, the second ``None`` without ``neutral``.
+
+    Example:
+        >>> found, costs = sweep_records(model, {"ours": a, "caa": b}, pairs, neutral=10)    # doctest: +SKIP
+        >>> effect_at_kl(found, costs, kl=0.05, against="caa")                               # doctest: +SKIP
+    """
+    records = list(pairs)
+    named = {str(vectors.info.get("method", "vector")): vectors} if isinstance(vectors, SteeringVectors) else vectors
+    for one in named.values():
+        one.require_match(model)
+    settings = grid(named, layers, alphas, operator=operator, positions=positions)
+    require_layers(model, [s.layer for s in settings])
+    texts = neutral_texts(neutral) if isinstance(neutral, int) else neutral
+    with counted_token_layers(model) as count:
+        store = open_checkpoint(checkpoint, model)
+        found = record_effects(
+            model,
+            records,
+            settings,
+            objective=objective,
+            max_tokens=max_tokens,
+            progress=progress,
+            checkpoint=store,
         )
-    return pd.DataFrame(rows)
+        costs = None
+        if texts is not None:
+            costs = text_costs(model, settings, texts, max_tokens=max_tokens, progress=progress, checkpoint=store)
+    loop = found.attrs.pop("tokens") + (0 if costs is None else costs.attrs["tokens"])
+    found.attrs |= {
+        "operator": operator,
+        "token_layers": sum(count),
+        "naive_token_layers": loop * (len(settings) + 1) * int(model.cfg.n_layers),
+    }
+    return found, costs
 
 
-def hooks_for_batch(
-    vectors: SteeringVectors,
-    alpha: float,
-    layer: int,
+def grid(
+    vectors: Mapping[str, SteeringVectors],
+    layers: Sequence[int] | None = None,
+    alphas: Sequence[float] = (-0.2, 0.2),
     *,
     operator: Operator = "add_renorm",
-    positions: Positions = "all",
+    positions: Positions | Sequence[Positions] = "all",
+    draws: Mapping[str, Sequence[SteeringVectors]] | None = None,
+) -> list[Setting]:
+    """Settings for every vector, scope, layer and alpha, for ``record_effects`` and ``text_costs``.
+
+    Args:
+        vectors: by name.
+        layers: default all that a vector has.
+        alphas, operator, positions: as in ``sweep``.
+        draws: by name, resampled versions of a vector (``bootstrap_vectors``) or draws of a control.
+
+    Raises:
+        ValueError: nothing to measure, an option that ``SteeringVectors.hooks`` refuses, or a layer that is not stored.
+
+    Example:
+        >>> import torch
+        >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
+        >>> [(s.layer, s.alpha) for s in grid({"v": v}, alphas=[0.1, 0.2])]
+        [(4, 0.1), (4, 0.2), (5, 0.1), (5, 0.2)]
+    """
+    scopes = [positions] if isinstance(positions, str) else list(positions)
+    members = [(name, -1, one) for name, one in vectors.items()]
+    members += [(name, i, one) for name, several in (draws or {}).items() for i, one in enumerate(several)]
+    settings = [
+        Setting(
+            layer,
+            # a step of length 0 is the unsteered model
+            [] if alpha == 0 and operator != "clamp" else _hooks(one, float(alpha), layer, operator, scope),
+            vector=name,
+            alpha=float(alpha),
+            positions=scope,
+            draw=draw,
+            key=_key(one, float(alpha), layer, operator, scope),
+        )
+        for name, draw, one in members
+        for scope in scopes
+        for layer in sorted(set(one.layers if layers is None else layers))
+        for alpha in dict.fromkeys(alphas)
+    ]
+    if not settings:
+        raise ValueError("nothing to measure; give vectors, layers, scopes and alphas, for example alphas=[-0.2, 0.2]")
+    return settings
+
+
+def _hooks(
+    vectors: SteeringVectors, alpha: float, layer: int, operator: Operator, positions: Positions
 ) -> HooksForBatch:
     """Steering hooks that know where each row's prompt ends, for scopes other than ``"all"``."""
+    made = vectors.hooks(alpha, [layer], operator=operator, positions=positions)  # refuses bad options now
     if positions == "all":
-        return vectors.hooks(alpha, [layer], operator=operator)
-    vectors.hooks(alpha, [layer], operator=operator, positions=positions)  # refuses bad options before anything runs
+        return made
 
     def make(batch: Batch) -> FwdHooks:
         return vectors.hooks(alpha, [layer], operator=operator, positions=positions, prompt_len=batch.prompt_len)
 
     return make
+
+
+def _key(vectors: SteeringVectors, alpha: float, layer: int, operator: str, positions: str) -> str:
+    """What the hooks do, in a word: direction, size, operator and scope (not what the vector is called)."""
+    one = vectors.at([layer])
+    numbers = [one.directions[0].tolist(), float(one.resid_norms[0])]
+    return hash_of([numbers, alpha, layer, operator, positions])
+
+
+@contextmanager
+def counted_token_layers(model: HookedModel) -> Iterator[list[int]]:
+    """Tokens (padding included) that pass through a block, one entry per call of a block.
+
+    Example:
+        >>> with counted_token_layers(model) as count:               # doctest: +SKIP
+        ...     score_pairs(model, tokenized)                        # doctest: +SKIP
+        >>> sum(count)                                               # doctest: +SKIP
+    """
+    count: list[int] = []
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        resid = args[0] if args else kwargs["hidden_states"]
+        count.append(resid.shape[0] * resid.shape[1])
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in model.blocks]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()

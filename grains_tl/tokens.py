@@ -6,7 +6,7 @@ BOS, chat markers, padding and the border between prompt and response are decide
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
@@ -186,20 +186,59 @@ def prompt_inputs(model: HookedModel, prompt: Text, image: Any = None) -> tuple[
     return ids, images
 
 
+def tokenize_responses(
+    model: HookedModel, prompt: Text, responses: Sequence[Text]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Ids of a prompt and of any number of responses to it, with one border for all of them.
+
+    Raises:
+        ValueError: as ``tokenize_pairs``.
+    """
+    rules = token_rules(model)
+    names = [f"response {i}" for i in range(1, len(responses) + 1)]
+    _, ids, _, border, full = _split(model, rules, prompt, dict(zip(names, responses, strict=True)))
+    _require_context(rules, border, {name: one[border:] for name, one in zip(names, full, strict=True)})
+    return tuple(ids[:border]), tuple(tuple(one[border:]) for one in full)
+
+
+def text_ids(model: HookedModel, text: str) -> list[int]:
+    """Ids of a plain text of any length, BOS included where ``token_rules`` has one."""
+    return _encode(model.tokenizer, token_rules(model), text, text)[0]
+
+
+def _split(
+    model: HookedModel, rules: TokenRules, prompt: Text, responses: Mapping[str, Text]
+) -> tuple[str, list[int], list[tuple[int, int]] | None, int, list[list[int]]]:
+    """The rendered prompt, its ids and offsets; the border; the ids of prompt + response for every response."""
+    tokenizer, template = model.tokenizer, template_owner(model)
+    prompt_text = _render(template, rules, prompt)
+    ids, offsets = _encode(tokenizer, rules, prompt, prompt_text)
+    texts = [_response_text(template, prompt, prompt_text, r) for r in responses.values()]
+    full = [_encode(tokenizer, rules, prompt, prompt_text + text)[0] for text in texts]
+    border = min(common_prefix(ids, one) for one in full)
+    if border == 0:
+        raise ValueError("the whole prompt merges with the responses into one token; write a longer prompt")
+    for name, one in zip(responses, full, strict=True):
+        if len(one) == border:
+            raise ValueError(f"{name} has no tokens of its own after the prompt; write a longer response")
+    return prompt_text, ids, offsets, border, full
+
+
+def _require_context(rules: TokenRules, border: int, responses: Mapping[str, Sequence[int]]) -> None:
+    for name, response in responses.items():
+        if border + len(response) > rules.n_ctx:
+            raise ValueError(
+                f"prompt + {name} is {border + len(response)} tokens, the model's context holds {rules.n_ctx}; shorten "
+                "the prompt"
+            )
+
+
 def _tokenize(model: HookedModel, rules: TokenRules, pair: PreferencePair) -> TokenizedPair:
     tokenizer, template = model.tokenizer, template_owner(model)
     pictures = () if pair.image is None else load_images(pair.image)
     source = with_placeholders(model, pair.prompt, len(pictures))
-    prompt_text = _render(template, rules, source)
-    prompt, offsets = _encode(tokenizer, rules, source, prompt_text)
-    responses = [_response_text(template, source, prompt_text, r) for r in (pair.chosen, pair.rejected)]
-    full = [_encode(tokenizer, rules, source, prompt_text + text)[0] for text in responses]
-    border = min(_common_prefix(prompt, ids) for ids in full)
-    if border == 0:
-        raise ValueError("the whole prompt merges with the responses into one token; write a longer prompt")
-    for name, ids in zip(("chosen", "rejected"), full, strict=True):
-        if len(ids) == border:
-            raise ValueError(f"{name} has no tokens of its own after the prompt; write a longer response")
+    given = {"chosen": pair.chosen, "rejected": pair.rejected}
+    prompt_text, prompt, offsets, border, full = _split(model, rules, source, given)
     if full[0] == full[1]:
         raise ValueError("chosen and rejected give the same tokens; there is nothing to prefer")
     content = _content_mask(template, rules, source, prompt_text, prompt, offsets)
@@ -213,12 +252,7 @@ def _tokenize(model: HookedModel, rules: TokenRules, pair: PreferencePair) -> To
         if prompt[border:] != given_away or any(images.is_image[border:]):
             raise ValueError("a token merges across the border of prompt and response at an image; put text between")
         images = _until(images, border)
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
-        if border + len(response) > rules.n_ctx:
-            raise ValueError(
-                f"prompt + {name} is {border + len(response)} tokens, the model's context holds {rules.n_ctx}; shorten "
-                "the prompt"
-            )
+    _require_context(rules, border, {"chosen": chosen, "rejected": rejected})
     return TokenizedPair(
         prompt=tuple(prompt[:border]),
         chosen=tuple(chosen),
@@ -294,7 +328,8 @@ def _encode(
     return ids, offsets
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences share at their beginning."""
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]:
         n += 1

@@ -111,7 +111,7 @@ def test_knocked_out_tokens_do_not_matter(model: Any, pairs: list[gr.PreferenceP
     """With attention knock-out the masked token's own content cannot reach the read-out position."""
     tokenized = gr.tokenize_pairs(model, pairs)
     changed = [replace(t, prompt=(t.prompt[0], 9, *t.prompt[2:])) for t in tokenized]
-    at = {"layers": [0, 1, 2], "masker": "attention"}
+    at: dict[str, Any] = {"layers": [0, 1, 2], "masker": "attention"}
     one, two = (gr.read_out(model, some, [[1]] * len(some), **at) for some in (tokenized, changed))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
     seen = gr.read_out(model, changed, [[0]] * len(changed), **at)

@@ -42,9 +42,12 @@ def readme_python() -> str:
     return block.group(1)
 
 
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(gr.__path__) if m.name != "__main__"])
+ROOMS = [m.name for m in pkgutil.walk_packages(gr.__path__, "grains_tl.") if not m.name.endswith("__main__")]
+
+
+@pytest.mark.parametrize("name", ROOMS)
 def test_docstring_examples_run(name: str) -> None:
-    found = doctest.testmod(importlib.import_module(f"grains_tl.{name}"), optionflags=doctest.NORMALIZE_WHITESPACE)
+    found = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert found.failed == 0
 
 

@@ -94,7 +94,9 @@ def build(family: Family) -> Any:
         model = getattr(hf, family.model)(config)
         with torch.no_grad():
             for name, weights in model.named_parameters():  # towers start near zero: an image must matter
-                if weights.ndim > 1 and ("visual" in name or "vision" in name or "projector" in name or "connector" in name):
+                if weights.ndim > 1 and (
+                    "visual" in name or "vision" in name or "projector" in name or "connector" in name
+                ):
                     weights.normal_(std=0.25)
     model.generation_config.pad_token_id = ID["<pad>"]
     model.generation_config.eos_token_id = ID["<eos>"]
@@ -169,7 +171,9 @@ def _llava_next_processor() -> Any:
 
 def _onevision() -> Any:
     return hf.LlavaOnevisionConfig(
-        vision_config=hf.SiglipVisionConfig(**{k: v for k, v in TOWER.items() if k != "initializer_range"}, vision_use_head=False),
+        vision_config=hf.SiglipVisionConfig(
+            **{k: v for k, v in TOWER.items() if k != "initializer_range"}, vision_use_head=False
+        ),
         text_config=hf.Qwen2Config(**TEXT),
         image_token_id=ID["<image>"],
         video_token_id=ID["<|video_pad|>"],
@@ -207,7 +211,11 @@ def _qwen(version: str) -> Any:
         "temporal_patch_size": 2,
         "out_hidden_size": D,
     }
-    tower |= {"window_size": 16, "fullatt_block_indexes": [1]} if version == "2_5" else {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    tower |= (
+        {"window_size": 16, "fullatt_block_indexes": [1]}
+        if version == "2_5"
+        else {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    )
     text = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     if version == "3":
         text |= {"head_dim": 8}
@@ -252,7 +260,11 @@ def _gemma3() -> Any:
     return hf.Gemma3Config(
         vision_config=hf.SiglipVisionConfig(**tower, vision_use_head=False),
         text_config=hf.Gemma3TextConfig(
-            **TEXT, head_dim=8, query_pre_attn_scalar=8, sliding_window=12, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+            **TEXT,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=12,
+            layer_types=["sliding_attention"] * 2 + ["full_attention"],
         ),
         mm_tokens_per_image=4,
         image_token_index=ID["<image_soft_token>"],
@@ -295,7 +307,9 @@ FAMILIES = [
     Family("LLaVA", "LlavaForConditionalGeneration", _llava, _llava_processor, 16),
     Family("LLaVA-NeXT", "LlavaNextForConditionalGeneration", _llava_next, _llava_next_processor, 16 + 4 * 8),
     Family("LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", _onevision, _onevision_processor, 16 + 2 * 5),
-    Family("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", lambda: _qwen("2_5"), lambda: _qwen_processor("2_5"), 15),
+    Family(
+        "Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", lambda: _qwen("2_5"), lambda: _qwen_processor("2_5"), 15
+    ),
     Family("Qwen3-VL", "Qwen3VLForConditionalGeneration", lambda: _qwen("3"), lambda: _qwen_processor("3"), 15),
     Family("Gemma 3", "Gemma3ForConditionalGeneration", _gemma3, _gemma3_processor, 4),
     Family("Idefics3", "Idefics3ForConditionalGeneration", _idefics3, _idefics3_processor, 4 * 5),

@@ -1,11 +1,23 @@
-"""Pictures: coloured tokens, effects over layers, a vector beside its controls. Nothing global in matplotlib changes.
+"""Pictures: coloured tokens, effects over layers and alphas, vectors beside their controls, effect against cost.
 
 Figures are made without pyplot, so no window opens and nothing stays open; they show themselves in notebooks all the
-same. Tokens and names are data: they are drawn as they stand, never read as math text or markup.
+same. Nothing global in matplotlib changes. Tokens and names are data: they are drawn as they stand, never read as math
+text or markup.
 """
 
 from grains_tl.plotting.effects import plot_controls, plot_layers
 from grains_tl.plotting.style import figure_png
+from grains_tl.plotting.sweeps import plot_cost, plot_heatmap, plot_records, plot_token_logprobs
 from grains_tl.plotting.tokens import plot_tokens, show_tokens
 
-__all__ = ["figure_png", "plot_controls", "plot_layers", "plot_tokens", "show_tokens"]
+__all__ = [
+    "figure_png",
+    "plot_controls",
+    "plot_cost",
+    "plot_heatmap",
+    "plot_layers",
+    "plot_records",
+    "plot_token_logprobs",
+    "plot_tokens",
+    "show_tokens",
+]

@@ -132,3 +132,20 @@ def text_widths(words: Sequence[str]) -> list[float]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
         return [renderer.get_text_width_height_descent(word, font, ismath=False)[0] / 72 for word in words]
+
+
+def wrapped(
+    tokens: Sequence[str], widths: Sequence[float], line_width: float
+) -> tuple[list[tuple[int, float, float]], int]:
+    """Boxes on lines: ``(line, left, width)`` per token in inches, and the number of lines."""
+    padding, space = 0.07, 0.06
+    places: list[tuple[int, float, float]] = []
+    line, right, before = 0, 0.0, "\n"
+    for token, text_width in zip(tokens, widths, strict=True):
+        width = text_width + 2 * padding
+        left = right + (space if right and (token[:1].isspace() or before[-1:].isspace()) else 0.0)
+        if right and (left + width > line_width or "\n" in before):
+            line, left = line + 1, 0.0
+        places.append((line, left, width))
+        right, before = left + width, token
+    return places, line + 1

@@ -17,6 +17,7 @@ from grains_tl.plotting.style import (
     style,
     text_widths,
     visible,
+    wrapped,
 )
 from grains_tl.types import Attribution
 
@@ -93,7 +94,7 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
     margin, box_height, pitch, head, foot = 0.15, 0.27, 0.47, 0.42, 0.72  # inches
     with style():
         words = [visible(token) for token in attribution.tokens]
-        places, n_lines = _wrap(attribution.tokens, text_widths(words), width - 2 * margin)
+        places, n_lines = wrapped(attribution.tokens, text_widths(words), width - 2 * margin)
         height = head + n_lines * pitch + foot
         fig = figure(width, height)
         ax = fig.add_axes((0, 0, 1, 1))
@@ -129,20 +130,3 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
         note = "score, nats: blue toward chosen, red toward rejected"
         ax.text(margin + bar_width + 0.2, height - 0.52, note, va="center", fontsize=8.5, color="#333333")
     return fig
-
-
-def _wrap(
-    tokens: Sequence[str], text_widths: Sequence[float], line_width: float
-) -> tuple[list[tuple[int, float, float]], int]:
-    """Boxes on lines: ``(line, left, width)`` per token in inches, and the number of lines."""
-    padding, space = 0.07, 0.06
-    places: list[tuple[int, float, float]] = []
-    line, right, before = 0, 0.0, "\n"
-    for token, text_width in zip(tokens, text_widths, strict=True):
-        width = text_width + 2 * padding
-        left = right + (space if right and (token[:1].isspace() or before[-1:].isspace()) else 0.0)
-        if right and (left + width > line_width or "\n" in before):
-            line, left = line + 1, 0.0
-        places.append((line, left, width))
-        right, before = left + width, token
-    return places, line + 1

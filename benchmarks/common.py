@@ -1,0 +1,156 @@
+"""What the benchmarks share: medians, operation counts, the machine's matrix rate, models to run on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grains_tl as gr
+from grains_tl import models as gr_models
+
+
+@dataclass
+class Operations:
+    """Work that a run did, padding included.
+
+    Attributes:
+        forward: token-layers that ran forward (tokens times blocks).
+        backward: token-layers of runs that kept a graph to go back through.
+        unembedded: positions whose logits were computed.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    unembedded: int = 0
+
+
+@contextmanager
+def count_operations(model: Any) -> Iterator[Operations]:
+    """Count with PyTorch hooks on the modules, which a plain Hugging Face loop over the same weights runs too."""
+    counts = Operations()
+
+    def block(module: Any, args: Any, output: Any) -> None:
+        act = output[0] if isinstance(output, tuple) else output
+        counts.forward += act.shape[0] * act.shape[1]
+        counts.backward += act.shape[0] * act.shape[1] * act.requires_grad
+
+    def unembed(module: Any, args: Any, output: Tensor) -> None:
+        counts.unembedded += output.shape[0] * output.shape[1]
+
+    handles = [b.register_forward_hook(block) for b in model.blocks]
+    handles.append(model.unembed.register_forward_hook(unembed))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def floating_point_operations(model: Any, counts: Operations) -> float:
+    """Multiplications and additions in the matrix products of these runs; attention's own products are left out."""
+    in_blocks = sum(p.numel() for p in model.original_model.parameters() if p.ndim == 2)
+    tables = {id(p): p.numel() for p in (model.embed.weight, *model.unembed.parameters()) if p.ndim == 2}
+    per_token_layer = (in_blocks - sum(tables.values())) / int(model.cfg.n_layers)
+    unembedding = int(model.cfg.d_model) * int(model.cfg.d_vocab)
+    # going back to the activations costs one product per weight, like going forward: weights get no gradient
+    share_back = counts.backward / max(counts.forward, 1)
+    return 2 * (
+        per_token_layer * (counts.forward + counts.backward) + unembedding * counts.unembedded * (1 + share_back)
+    )
+
+
+def matrix_rate(model: Any, tokens: int = 512, seconds: float = 1.0) -> float:
+    """Floating-point operations a second of products of this model's shapes, the best of many."""
+    d_model, d_mlp = int(model.cfg.d_model), int(getattr(model.cfg, "d_mlp", None) or 4 * model.cfg.d_model)
+    a, b = torch.randn(tokens, d_model), torch.randn(d_model, d_mlp)
+    best, end = 1e9, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        for _ in range(10):
+            torch.mm(a, b)
+        best = min(best, (time.perf_counter() - started) / 10)
+    return 2 * tokens * d_model * d_mlp / best
+
+
+def timed(jobs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds and last result of each job; the jobs take turns, so that a slow spell hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    results: dict[str, Any] = {}
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            results[name] = job()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: median(found) for name, found in seconds.items()}, results
+
+
+def slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Exponent p of the fit cost ~ size ** p (least squares of the logarithms)."""
+    x, y = torch.tensor(sizes, dtype=torch.float64).log(), torch.tensor(costs, dtype=torch.float64).log()
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+def off_the_line(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Largest distance from the best straight line (with an offset), as a share of the largest cost; 0 is linear growth."""
+    x, y = torch.tensor(sizes, dtype=torch.float64), torch.tensor(costs, dtype=torch.float64)
+    basis = torch.stack([torch.ones_like(x), x], dim=1)
+    fit = basis @ torch.linalg.lstsq(basis, y[:, None]).solution
+    return float((fit[:, 0] - y).abs().max() / y.max())
+
+
+def load(name: str) -> Any:
+    """``smollm2``, any Hugging Face name, or ``random:LAYERSxWIDTH`` (a Llama with random weights)."""
+    if not name.startswith("random:"):
+        return gr.load_model(name)
+    from transformers import LlamaConfig
+
+    n_layers, d_model = (int(part) for part in name.removeprefix("random:").split("x"))
+    heads = max(1, d_model // 64)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=d_model,
+        intermediate_size=3 * d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return random_model(config)
+
+
+def random_model(config: Any, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A bridge around random weights, made where they will stay."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        hf_model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tokenizer = word_tokenizer(min(8192, config.vocab_size))
+    gr_models._keep_tokenizer_as_is(tokenizer, "random")
+    return gr_models._bridge(hf_model.eval().requires_grad_(False), tokenizer, "random").eval().requires_grad_(False)
+
+
+def word_tokenizer(size: int) -> Any:
+    """One token a word for the words of the bundled records; the rest of the vocabulary is never met."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = [p for split in ("build", "choose", "test") for p in gr.load_bundled("sentiment", split)]
+    words = {w for p in pairs for text in (p.prompt, p.chosen, p.rejected) for w in str(text).split()}
+    entries = ["<pad>", "<bos>", "<eos>", *sorted(words)][:size]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(entries)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<pad>"
+    )

@@ -1,0 +1,84 @@
+"""What baselines are made from: the building records, and what is read from the model on them, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from grains_tl.caching import Differences, read_out, read_out_responses
+from grains_tl.evaluate import margins
+from grains_tl.masking import Masker
+from grains_tl.scoring import MAX_TOKENS, score_pairs
+from grains_tl.tokens import TokenizedPair
+from grains_tl.types import HookedModel
+from grains_tl.vectors import SteeringVectors
+
+
+@dataclass(frozen=True)
+class BuildingRecords:
+    """The building records, and what baselines read from the model on them: each quantity is run once, when first used.
+
+    Attributes:
+        model, tokenized: the model and its records from ``tokenize_pairs``.
+        layers: which layers, in increasing order.
+        like: the vectors that ``orthogonal_direction`` is to be orthogonal to.
+        differences: of the method whose labels ``shuffled_labels`` shuffles; without them CAA's.
+        top_k, masker: how many tokens ``random_tokens`` masks on each side, and with what.
+        max_tokens: token budget of one pass.
+        progress: show bars.
+    """
+
+    model: HookedModel
+    tokenized: Sequence[TokenizedPair]
+    layers: tuple[int, ...]
+    like: SteeringVectors | None = None
+    differences: Differences | None = None
+    top_k: int = 4
+    masker: Masker = "mean_embedding"
+    max_tokens: int = MAX_TOKENS
+    progress: bool = False
+
+    @cached_property
+    def _prompts(self) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "layer"]]:
+        norms: list[Tensor] = []
+        ends = read_out(
+            self.model,
+            self.tokenized,
+            layers=self.layers,
+            norms=norms,
+            max_tokens=self.max_tokens,
+            progress=self.progress,
+        )
+        return ends, torch.cat(norms, dim=1).median(dim=1).values
+
+    @property
+    def prompt_ends(self) -> Float[Tensor, "record layer d_model"]:
+        """Residuals at the last prompt token."""
+        return self._prompts[0]
+
+    @property
+    def resid_norms(self) -> Float[Tensor, "layer"]:
+        """Median residual norm over the prompts' content tokens, the unit of ``alpha``."""
+        return self._prompts[1]
+
+    @cached_property
+    def response_differences(self) -> Float[Tensor, "record layer d_model"]:
+        """h(prompt + chosen) - h(prompt + rejected) at the last response token."""
+        found = read_out_responses(
+            self.model, self.tokenized, layers=self.layers, max_tokens=self.max_tokens, progress=self.progress
+        )
+        return found[:, 0] - found[:, 1]
+
+    @cached_property
+    def margins(self) -> Float[Tensor, "record"]:
+        """log p(chosen) - log p(rejected) of the unsteered model, nats."""
+        return margins(score_pairs(self.model, self.tokenized, max_tokens=self.max_tokens, progress=self.progress))
+
+
+#: One vector per layer, of any length, from building records; what is drawn at random is drawn from the generator.
+Baseline = Callable[[BuildingRecords, torch.Generator], Float[Tensor, "layer d_model"]]

@@ -1,0 +1,107 @@
+"""Append-only files of finished results: a run that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grains_tl.models import model_identity, same_fingerprint
+from grains_tl.types import HookedModel
+
+FORMAT = "grains_tl.results"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Finished rows by key, and the file that receives further ones (none: only in memory).
+
+    The file is jsonl: a header that names the model, then one row per result with its ``key`` and ``values``.
+    """
+
+    path: Path | None = None
+    rows: dict[str, list[float]] = field(default_factory=dict)
+
+    def append(self, rows: Sequence[tuple[str, Sequence[float], Mapping[str, Any]]]) -> None:
+        """Keep finished rows ``(key, values, what a reader of the file wants to know)``; they are on disk afterwards."""
+        self.rows.update((key, list(values)) for key, values, _ in rows)
+        if self.path is None:
+            return
+        lines = [json.dumps({"key": key, **about, "values": list(values)}) + "\n" for key, values, about in rows]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+
+def open_checkpoint(path: str | Path | Checkpoint | None, model: HookedModel) -> Checkpoint:
+    """Read a checkpoint, or begin one.
+
+    A run killed while writing leaves a torn last line: it is skipped, and closed off before the next one.
+
+    Args:
+        path: the ``.jsonl`` file; ``None`` for none; an open checkpoint is handed back.
+        model: the model the results belong to.
+
+    Raises:
+        ValueError: the file is no checkpoint, or one of another model; it is left as it is.
+    """
+    if path is None or isinstance(path, Checkpoint):
+        return path or Checkpoint()
+    file, identity = Path(path), model_identity(model)
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    first, _, rest = text.partition("\n")
+    header = {"format": FORMAT, "version": FORMAT_VERSION, "model": identity}
+    if not text or ("\n" not in text and json.dumps(header).startswith(text)):  # new, or killed in its first line
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return Checkpoint(file)
+    _require_same_model(file, _parsed(first), identity)
+    if not text.endswith("\n"):
+        with file.open("a", encoding="utf-8") as torn:
+            torn.write("\n")
+    rows = [row for row in map(_parsed, rest.splitlines()) if "key" in row and "values" in row]
+    return Checkpoint(file, {row["key"]: row["values"] for row in rows})
+
+
+def hash_of(value: Any) -> str:
+    """A short, stable name for anything that JSON can hold.
+
+    Example:
+        >>> hash_of([1, "a"]) == hash_of((1, "a"))
+        True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _require_same_model(file: Path, header: dict[str, Any], identity: dict[str, Any]) -> None:
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{file} is no checkpoint of results (its first line says something else); give another path")
+    if header.get("version") != FORMAT_VERSION:
+        raise ValueError(f"{file} has version {header.get('version')}, this package writes {FORMAT_VERSION}")
+    made = header.get("model", {})
+    shape = [key for key in ("n_layers", "d_model", "n_heads", "d_vocab") if made.get(key) != identity[key]]
+    if shape or not _same_numbers(made.get("fingerprint"), identity["fingerprint"]):
+        different = ", ".join(f"{k}: {made.get(k)} -> {identity[k]}" for k in shape) or "the weights"
+        raise ValueError(
+            f"{file} holds results of another model ({made.get('name')}; different: {different}); give another path, "
+            "or delete the file"
+        )
+
+
+def _same_numbers(a: dict[str, list[float]] | None, b: dict[str, list[float]]) -> bool:
+    """Stricter than ``same_fingerprint``, which lets half precision pass: rows of one table come from one model."""
+    if a is None or not same_fingerprint(a, b):
+        return False
+    # logged with two decimals; round-off may tip the last one
+    return all(abs(x - y) < 0.015 for x, y in zip(a["logprobs"], b["logprobs"], strict=True))

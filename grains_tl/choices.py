@@ -1,0 +1,242 @@
+"""Questions with several answers: their likelihoods, and MC1, MC2 and binary accuracy from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from grains_tl.batches import Batch, batch_of, by_token_budget
+from grains_tl.scoring import MAX_TOKENS, HooksForBatch, batch_logprobs
+from grains_tl.tokens import tokenize_responses
+from grains_tl.types import HookedModel, PreferencePair, Text, plain_text
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """A question with its answers.
+
+    Attributes:
+        prompt: text, or a list of messages.
+        choices: the answers; text continues a text prompt as it stands (mind the leading space).
+        labels: for every choice whether it is right. Where several are, the best one stands first among them: MC1 and
+            ``pair`` look at that one.
+        meta: any further columns of the source row.
+
+    Raises:
+        ValueError: fewer than two choices, not one label per choice, no right or no wrong choice, an empty or repeated
+            choice.
+
+    Example:
+        >>> item = MultipleChoice("2 + 2 =", (" 4", " 5", " 3"), (True, False, False))
+        >>> item.pair().rejected
+        ' 5'
+    """
+
+    prompt: Text
+    choices: tuple[str, ...]
+    labels: tuple[bool, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not plain_text(self.prompt).strip():
+            raise ValueError(f"the prompt is empty ({plain_text(self.prompt)!r}); some text is needed")
+        if len(self.choices) < 2 or len(self.choices) != len(self.labels):
+            raise ValueError(
+                f"{len(self.choices)} choices and {len(self.labels)} labels; at least two choices are needed, and one "
+                "label for each"
+            )
+        empty = [choice for choice in self.choices if not choice.strip()]
+        if empty:
+            raise ValueError(f"a choice is empty ({empty[0]!r}); every choice needs some text")
+        twice = [choice for i, choice in enumerate(self.choices) if choice in self.choices[:i]]
+        if twice:
+            raise ValueError(f"the choice {twice[0]!r} stands there twice; drop one of them")
+        if all(self.labels) or not any(self.labels):
+            raise ValueError(f"the labels are {self.labels}; at least one right and one wrong choice are needed")
+
+    @property
+    def best(self) -> int:
+        """Index of the first right choice."""
+        return self.labels.index(True)
+
+    def pair(self) -> PreferencePair:
+        """The best right choice against the first wrong one."""
+        chosen, rejected = self.choices[self.best], self.choices[self.labels.index(False)]
+        return PreferencePair(self.prompt, chosen, rejected, meta=dict(self.meta))
+
+
+@dataclass(frozen=True)
+class TokenizedChoices:
+    """A question as token ids; one border for all choices, so that their comparison is right.
+
+    Attributes:
+        prompt: ids up to the border.
+        choices: ids of each choice after the border.
+    """
+
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+    @property
+    def rows(self) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+        """Input rows without repeats, and the row that scores each choice.
+
+        An input that is the beginning of another needs no row of its own: letters share a single one.
+        """
+        inputs = [self.prompt + choice[:-1] for choice in self.choices]
+        rows: list[tuple[int, ...]] = []
+        for ids in sorted(inputs, key=len, reverse=True):
+            if not any(row[: len(ids)] == ids for row in rows):
+                rows.append(ids)
+        return tuple(rows), tuple(next(i for i, row in enumerate(rows) if row[: len(ids)] == ids) for ids in inputs)
+
+
+def tokenize_choices(model: HookedModel, items: Iterable[MultipleChoice]) -> list[TokenizedChoices]:
+    """Tokenize questions and check them against the model, all before anything runs.
+
+    Raises:
+        ValueError: no questions, one too long for the context, or a choice without tokens; the message names the
+            question (from 1).
+    """
+    tokenized = []
+    for number, item in enumerate(items, start=1):
+        try:
+            prompt, choices = tokenize_responses(model, item.prompt, item.choices)
+        except ValueError as error:
+            raise ValueError(f"question {number}: {error}") from None
+        tokenized.append(TokenizedChoices(prompt, choices))
+    if not tokenized:
+        raise ValueError("no questions; at least one MultipleChoice is needed")
+    return tokenized
+
+
+def choice_batches(
+    model: HookedModel, tokenized: Sequence[TokenizedChoices], *, max_tokens: int = MAX_TOKENS
+) -> Iterator[tuple[list[tuple[int, int]], Batch]]:
+    """Length-bucketed batches, with the (question, choice) that each scored slot belongs to.
+
+    The batches go through ``batch_logprobs`` and ``prepare_restart`` as those of preference pairs do: slot ``i`` of
+    ``batch_logprobs(...).flatten()`` is the ``i``-th entry of the list (one slot at the end may be spare).
+    """
+    per_item = [item.rows for item in tokenized]
+    groups = by_token_budget([len(rows[0]) for rows, _ in per_item], max_tokens, [len(rows) for rows, _ in per_item])
+    for group in groups:
+        slots: list[tuple[int, int]] = []
+        rows: list[tuple[int, ...]] = []
+        owner: list[int] = []
+        targets: list[tuple[int, int, int, float, int]] = []
+        for place, i in enumerate(group):
+            item, (item_rows, row_of) = tokenized[i], per_item[i]
+            for c, choice in enumerate(item.choices):
+                row, start = len(rows) + row_of[c], len(item.prompt) - 1
+                targets += [(row, start + t, token, 1.0, len(slots)) for t, token in enumerate(choice)]
+                slots.append((i, c))
+            rows += item_rows
+            owner += [place] * len(item_rows)
+        prompt_lens = [len(tokenized[group[o]].prompt) for o in owner]
+        yield slots, batch_of(model, rows, owner, prompt_lens, targets, (len(slots) + 1) // 2)
+
+
+def score_choices(
+    model: HookedModel,
+    items: Iterable[MultipleChoice] | Sequence[TokenizedChoices],
+    fwd_hooks: HooksForBatch | None = None,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> Float[Tensor, "item choice"]:
+    """Log-likelihood of every choice given its prompt, nats.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        items: questions, or what ``tokenize_choices`` made of them.
+        fwd_hooks: hooks to run with, or a function ``Batch -> hooks``.
+        max_tokens: token budget of one forward pass.
+        progress: show a bar.
+
+    Returns:
+        ``[item, choice]`` on the CPU, summed over the tokens of a choice; ``-inf`` where a question has fewer choices
+        than the longest.
+
+    Raises:
+        ValueError: from ``tokenize_choices``; before anything runs.
+
+    Example:
+        >>> scores = score_choices(model, items, vectors.hooks(0.2, [12]))   # doctest: +SKIP
+        >>> mc1(scores, items).mean(), mc2(scores, items).mean()             # doctest: +SKIP
+    """
+    given = list(items)
+    questions = [item for item in given if isinstance(item, MultipleChoice)]
+    ready = [item for item in given if isinstance(item, TokenizedChoices)]
+    tokenized = ready if ready and not questions else tokenize_choices(model, questions)
+    out = torch.full((len(tokenized), max(len(t.choices) for t in tokenized)), -torch.inf)
+    with torch.no_grad(), tqdm(total=len(tokenized), desc="score", unit="question", disable=not progress) as bar:
+        for slots, batch in choice_batches(model, tokenized, max_tokens=max_tokens):
+            hooks = fwd_hooks(batch) if callable(fwd_hooks) else fwd_hooks
+            logprobs = batch_logprobs(model, batch, hooks).flatten().cpu()
+            where = torch.tensor(slots)
+            out[where[:, 0], where[:, 1]] = logprobs[: len(slots)].float()
+            bar.update(len(where[:, 0].unique()))
+    return out
+
+
+def mc1(scores: Float[Tensor, "item choice"], items: Sequence[MultipleChoice]) -> Float[Tensor, "item"]:
+    """1 where the best right choice is likelier than every wrong one, else 0 (TruthfulQA, arXiv 2109.07958, MC1).
+
+    Other right choices do not count, on either side. The mean over questions is the score.
+
+    Example:
+        >>> item = MultipleChoice("Q: 2 + 2?\\nA:", (" 4", " four", " 5"), (True, True, False))
+        >>> mc1(torch.tensor([[-2.0, -9.0, -3.0]]), [item])
+        tensor([1.])
+    """
+    return _each(scores, items, lambda s, item: float(s[item.best] > s[~_right(item)].max()))
+
+
+def mc2(scores: Float[Tensor, "item choice"], items: Sequence[MultipleChoice]) -> Float[Tensor, "item"]:
+    """Share of the probability of all choices that the right ones hold (TruthfulQA, arXiv 2109.07958, MC2), 0 to 1.
+
+    Example:
+        >>> item = MultipleChoice("Q: 2 + 2?\\nA:", (" 4", " four", " 5"), (True, True, False))
+        >>> mc2(torch.zeros(1, 3), [item])
+        tensor([0.6667])
+    """
+    return _each(scores, items, lambda s, item: s.softmax(0)[_right(item)].sum().item())
+
+
+def binary_accuracy(scores: Float[Tensor, "item choice"], items: Sequence[MultipleChoice]) -> Float[Tensor, "item"]:
+    """1 where the best right choice is likelier than the first wrong one, else 0: the two that ``pair`` takes.
+
+    Example:
+        >>> item = MultipleChoice("2 + 2 =", (" 4", " 5", " 3"), (True, False, False))
+        >>> binary_accuracy(torch.tensor([[-2.0, -3.0, -1.0]]), [item])
+        tensor([1.])
+    """
+    return _each(scores, items, lambda s, item: float(s[item.best] > s[item.labels.index(False)]))
+
+
+def _right(item: MultipleChoice) -> Tensor:
+    return torch.tensor(item.labels)
+
+
+def _each(
+    scores: Tensor, items: Sequence[MultipleChoice], function: Callable[[Tensor, MultipleChoice], float]
+) -> Tensor:
+    """A number per question, from its own choices without the padding."""
+    widest = max((len(item.choices) for item in items), default=0)
+    if len(scores) != len(items) or scores.shape[-1] < widest:
+        raise ValueError(
+            f"scores of shape {tuple(scores.shape)} for {len(items)} questions of up to {widest} choices; give the "
+            "questions that were scored, in their order"
+        )
+    rows = [(s[: len(item.choices)].double(), item) for s, item in zip(scores, items, strict=True)]
+    broken = [i for i, (s, _) in enumerate(rows, start=1) if not bool(s.isfinite().all())]
+    if broken:
+        raise ValueError(f"question {broken[0]} has scores that are not finite; a hook or the model gave NaN")
+    return torch.tensor([function(s, item) for s, item in rows])

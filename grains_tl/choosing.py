@@ -1,0 +1,205 @@
+"""Choose a cell of a sweep on one split and report it on another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from grains_tl.costs import neutral_texts, text_costs
+from grains_tl.effects import Record, record_effects, record_id
+from grains_tl.objectives import Objective
+from grains_tl.scoring import MAX_TOKENS
+from grains_tl.steering import Operator, Positions
+from grains_tl.summary import summarize
+from grains_tl.sweep import Vectors, grid
+from grains_tl.types import HookedModel
+from grains_tl.vectors import SteeringVectors
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A cell of a sweep, and the records it was chosen on.
+
+    Attributes:
+        vector, layer, alpha, positions, operator, objective: the setting.
+        why: how it was chosen, in a sentence.
+        records: hashes of the records used for choosing; ``report_choice`` refuses them.
+    """
+
+    vector: str
+    layer: int
+    alpha: float
+    positions: Positions
+    operator: Operator
+    objective: Objective
+    why: str
+    records: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"{self.vector}, layer {self.layer}, alpha {self.alpha:+g}, positions {self.positions}: {self.why}"
+
+
+def choose(
+    frame: pd.DataFrame,
+    *,
+    max_kl: float | None = None,
+    vector: str | None = None,
+    records: Iterable[Record] | None = None,
+) -> Choice:
+    """The cell with the largest effect that does not cost too much.
+
+    Cells with negative alpha are not chosen: a vector that only works backwards is found out, not turned round.
+
+    Args:
+        frame: from ``sweep``, with ``neutral`` texts if there is a budget.
+        max_kl: budget, nats per token of KL(steered || base) on the neutral texts; ``None`` for none.
+        vector: choose among the cells of this one only.
+        records: what the sweep was measured on; needed only where the frame has lost its ``attrs`` (read from a csv).
+
+    Raises:
+        ValueError: no cell fits, no costs to compare with the budget, or a frame that does not say on which records it
+            was measured.
+
+    Example:
+        >>> frame = pd.DataFrame({"vector": "v", "positions": "all", "layer": [3, 4, 5], "alpha": 0.2, "n": 8,
+        ...                       "effect": [1.0, 2.0, 3.0], "effect_se": 0.1, "kl": [0.01, 0.02, 0.5]})
+        >>> frame.attrs["records"] = ["a", "b"]
+        >>> choose(frame, max_kl=0.1).layer
+        4
+    """
+    used = frame.attrs.get("records") if records is None else [record_id(r) for r in records]
+    if not used:
+        raise ValueError(
+            "the frame does not say which records it was measured on; pass them: choose(frame, records=pairs)"
+        )
+    cells = frame[frame["alpha"] > 0]
+    if vector is not None:
+        cells = cells[cells["vector"] == vector]
+    cells = cells[np.isfinite(cells["effect"])]
+    if cells.empty:
+        raise ValueError(
+            f"no cell with a positive alpha{f' of vector {vector!r}' if vector else ''}; there are vectors "
+            f"{sorted(set(frame['vector']))} and alphas {sorted(set(frame['alpha']))}"
+        )
+    n_cells = len(cells)
+    if max_kl is not None:
+        if "kl" not in cells:
+            raise ValueError("max_kl needs the cost; measure it with sweep(..., neutral=10)")
+        lowest = cells["kl"].min()
+        cells = cells[cells["kl"] <= max_kl]
+        if cells.empty:
+            raise ValueError(
+                f"no cell costs {max_kl} nats per token or less, the cheapest {lowest:.3g}; add smaller alphas"
+            )
+    best = cells.loc[cells["effect"].idxmax()]
+    why = f"largest effect ({best['effect']:+.3f} +- {best['effect_se']:.3f} nats, {int(best['n'])} records)"
+    if max_kl is None:
+        why += f" of {n_cells} cells, whatever they cost"
+    else:
+        why += f" of the {len(cells)} of {n_cells} cells within {max_kl:g} nats per token (this one {best['kl']:.3g})"
+    if best["effect"] <= 0:
+        why += "; no cell moves the margin up: expect no effect, or the wrong way"
+    return Choice(
+        vector=str(best["vector"]),
+        layer=int(best["layer"]),
+        alpha=float(best["alpha"]),
+        positions=best["positions"],
+        operator=frame.attrs.get("operator", "add_renorm"),
+        objective=frame.attrs.get("objective", "sum"),
+        why=why,
+        records=frozenset(used),
+    )
+
+
+def split_records(records: Sequence[Any], share: float = 0.5, *, seed: int = 0) -> tuple[list[Any], list[Any]]:
+    """Records for choosing and records to report on, at random; copies of a record stay together.
+
+    Args:
+        records: preference pairs or questions.
+        share: of the records that go to the report.
+        seed: of the split.
+
+    Raises:
+        ValueError: a share that leaves one side empty.
+
+    Example:
+        >>> from grains_tl.types import PreferencePair
+        >>> pairs = [PreferencePair(f"{i} + 1 =", f" {i + 1}", " 0") for i in range(10)]
+        >>> [len(part) for part in split_records(pairs, 0.3)]
+        [7, 3]
+    """
+    ids = list(dict.fromkeys(map(record_id, records)))
+    n = round(share * len(ids))
+    if not 0 < n < len(ids):
+        raise ValueError(f"a share of {share} of {len(ids)} different records leaves one side of the split empty")
+    held = {ids[i] for i in np.random.default_rng(seed).permutation(len(ids))[:n]}
+    sides = [[r for r in records if (record_id(r) in held) == side] for side in (False, True)]
+    return sides[0], sides[1]
+
+
+def report_choice(
+    model: HookedModel,
+    vectors: Vectors,
+    choice: Choice,
+    test_pairs: Iterable[Record],
+    *,
+    draws: Sequence[SteeringVectors] = (),
+    neutral: Sequence[str] | int | None = None,
+    level: float = 0.95,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """The chosen cell on records that had no part in choosing it.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        vectors: what was swept.
+        choice: from ``choose``.
+        test_pairs: other records.
+        draws: the vector built from resampled records (``bootstrap_vectors``): adds the uncertainty over building.
+        neutral: texts to measure the cost on, or how many of the bundled ones.
+        level: of the intervals.
+        max_tokens, progress: as in ``sweep``.
+
+    Returns:
+        One row, the columns of ``summarize``; its ``verdict`` is ``"steers"``, ``"no effect"`` or ``"wrong way"``. Since
+        the cell was chosen elsewhere, a vector that does nothing is called "no effect" in 95 % of cases, however many
+        cells were tried.
+
+    Raises:
+        ValueError: a record that was used for choosing (swapping its responses does not make it another one).
+
+    Example:
+        >>> choice = choose(sweep(model, vectors, choosing, neutral=10), max_kl=0.1)   # doctest: +SKIP
+        >>> report_choice(model, vectors, choice, testing).T                                  # doctest: +SKIP
+    """
+    records = list(test_pairs)
+    seen = [i for i, r in enumerate(records, start=1) if record_id(r) in choice.records]
+    if seen:
+        raise ValueError(
+            f"{len(seen)} of {len(records)} records were used for choosing (the first is record {seen[0]}); their effect "
+            "is biased upwards, report on others"
+        )
+    if isinstance(vectors, SteeringVectors):
+        vectors = {choice.vector: vectors}
+    if choice.vector not in vectors:
+        raise ValueError(f"no vector {choice.vector!r}, which was chosen; there are {sorted(vectors)}")
+    vectors[choice.vector].require_match(model)
+    settings = grid(
+        {choice.vector: vectors[choice.vector]},
+        [choice.layer],
+        [choice.alpha],
+        operator=choice.operator,
+        positions=choice.positions,
+        draws={choice.vector: draws},
+    )
+    found = record_effects(
+        model, records, settings, objective=choice.objective, max_tokens=max_tokens, progress=progress
+    )
+    texts = neutral_texts(neutral) if isinstance(neutral, int) else neutral
+    costs = None if texts is None else text_costs(model, settings[:1], texts, max_tokens=max_tokens)
+    return summarize(found, costs, level=level)

@@ -1,0 +1,90 @@
+"""``grains-tl sweep``: the table, the cell that is chosen from it, and that cell on other records."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from grains_tl.steering import Positions
+
+#: What fits on a screen; the csv has all columns.
+SHOWN = ["vector", "positions", "layer", "alpha", "effect", "effect_se", "low", "high", "verdict", "wrong_way"]
+SHOWN += ["accuracy", "kl", "perplexity", "n"]
+
+
+def add_sweep_options(
+    parser: argparse.ArgumentParser, layers: Callable[[str], list[int]], numbers: Callable[[str], list[float]]
+) -> None:
+    """The options of ``sweep`` alone; ``layers`` and ``numbers`` read lists."""
+    parser.add_argument("--vectors", required=True, action="append", help="file written by build (repeatable)")
+    parser.add_argument("--layers", type=layers, help="e.g. 12,18 or 10-20; default all stored")
+    parser.add_argument(
+        "--alphas", type=numbers, default=[-0.2, 0.1, 0.2, 0.4], help="steps (default --alphas=-0.2,0.1,0.2,0.4)"
+    )
+    parser.add_argument("--positions", action="append", choices=get_args(Positions), help="scope (repeatable)")
+    parser.add_argument(
+        "--max-kl", type=float, default=0.1, help="cost a choice may have, nats per token (default 0.1)"
+    )
+    parser.add_argument("--neutral", type=int, default=8, help="neutral texts to measure it on (default 8; 0: none)")
+    parser.add_argument("--report-share", type=float, default=0.5, help="share of the records kept for the report")
+    parser.add_argument("--test", metavar="FILE", help="records for the report; then all of --pairs are for choosing")
+    parser.add_argument("--seed", type=int, default=0, help="of the split of the records")
+    parser.add_argument("--out", "--csv", help="write the table to this csv file")
+    parser.add_argument("--checkpoint", help="finished results (default beside --out); the same command goes on there")
+
+
+def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[str | None], Any]) -> None:
+    """Sweep on one part of the records, choose, report on the other."""
+    from grains_tl.choosing import choose, report_choice, split_records
+    from grains_tl.processes import finish, launched
+    from grains_tl.shared_sweep import shared_sweep
+    from grains_tl.vectors import load_vectors
+
+    if not test and args.report_share > 0:
+        pairs, test = split_records(pairs, args.report_share, seed=args.seed)
+    stems = [Path(path).stem for path in args.vectors]
+    if len(set(stems)) < len(stems):
+        raise ValueError(f"--vectors: the files are called alike ({', '.join(stems)}); rename one")
+    vectors = {stem: load_vectors(path) for stem, path in zip(stems, args.vectors, strict=True)}
+    model = load(next(iter(vectors.values())).info.get("model", {}).get("name"))
+    checkpoint = args.checkpoint or (f"{args.out}.records.jsonl" if args.out else None)
+    processes = launched()
+    frame = shared_sweep(
+        model,
+        vectors,
+        pairs,
+        processes=processes,
+        layers=args.layers,
+        alphas=args.alphas,
+        positions=args.positions or "all",
+        neutral=args.neutral or None,
+        checkpoint=checkpoint,
+        progress=processes.rank == 0,
+    )
+    finish()
+    if processes.rank > 0:
+        return
+    print(_table(frame))
+    run, loop = frame.attrs["token_layers"], frame.attrs["naive_token_layers"]
+    print(f"\ntoken-layers run: {run:,}; a loop over settings and responses: {loop:,} ({loop / max(run, 1):.1f} times)")
+    if checkpoint:
+        print(f"results in {checkpoint}: {frame.attrs['from_checkpoint']} were there before")
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(args.out, index=False)
+    if not (frame["alpha"] > 0).any():
+        print("no cell is chosen: that needs positive alphas")
+        return
+    choice = choose(frame, max_kl=args.max_kl if args.neutral else None)
+    print(f"\nchosen on {len(pairs)} records: {choice}")
+    if not test:
+        print("not reported: that needs other records (--test FILE, or --report-share)")
+        return
+    found = report_choice(model, vectors, choice, test, neutral=args.neutral or None, progress=True)
+    print(f"on {len(test)} other records: {found['verdict'][0]}\n{_table(found)}")
+
+
+def _table(frame: Any) -> str:
+    return frame[[c for c in SHOWN if c in frame]].to_string(index=False, float_format=lambda x: f"{x:.3f}")

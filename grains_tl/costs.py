@@ -1,0 +1,277 @@
+"""What steering costs: divergence and perplexity on neutral text, knowledge, and degenerate generations."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from string import ascii_uppercase
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from grains_tl.batches import Batch, batch_of, by_token_budget
+from grains_tl.checkpoint import Checkpoint, hash_of, open_checkpoint
+from grains_tl.choices import MultipleChoice
+from grains_tl.effects import SETTING, record_effects
+from grains_tl.evaluate import Setting, shared_passes
+from grains_tl.generation import generate
+from grains_tl.models import require_hook_names
+from grains_tl.scoring import MAX_TOKENS, prepare_restart, restart_logits
+from grains_tl.tokens import prompt_ids
+from grains_tl.types import FwdHooks, HookedModel, Text, plain_text
+
+#: What is kept of a text under a setting, per predicted token.
+MEASURES = ["kl", "base_nll", "nll", "agreement"]
+#: Logits of one pass, in numbers: 128 MB in float32.
+MAX_LOGITS = 2**25
+
+
+def neutral_texts(n: int | None = None) -> list[str]:
+    """The first ``n`` (default all 30) of the short neutral texts that ship with the package.
+
+    Example:
+        >>> len(neutral_texts()), neutral_texts(1)[0][:9]
+        (30, 'The ferry')
+    """
+    lines = (resources.files("grains_tl") / "data_files" / "neutral.jsonl").read_text(encoding="utf-8").splitlines()
+    if n is not None and not 1 <= n <= len(lines):
+        raise ValueError(f"{n} neutral texts; there are 1 to {len(lines)}")
+    return [json.loads(line)["text"] for line in lines[:n]]
+
+
+def text_costs(
+    model: HookedModel,
+    settings: Sequence[Setting],
+    texts: Sequence[str] | None = None,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+    checkpoint: str | Path | Checkpoint | None = None,
+) -> pd.DataFrame:
+    """What each setting does to the prediction of ordinary text.
+
+    A scope such as ``"prompt"`` takes the first half of a text as the prompt; the averages are over the whole text.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        settings: what to measure; ``grid`` makes them from vectors.
+        texts: default ``neutral_texts()``.
+        max_tokens: token budget of one pass (less where the vocabulary is large).
+        progress: show a bar.
+        checkpoint: as in ``record_effects``; the same file can serve both.
+
+    Returns:
+        One row per setting and text: ``vector``, ``draw``, ``positions``, ``layer``, ``alpha``, ``text`` (its place),
+        ``n_tokens`` (predicted tokens), and means over these: ``kl`` = KL(steered || base) of the next-token
+        distribution, ``base_nll`` and ``nll`` = -log p of the text's own token without and with steering (all nats),
+        ``agreement`` (share of tokens where both have the same likeliest token). ``summarize(frame, costs)`` gives the
+        perplexities exp(nll).
+
+    Raises:
+        ValueError: no texts, one of fewer than two tokens, or one longer than the context; before anything runs.
+
+    Example:
+        >>> costs = text_costs(model, grid({"ours": vectors}, [12], [0.1, 0.2]))       # doctest: +SKIP
+        >>> costs.groupby("alpha")["kl"].mean()                                        # doctest: +SKIP
+    """
+    given = neutral_texts() if texts is None else list(texts)
+    for setting in settings:
+        if not callable(setting.hooks):
+            require_hook_names(model, setting.hooks)
+    rows = [prompt_ids(model, text) for text in given]
+    short = [i for i, row in enumerate(rows, start=1) if len(row) < 2]
+    if short or not rows:
+        raise ValueError(f"text {short[0]} has fewer than two tokens" if short else "no texts; at least one is needed")
+    store = open_checkpoint(checkpoint, model)
+    names = [hash_of(row) for row in rows]
+    keys = [[hash_of(["cost", s.key or str(k), name]) for name in names] for k, s in enumerate(settings)]
+    budget = max(1, min(max_tokens, MAX_LOGITS // int(model.cfg.d_vocab)))
+    with tqdm(total=len(settings) * len(rows), desc="cost", unit="run", disable=not progress) as bar:
+        for group in by_token_budget([len(row) for row in rows], budget):
+            wanted = [k for k in range(len(settings)) if any(keys[k][i] not in store.rows for i in group)]
+            bar.update(len(group) * (len(settings) - len(wanted)))
+            if not wanted:
+                continue
+            batch = _text_batch(model, [rows[i] for i in group])
+            with torch.no_grad():
+                for k, values in _measured(model, batch, [settings[k] for k in wanted], budget):
+                    setting, of_texts = settings[wanted[k]], keys[wanted[k]]
+                    about = {name: getattr(setting, name) for name in [*SETTING, "draw"]}
+                    new = [(place, i) for place, i in enumerate(group) if of_texts[i] not in store.rows]
+                    store.append([(of_texts[i], values[place].tolist(), {**about, "text": i}) for place, i in new])
+                    bar.update(len(group))
+    table = [
+        {
+            **{name: getattr(s, name) for name in [*SETTING, "draw"]},
+            "text": i,
+            "n_tokens": len(rows[i]) - 1,
+            **dict(zip(MEASURES, store.rows[keys[k][i]], strict=True)),
+        }
+        for k, s in enumerate(settings)
+        for i in range(len(rows))
+    ]
+    frame = pd.DataFrame(table)
+    frame.attrs = {"tokens": sum(map(len, rows))}
+    return frame
+
+
+def _text_batch(model: HookedModel, rows: Sequence[Sequence[int]]) -> Batch:
+    """Every token of a text after its first is a target; slot = place of the text."""
+    targets = [(r, p, ids[p + 1], 1.0, r) for r, ids in enumerate(rows) for p in range(len(ids) - 1)]
+    halves = [max(1, len(ids) // 2) for ids in rows]
+    return batch_of(model, rows, list(range(len(rows))), halves, targets, (len(rows) + 1) // 2)
+
+
+def _measured(model: HookedModel, batch: Batch, settings: Sequence[Setting], max_tokens: int) -> Iterable:
+    """``(index of the setting, [text, measure])`` for one batch."""
+    several = batch.ids.numel() * 2 <= max_tokens
+    restart = prepare_restart(model, batch, [s.layer for s in settings], copies=several)
+    (base_logits,) = restart_logits(model, restart, max(restart.resid), [[]])
+    base = base_logits.float().log_softmax(-1)
+    for layer, group, hooks in shared_passes(settings, restart, max_tokens=max_tokens):
+        if hooks is None:
+            yield from ((k, _compared(base, base, batch)) for k in group)
+            continue
+        for k, logits in zip(group, restart_logits(model, restart, layer, hooks), strict=True):
+            yield k, _compared(base, logits.float().log_softmax(-1), batch)
+
+
+def _compared(
+    base: Float[Tensor, "target vocab"], steered: Float[Tensor, "target vocab"], batch: Batch
+) -> Float[Tensor, "text measure"]:
+    kl = (steered.exp() * (steered - base)).sum(-1)
+    nll = [-x.gather(-1, batch.target_id[:, None])[:, 0] for x in (base, steered)]
+    same = (base.argmax(-1) == steered.argmax(-1)).float()
+    per_token = torch.stack([kl, *nll, same], dim=-1)
+    n_texts = len(batch.ids)
+    total = torch.zeros(n_texts, len(MEASURES), device=kl.device).index_add(0, batch.target_slot, per_token)
+    count = torch.zeros(n_texts, device=kl.device).index_add(0, batch.target_slot, torch.ones_like(kl))
+    return (total / count[:, None]).cpu()
+
+
+# -- knowledge --------------------------------------------------------------------------------------------------------
+
+
+def letters(item: MultipleChoice) -> MultipleChoice:
+    """The same question with its answers listed in the prompt and letters to choose from, as MMLU is asked.
+
+    Example:
+        >>> print(letters(MultipleChoice("2 + 2?", (" 4", " 5"), (True, False))).prompt)
+        2 + 2?
+        A. 4
+        B. 5
+        Answer:
+    """
+    if len(item.choices) > len(ascii_uppercase):
+        raise ValueError(f"{len(item.choices)} choices; there are letters for {len(ascii_uppercase)}")
+    listed = [f"{letter}. {text.strip()}" for letter, text in zip(ascii_uppercase, item.choices, strict=False)]
+    block = "\n".join([*listed, "Answer:"])
+    prompt: Text
+    if isinstance(item.prompt, str):
+        prompt = f"{item.prompt}\n{block}"
+    else:
+        last = item.prompt[-1]
+        prompt = [*item.prompt[:-1], {**last, "content": f"{last['content']}\n{block}"}]
+    answers = tuple(f" {letter}" for letter in ascii_uppercase[: len(item.choices)])
+    return MultipleChoice(prompt, answers, item.labels, item.meta)
+
+
+def retention(
+    model: HookedModel,
+    items: Iterable[MultipleChoice],
+    settings: Sequence[Setting],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+    checkpoint: str | Path | Checkpoint | None = None,
+) -> pd.DataFrame:
+    """Does the model still know what it knew: questions answered by the likeliest letter, before and after.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        items: questions; they are asked with ``letters`` unless their choices are letters already.
+        settings, max_tokens, progress, checkpoint: as in ``record_effects``.
+
+    Returns:
+        As ``record_effects``; ``base_correct`` and ``correct`` are what to look at, and ``summarize`` gives the paired
+        change of the accuracy with its standard error.
+
+    Example:
+        >>> frame = retention(model, questions, grid({"ours": vectors}, [12], [0.2]))            # doctest: +SKIP
+        >>> summarize(frame)[["base_accuracy", "accuracy", "accuracy_se"]]                       # doctest: +SKIP
+    """
+    asked = [item if all(len(c.strip()) == 1 for c in item.choices) else letters(item) for item in items]
+    return record_effects(model, asked, settings, max_tokens=max_tokens, progress=progress, checkpoint=checkpoint)
+
+
+# -- generations ------------------------------------------------------------------------------------------------------
+
+
+def text_quality(texts: Sequence[str], *, max_repetition: float = 0.5, min_words: int = 3, n: int = 3) -> pd.DataFrame:
+    """Signs of degenerate text, without a model.
+
+    Args:
+        texts: generations.
+        max_repetition: ``repetition`` above this counts as degenerate.
+        min_words: fewer words count as degenerate.
+        n: length of the runs of words in ``repetition``.
+
+    Returns:
+        One row per text: ``words``, ``repetition`` (share of runs of ``n`` words that stood there before; of single
+        words in texts shorter than that), ``distinct_1`` and ``distinct_2`` (share of words, of pairs of words, that
+        are different; arXiv 1510.03055), ``degenerate``.
+
+    Example:
+        >>> text_quality(["a good film with a good end", "no no no no no no"])["degenerate"].tolist()
+        [False, True]
+    """
+    rows = []
+    for text in texts:
+        words = text.lower().split()
+        runs = _runs(words, n) or _runs(words, 1)
+        repetition = 1 - _distinct(runs)
+        rows.append(
+            {
+                "words": len(words),
+                "repetition": repetition,
+                "distinct_1": _distinct(_runs(words, 1)),
+                "distinct_2": _distinct(_runs(words, 2)),
+                "degenerate": len(words) < min_words or repetition > max_repetition,
+            }
+        )
+    return pd.DataFrame(rows, columns=["words", "repetition", "distinct_1", "distinct_2", "degenerate"])
+
+
+def generation_quality(
+    model: HookedModel,
+    prompts: Sequence[Text],
+    fwd_hooks: FwdHooks | Callable[[int], FwdHooks],
+    *,
+    max_new_tokens: int = 40,
+) -> pd.DataFrame:
+    """Greedy continuations without and with hooks, and ``text_quality`` of both.
+
+    Returns:
+        One row per prompt: ``prompt``, ``base_text``, ``text``, and the columns of ``text_quality``, with ``base_`` in
+        front for the unsteered text.
+
+    Example:
+        >>> generation_quality(model, ["The film was"], vectors.hooks(0.4, [12]))["degenerate"]    # doctest: +SKIP
+    """
+    before, after = (generate(model, prompts, hooks, max_new_tokens=max_new_tokens) for hooks in (None, fwd_hooks))
+    texts = pd.DataFrame({"prompt": [plain_text(p) for p in prompts], "base_text": before, "text": after})
+    return pd.concat([texts, text_quality(before).add_prefix("base_"), text_quality(after)], axis=1)
+
+
+def _runs(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _distinct(runs: Sequence[tuple[str, ...]]) -> float:
+    return len(Counter(runs)) / len(runs) if runs else 1.0

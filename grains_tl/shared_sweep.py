@@ -1,0 +1,86 @@
+"""A sweep dealt out to several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from grains_tl.effects import Record
+from grains_tl.models import require_layers
+from grains_tl.processes import ALONE, Processes, files
+from grains_tl.sweep import Vectors, sweep
+from grains_tl.types import HookedModel
+from grains_tl.vectors import SteeringVectors, write_atomically
+
+
+def shared_sweep(
+    model: HookedModel,
+    vectors: Vectors,
+    pairs: Iterable[Record],
+    *,
+    processes: Processes = ALONE,
+    checkpoint: str | Path | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """``sweep`` with the layers dealt out to the processes; the whole table in every process.
+
+    Args:
+        model, vectors, pairs: as in ``sweep``.
+        processes: this process and how many there are.
+        checkpoint: as in ``sweep``; each process keeps a part of its own beside it while it works. What a dead process
+            finished is taken over by the next run, with any number of processes.
+        options: the other keyword arguments of ``sweep``.
+
+    Raises:
+        ValueError: fewer layers than processes, or whatever ``sweep`` refuses.
+    """
+    named = [vectors] if isinstance(vectors, SteeringVectors) else list(vectors.values())
+    chosen = options.pop("layers", None)
+    layers = require_layers(model, [layer for v in named for layer in v.layers] if chosen is None else chosen)
+    if len(layers) < processes.world:
+        raise ValueError(f"{len(layers)} layers for {processes.world} processes; start at most {len(layers)}")
+    own = None if checkpoint is None else processes.own_file(checkpoint)
+    if checkpoint is not None and own is not None:
+        _join(checkpoint, own)
+    # neighbours go to different processes: a low layer costs more than a high one
+    mine = [layers[i] for i in processes.share(len(layers))]
+    part = sweep(model, vectors, pairs, layers=mine, checkpoint=own, **options)
+    if processes.world == 1:
+        return part
+    parts = processes.gather([part])
+    if processes.rank == 0 and checkpoint is not None:
+        _join(checkpoint, Path(checkpoint))
+    frame = pd.concat(parts, ignore_index=True)
+    order = ["vector", "positions"]
+    first = {column: {value: i for i, value in enumerate(parts[0][column].unique())} for column in order}
+    frame = frame.sort_values(
+        [*order, "layer"],
+        key=lambda c: c.map(first[c.name]) if c.name in first else c,
+        kind="stable",
+        ignore_index=True,
+    )
+    frame.attrs = dict(part.attrs)
+    for name in ("token_layers", "from_checkpoint"):
+        frame.attrs[name] = sum(p.attrs[name] for p in parts)
+    # the loop would run the unsteered model once, not once per process
+    one_pass = part.attrs["naive_token_layers"] // (len(part) + 1)
+    frame.attrs["naive_token_layers"] = one_pass * (len(frame) + 1)
+    return frame
+
+
+def _join(checkpoint: str | Path, target: Path) -> None:
+    """Write all finished rows, whichever process kept them, to one file; the main one replaces its parts."""
+    found = files(checkpoint)
+    if found in ([], [target]):
+        return
+    texts = [file.read_text(encoding="utf-8") for file in found]
+    lines = dict.fromkeys(line for text in texts for line in text.split("\n")[1:-1])  # a torn last line stays behind
+    header = texts[0].partition("\n")[0]
+    write_atomically(target, "\n".join([header, *lines, ""]).encode())
+    if target == Path(checkpoint):
+        for part in found:
+            if part != target:
+                part.unlink()

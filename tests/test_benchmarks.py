@@ -1,0 +1,61 @@
+"""The benchmarks run, on tiny shapes; their arithmetic is checked on cases with a known answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import build_vectors, growth, steering
+from benchmarks.common import Operations, count_operations, floating_point_operations, load, off_the_line, slope
+from benchmarks.gpu_shapes import measure
+
+
+@pytest.fixture(scope="module")
+def small() -> object:
+    return load("random:2x64")
+
+
+def test_slope_is_the_exponent() -> None:
+    assert slope([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
+    assert slope([1, 2, 4], [5, 20, 80]) == pytest.approx(2)
+    assert off_the_line([1, 2, 4], [7, 9, 13]) == pytest.approx(0)
+    assert off_the_line([1, 2, 3], [1, 4, 9]) > 0.03
+
+
+def test_operations_of_one_forward_pass(small: object) -> None:
+    ids = torch.arange(3, 17)[None].repeat(2, 1)
+    with count_operations(small) as counts:
+        small(ids)  # type: ignore[operator]
+    assert counts == Operations(forward=2 * 14 * 2, backward=0, unembedded=2 * 14)
+    # 2 d^2 for each of q k v o, 2 * 3 * d * 3d for the MLP, per token-layer; 2 d vocab per unembedded position
+    by_hand = 2 * (4 * 64**2 + 3 * 64 * 192) * counts.forward + 2 * 64 * 8192 * counts.unembedded
+    assert floating_point_operations(small, counts) == by_hand
+
+
+def test_build_agrees_with_the_plain_loop(small: object) -> None:
+    found = build_vectors.run(small, records=3, steps=2, repeats=1)
+    assert found["smallest_cosine"] > 0.9999
+    for kind in ("forward", "backward", "unembedded"):
+        assert 0.3 < found["share_of_fewest"][kind] <= 1
+    assert len(build_vectors.rows(found)) == 9
+
+
+def test_steering_and_sweep(small: object) -> None:
+    generated = steering.generation(small, new_tokens=3, repeats=1)
+    swept = steering.sweep(small, records=2, repeats=1)
+    assert swept["largest_difference_nats"] < 1e-4
+    assert 0.4 < swept["share_of_naive_token_layers"] < 1
+    assert len(steering.rows(generated, swept)) >= 11
+
+
+def test_growth(small: object) -> None:
+    found = growth.growth(small, sizes=(1, 2, 4))
+    for name in ("records", "steps", "prompt length"):
+        assert found[name]["off_the_line"] < 0.05
+    assert found["prompt length, leave-one-out"]["operations"] > 1.6
+
+
+def test_gpu_shapes_run_on_a_cpu() -> None:
+    found = measure("tiny", device="cpu", dtype=torch.float32, records=2, steps=2, max_tokens=512, new_tokens=3)
+    assert found["weights"] == "random" and len(found["jobs"]) == 5
+    assert all(job["seconds"] > 0 for job in found["jobs"].values())
