@@ -197,6 +197,9 @@ def test_mmmu_rows() -> None:
     assert choice.options == ("1991", "1992", "it's equal")
     assert (choice.answer, choice.images, open_question.answer) == (1, ("a.png",), None)
     assert "(B) 1992" in choice.prompt and open_question.reference == "4"
+    assert (choice.pair().chosen, choice.pair().rejected, choice.pair().image) == ("(B)", "(A)", ["a.png"])
+    with pytest.raises(ValueError, match="no pair"):
+        open_question.pair()
     assert hl.load_mmmu([{**MMMU[0], "answer": "?"}])[0].answer is None
     with pytest.raises(ValueError, match="row 1: the answer 'D' is none of the 3 options"):
         hl.load_mmmu([{**MMMU[0], "answer": "D"}])

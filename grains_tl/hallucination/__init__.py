@@ -7,7 +7,7 @@ from grains_tl.hallucination.captions import CaptionScores, caption_hallucinatio
 from grains_tl.hallucination.judges import chat_judge, judge_answers, rating_prompt, read_rating
 from grains_tl.hallucination.readers import (
     JudgedQuestion,
-    MultipleChoice,
+    ImageQuestion,
     YesNoQuestion,
     load_mmhal,
     load_mmmu,
@@ -19,7 +19,7 @@ from grains_tl.hallucination.yes_no import YesNoScores, preference_win_rate, rea
 __all__ = [
     "CaptionScores",
     "JudgedQuestion",
-    "MultipleChoice",
+    "ImageQuestion",
     "YesNoQuestion",
     "YesNoScores",
     "caption_hallucination",

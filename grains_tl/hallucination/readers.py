@@ -56,7 +56,7 @@ class JudgedQuestion:
 
 
 @dataclass(frozen=True)
-class MultipleChoice:
+class ImageQuestion:
     """A question with options, or an open one.
 
     Attributes:
@@ -83,6 +83,21 @@ class MultipleChoice:
         letters = zip(string.ascii_uppercase, self.options, strict=False)
         listed = "\n".join(f"({letter}) {option}" for letter, option in letters)
         return f"{self.question}\n\n{listed}\n\nAnswer with the option's letter from the given choices directly."
+
+    def pair(self) -> PreferencePair:
+        """The right option's letter against the first wrong one's, as a conversation with the images.
+
+        Raises:
+            ValueError: an open question, or one whose answer is not known.
+        """
+        if self.answer is None or len(self.options) < 2:
+            raise ValueError(f"the question has {len(self.options)} options and the answer {self.reference!r}: no pair")
+        wrong = next(i for i in range(len(self.options)) if i != self.answer)
+        letters = [f"({string.ascii_uppercase[i]})" for i in (self.answer, wrong)]
+        image = list(self.images) or None
+        return PreferencePair(
+            [{"role": "user", "content": self.prompt}], letters[0], letters[1], image, dict(self.meta)
+        )
 
 
 def load_pope(source: Source, split: str | None = None, *, images: str | Path | None = None) -> list[YesNoQuestion]:
@@ -167,7 +182,7 @@ def load_mmhal(source: Source, *, images: str | Path | None = None) -> list[Judg
     return _some(found, "questions", source)
 
 
-def load_mmmu(source: Source, *, images: str | Path | None = None) -> list[MultipleChoice]:
+def load_mmmu(source: Source, *, images: str | Path | None = None) -> list[ImageQuestion]:
     """MMMU's questions: ``question``, ``options`` (a list, or its text), ``answer`` (a letter), ``image_1`` .. ``image_7``.
 
     Args:
@@ -190,7 +205,7 @@ def load_mmmu(source: Source, *, images: str | Path | None = None) -> list[Multi
         pictures = [row.get(f"image_{i}") for i in range(1, 8)]
         kept = tuple(_image(p, images) for p in pictures if p is not None)
         meta = _others(row, ("question", "options", "answer", *(f"image_{i}" for i in range(1, 8))))
-        found.append(MultipleChoice(kept, str(row["question"]), options, answer, letter, meta))
+        found.append(ImageQuestion(kept, str(row["question"]), options, answer, letter, meta))
     return _some(found, "questions", source)
 
 
