@@ -6,8 +6,8 @@ The measures take plain answers and margins, so they serve any model; the reader
 from grains_tl.hallucination.captions import CaptionScores, caption_hallucination
 from grains_tl.hallucination.judges import chat_judge, judge_answers, rating_prompt, read_rating
 from grains_tl.hallucination.readers import (
-    JudgedQuestion,
     ImageQuestion,
+    JudgedQuestion,
     YesNoQuestion,
     load_mmhal,
     load_mmmu,
@@ -18,8 +18,8 @@ from grains_tl.hallucination.yes_no import YesNoScores, preference_win_rate, rea
 
 __all__ = [
     "CaptionScores",
-    "JudgedQuestion",
     "ImageQuestion",
+    "JudgedQuestion",
     "YesNoQuestion",
     "YesNoScores",
     "caption_hallucination",
