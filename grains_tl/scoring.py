@@ -139,9 +139,13 @@ def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, 
 
 
 def _continues(model: HookedModel, restart: Restart, n: int) -> bool:
-    """Whether ``n`` copies of the batch, continued from the highest cached layer, give its base numbers."""
+    """Whether ``n`` copies of the batch, continued from the highest cached layer, give its base numbers.
+
+    With images from the lowest one: Qwen3-VL adds image features between its first blocks as well.
+    """
+    layer = min(restart.resid) if restart.batch.inputs else max(restart.resid)
     try:
-        again = restart_many(model, restart, max(restart.resid), [[]] * n)
+        again = restart_many(model, restart, layer, [[]] * n)
     except RuntimeError:  # shapes that do not fit: an architecture with block arguments of another kind
         if n == 1:
             raise
