@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grains_tl.hallucination.readers import YesNoQuestion
+from grains_tl.plotting.images import plot_image_attribution
 from grains_tl.report import CSS, _image, _number, _settings_table, _table, _text
 from grains_tl.tiny_vlm.scenes import partner
 from grains_tl.types import Attribution
@@ -49,7 +50,7 @@ parameters trained on pictures of handwritten digits in which some digits usuall
 {_skills(results["skills"])}
 <h2>Why does it say yes?</h2>
 <p>Questions for a digit that is absent, while the digit that came along with it in training is shown; the model says yes.
-Positive scores (nats) speak for yes. Chance for the partner's four patches is 0.25 of the image.</p>
+Chosen is yes, so positive scores (nats) speak for it. Chance for the partner's four patches is 0.25 of the image.</p>
 {"".join(_question(question, attribution) for question, attribution in shown)}
 {_shares(results["false_yes"])}
 <h2>Do captions get better?</h2>
@@ -90,7 +91,7 @@ def _skills(skills: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _question(question: YesNoQuestion, attribution: Attribution) -> str:
     digits = ", ".join(map(str, question.meta["digits"]))
-    picture = _image(patch_figure(question.image, attribution), "Picture with the scores of its patches")
+    picture = _image(plot_image_attribution(attribution, question.image), "Picture with the scores of its patches")
     caption = (
         f"&ldquo;{_text(question.question)}&rdquo; The picture shows {_text(digits)}; "
         f"{partner(question.meta['digit'])} is the partner. log p(yes) &minus; log p(no) = "
@@ -169,19 +170,3 @@ def _before_after(rows: Sequence[Mapping[str, Any]]) -> str:
 
     cells = ((_text(r["truth"]), marked(r["before"], r["absent"]), marked(r["after"], r["absent"])) for r in rows)
     return _table(("truth", "before", "after"), cells, kind="continuations")
-
-
-def patch_figure(picture: Any, attribution: Attribution) -> Any:
-    """The picture, and the picture under the scores of its patches (blue speaks for the first answer, red against)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 2.6), layout="constrained")
-    plain, scored = figure.subplots(1, 2)
-    grid = attribution.scores[attribution.is_image].nan_to_num(0.0).view(4, 4)
-    limit = float(grid.abs().max().clamp(min=1e-6))
-    for axes in (plain, scored):
-        axes.imshow(picture, extent=(0, 4, 4, 0))
-        axes.set_axis_off()
-    shades = scored.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit, alpha=0.65, extent=(0, 4, 4, 0))
-    figure.colorbar(shades, ax=scored, label="nats", shrink=0.85)
-    return figure
