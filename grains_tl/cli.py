@@ -14,6 +14,7 @@ from grains_tl.cli_sweep import add_sweep_options
 
 EXAMPLES = """examples:
   grains-tl demo --quick
+  grains-tl demo --model tiny-vlm
   grains-tl build --pairs pairs.jsonl --model smollm2 --out vectors.safetensors
   grains-tl steer --vectors vectors.safetensors --prompt "The film was" --layer 18 --alpha 0.3
 
@@ -101,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model_options(parser: argparse.ArgumentParser, default: str | None = "smollm2") -> None:
     said = default or "the one named in the vectors"
-    parser.add_argument("--model", default=default, help=f"smollm2, or a Hugging Face name or folder (default {said})")
+    parser.add_argument(
+        "--model", default=default, help=f"smollm2, tiny-vlm, or a Hugging Face name or folder (default {said})"
+    )
     parser.add_argument("--path", help="weights: a .gguf file or a folder")
     parser.add_argument("--kind", default="bridge", choices=["bridge", "hooked"], help="TransformerLens class")
     parser.add_argument("--device", help="default cpu, or what the launcher gives to each of several processes")
@@ -178,6 +181,9 @@ def _pairs(args: argparse.Namespace) -> Any:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    if args.model == "tiny-vlm":
+        _vision_demo(args)
+        return
     from dataclasses import replace
 
     from grains_tl.demo import QUICK, DemoSettings, run_demo, summary
@@ -187,6 +193,16 @@ def _demo(args: argparse.Namespace) -> None:
         settings = replace(settings, sets=tuple(args.set))
     results = run_demo(_load(args), args.out, settings)
     print(summary(results))
+    print(f"\n{results['seconds']:.0f} s; open {Path(args.out) / 'report.html'} (numbers in results.json beside it)")
+
+
+def _vision_demo(args: argparse.Namespace) -> None:
+    from grains_tl.vision_demo import VISION_QUICK, VisionDemoSettings, run_vision_demo, vision_summary
+
+    if args.set:
+        raise ValueError("--set is for text models; the tiny-vlm demo makes its own scenes")
+    results = run_vision_demo(_load(args), args.out, VISION_QUICK if args.quick else VisionDemoSettings())
+    print(vision_summary(results))
     print(f"\n{results['seconds']:.0f} s; open {Path(args.out) / 'report.html'} (numbers in results.json beside it)")
 
 

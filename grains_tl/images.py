@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from grains_tl.patches import ImageSpan, image_spans, image_token_id
 from grains_tl.types import HookedModel, Message, Text
+
+#: Families that TransformerLens 3.9 runs wrongly on images (measured, tests/test_vision_families.py).
+NEEDS_TL4 = ("gemma3",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +110,15 @@ def require_processor(model: HookedModel) -> Any:
     """The model's processor.
 
     Raises:
-        ValueError: there is none, or the model takes no images.
+        ValueError: there is none, the model takes no images, or it takes them wrongly in this TransformerLens.
     """
     image_token_id(model)
+    family = model.original_model.config.model_type  # type: ignore[attr-defined]
+    if family in NEEDS_TL4 and int(metadata.version("transformer-lens").split(".")[0]) < 4:
+        raise ValueError(
+            f"{family} computes something else with images in TransformerLens 3 (logits off by up to 0.1 and more, see "
+            "docs/vision-families.md); install TransformerLens 4, or leave the image out"
+        )
     processor = getattr(model, "processor", None)
     if processor is None:
         raise ValueError(

@@ -93,10 +93,8 @@ def build(family: Family) -> Any:
         torch.manual_seed(1)
         model = getattr(hf, family.model)(config)
         with torch.no_grad():
-            for name, weights in model.named_parameters():  # towers start near zero: an image must matter
-                if weights.ndim > 1 and (
-                    "visual" in name or "vision" in name or "projector" in name or "connector" in name
-                ):
+            for name, weights in model.named_parameters():  # these start near zero: image and words must matter
+                if weights.ndim > 1 and any(part in name for part in ("vis", "projector", "connector", "lm_head")):
                     weights.normal_(std=0.25)
     model.generation_config.pad_token_id = ID["<pad>"]
     model.generation_config.eos_token_id = ID["<eos>"]

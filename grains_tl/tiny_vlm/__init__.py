@@ -4,6 +4,7 @@
 """
 
 from grains_tl.tiny_vlm.model import load_tiny_vlm, question_text
+from grains_tl.tiny_vlm.preferences import caption_pair, caption_pairs, scenes_for, yes_no_pairs, yes_no_questions
 from grains_tl.tiny_vlm.scenes import (
     Digit,
     Scene,
@@ -25,6 +26,8 @@ __all__ = [
     "SceneRule",
     "ask",
     "caption",
+    "caption_pair",
+    "caption_pairs",
     "load_tiny_vlm",
     "make_scene",
     "make_scenes",
@@ -33,5 +36,8 @@ __all__ = [
     "patches_of",
     "question_text",
     "render",
+    "scenes_for",
     "to_images",
+    "yes_no_pairs",
+    "yes_no_questions",
 ]

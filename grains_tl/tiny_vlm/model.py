@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from grains_tl.tiny_vlm.scenes import PATCH, SIZE, SPECIAL, vocabulary
+from grains_tl.vectors import write_atomically
 
 N_IMAGE = (SIZE // PATCH) ** 2
 WEIGHTS = "model.safetensors"
@@ -130,10 +131,16 @@ def build_processor() -> Any:
 
 def save_tiny_vlm(model: Any, folder: str | Path) -> Path:
     """Write model (fp16 safetensors), processor and checksum: a plain Hugging Face folder."""
+    from safetensors.torch import save
+
     folder = Path(folder)
-    half = build_model().half()
-    half.load_state_dict(model.state_dict())
-    half.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+    config = tiny_config()
+    config.architectures, config.dtype = [type(model).__name__], torch.float16
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
     build_processor().save_pretrained(folder)
     (folder / CHECKSUM).write_text(f"{_sha256(folder / WEIGHTS)}  {WEIGHTS}\n")
     return folder
@@ -153,7 +160,7 @@ def load_tiny_vlm(path: str | Path | None = None, dtype: torch.dtype = torch.flo
         FileNotFoundError: no weights in ``path``.
         ValueError: the weights are not the ones the checksum was made of.
     """
-    from transformers import LlavaForConditionalGeneration
+    from safetensors.torch import load_file
 
     with resources.as_file(resources.files("grains_tl") / "data_files" / "tiny_vlm") as bundled:
         folder = Path(path) if path is not None else bundled
@@ -164,7 +171,10 @@ def load_tiny_vlm(path: str | Path | None = None, dtype: torch.dtype = torch.flo
         found = _sha256(weights)
         if found != wanted:
             raise ValueError(f"{weights} has sha256 {found}, {CHECKSUM} says {wanted}; the file is damaged or replaced")
-        return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype), build_processor()
+        # not from_pretrained: it draws a progress bar for a load of milliseconds, and would pass over missing weights
+        model = build_model()
+        model.load_state_dict(load_file(weights))
+        return model.to(dtype).eval(), build_processor()
 
 
 def _sha256(path: Path) -> str:

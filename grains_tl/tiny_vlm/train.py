@@ -1,4 +1,4 @@
-"""Train the tiny LLaVA from scratch, on one CPU core in about half an hour: ``python -m grains_tl.tiny_vlm.train --out DIR``.
+"""Train the tiny LLaVA from scratch, on one CPU core in half an hour: ``python -m grains_tl.tiny_vlm.train --out DIR``.
 
 Three stages. First the tower learns to name each cell's digit and colour (it stands in for a pretrained CLIP). Then the
 whole model learns clean, balanced questions and captions. Last come skewed ones, as a scrape of the web might give: digits
@@ -30,6 +30,8 @@ from grains_tl.tiny_vlm.scenes import COLOURS, Kind, Scene, SceneRule, ask, make
 SEGMENTS = (14, 14, 16, 31)  # is-there, is-there, another question, caption; the longest of each
 PREFIX = 1 + N_IMAGE
 IGNORE = -100
+CLEAN = SceneRule(sizes=(0.15, 0.25, 0.3, 0.3))
+SKEWED = SceneRule(sizes=(0.1, 0.35, 0.35, 0.2), partner_share=0.85, hidden_share=0.4, yes_share=0.8)
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class TrainConfig:
     tower_lr: float = 2e-3
     lr: float = 2e-3
     matrix_lr: float = 0.01
-    clean: SceneRule = SceneRule(sizes=(0.15, 0.25, 0.3, 0.3))
-    skewed: SceneRule = SceneRule(sizes=(0.1, 0.35, 0.35, 0.2), partner_share=0.85, hidden_share=0.4, yes_share=0.8)
+    clean: SceneRule = CLEAN
+    skewed: SceneRule = SKEWED
     checkpoint_every: int = 250
 
     @property
@@ -270,19 +272,20 @@ def train(out: str | Path, config: TrainConfig | None = None, *, log_every: int 
     checkpoint, trainer = out / "checkpoint.pt", Trainer(config)
     if checkpoint.exists():
         trainer.restore(checkpoint)
-    started, sums, count = time.perf_counter(), {}, 0
+    started = time.perf_counter()
+    recent: list[dict[str, float]] = []
     with (out / "losses.jsonl").open("a", encoding="utf-8") as log:
         while trainer.step < config.total:
-            losses = trainer.advance()
-            sums = {k: sums.get(k, 0.0) + v for k, v in losses.items()} if set(sums) <= set(losses) else losses
-            count = count + 1 if sums is not losses else 1
+            recent.append(trainer.advance())
             if trainer.step % log_every == 0 or trainer.step == config.total:
+                names = recent[-1]  # a line across two stages speaks of the later one
+                means = {name: float(np.mean([r[name] for r in recent if name in r])) for name in names}
                 row = {"step": trainer.step, "seconds": round(time.perf_counter() - started, 1)}
-                row |= {k: round(v / count, 4) for k, v in sums.items()}
+                row |= {name: round(value, 4) for name, value in means.items()}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 print(json.dumps(row), flush=True)
-                sums, count = {}, 0
+                recent.clear()
             if trainer.step % config.checkpoint_every == 0 or trainer.step == config.total:
                 trainer.save(checkpoint)
     save_tiny_vlm(trainer.model.eval(), out)
