@@ -3,6 +3,7 @@
 The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_vectors``; ``vectors.hooks``; measure.
 """
 
+from grains_tl import analysis
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
 from grains_tl.caching import Differences, cache_hook, collect_differences, read_out
 from grains_tl.controls import caa_differences, random_direction_vectors, random_token_differences
@@ -13,7 +14,15 @@ from grains_tl.generation import generate
 from grains_tl.masking import Selection, mask_hook, select_tokens
 from grains_tl.models import load_model
 from grains_tl.pipeline import build_vectors
-from grains_tl.plotting import plot_controls, plot_layers, plot_tokens, show_tokens
+from grains_tl.plotting import (
+    plot_controls,
+    plot_cosines,
+    plot_layers,
+    plot_patching,
+    plot_probes,
+    plot_tokens,
+    show_tokens,
+)
 from grains_tl.scoring import score_pairs
 from grains_tl.selfcheck import check_model
 from grains_tl.steering import steer_hook
@@ -33,6 +42,7 @@ __all__ = [
     "SteeringVectors",
     "TokenRules",
     "TokenizedPair",
+    "analysis",
     "attribute",
     "attribute_all",
     "build_vectors",
@@ -51,7 +61,10 @@ __all__ = [
     "measure",
     "next_token_kl",
     "plot_controls",
+    "plot_cosines",
     "plot_layers",
+    "plot_patching",
+    "plot_probes",
     "plot_tokens",
     "random_direction_vectors",
     "random_token_differences",
