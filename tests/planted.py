@@ -1,4 +1,4 @@
-"""A small Llama with a known circuit: the words carry a mood along one axis, one head copies it to another, and that is read.
+"""A small Llama with a known circuit: words carry a mood along one axis, one head copies it to another, which is read.
 
 Everything else in the model is random but blind to both axes and writes to neither. Only the norms couple them a little.
 """
@@ -32,6 +32,7 @@ def planted_hf() -> Any:
             for reads in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
                 reads.weight[:, axes] = 0
             for writes in (attention.o_proj, mlp.down_proj):
+                writes.weight *= 0.3
                 writes.weight[axes] = 0
         attention = hf.model.layers[LAYER].self_attn
         d_head = attention.head_dim
@@ -42,7 +43,7 @@ def planted_hf() -> Any:
         attention.v_proj.weight[shared, MOOD] = 1
         first = attention.o_proj.weight[:, ::d_head]
         first[:, [HEAD, HEAD + 1]] = 0
-        attention.o_proj.weight[COPY, HEAD * d_head] = 30
+        attention.o_proj.weight[COPY, HEAD * d_head] = 8
         great, awful = WORDS.index("great"), WORDS.index("awful")
         hf.lm_head.weight[:, axes] = 0
         hf.lm_head.weight[[great, awful]] = 0

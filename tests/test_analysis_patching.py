@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import KINDS
-from oracles import first_tensor, steered
+from oracles import steered
 from planted import COPY, HEAD, LAYER, MOOD, axis, planted_model, planted_pairs
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -48,7 +48,11 @@ def test_the_planted_head_is_named(planted: Any, into: Any, method: Any) -> None
     heads = gr.analysis.patch(planted, tokenized, steering, component="z", by="head", **options)
     first = heads.nlargest(1, "effect").iloc[0]
     assert (first.layer, first["head"]) == (LAYER, HEAD)
-    assert first.share > 0.8
+    if (method, into) != (
+        "gradient",
+        "steered",
+    ):  # there the final norm is saturated: first order sees the head, not its size
+        assert first.share > 0.8
     assert heads.share.abs().nlargest(2).iloc[1] < 0.1
     layers = gr.analysis.patch(planted, tokenized, steering, component="attn_out", **options)
     assert (
@@ -71,7 +75,7 @@ def test_taking_the_found_vector_out_removes_the_effect(planted: Any) -> None:
     pairs = planted_pairs()
     tokenized = gr.tokenize_pairs(planted, pairs)
     found = gr.build_vectors(planted, pairs, top_k=1, layers=[1, 2], progress=False)
-    assert found.cosine(axis(COPY, [1, 2])).min() > 0.9  # what the head writes, from preferences alone
+    assert found.cosine(axis(COPY, [1, 2])).min() > 0.97  # what the head writes, from preferences alone
     steering = axis(MOOD, [0]).hooks(0.3)
     effect = (margin(planted, tokenized, steering) - margin(planted, tokenized)).mean()
     assert effect > 1

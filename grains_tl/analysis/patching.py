@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -168,8 +169,8 @@ def compare_patching(exact: pd.DataFrame, quick: pd.DataFrame, *, n_top: int = 5
     top = [set(np.argsort(-np.abs(x), kind="stable")[:n_top].tolist()) for x in (a, b)]
     return pd.Series(
         {
-            "correlation": float(np.corrcoef(a, b)[0, 1]),
-            "rank_correlation": float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1]),
+            "correlation": _correlation(a, b),
+            "rank_correlation": _correlation(a.argsort().argsort(), b.argsort().argsort()),
             "slope": float(a @ b / (a @ a)),
             "mean_error": float(error.mean()),
             "relative_error": float(error.sum() / np.abs(a).sum()),
@@ -178,6 +179,11 @@ def compare_patching(exact: pd.DataFrame, quick: pd.DataFrame, *, n_top: int = 5
             "n_sites": float(len(a)),
         }
     )
+
+
+def _correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Pearson's; NaN where all sites are alike."""
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 1e-6 and np.ptp(b) > 1e-6 else float("nan")
 
 
 # -- the two methods --------------------------------------------------------------------------------------------------
