@@ -25,12 +25,12 @@ def plot_cosines(table: pd.DataFrame, *, title: str = "") -> Any:
     n = len(table)
     if table.shape != (n, n) or not n:
         raise ValueError(f"a table of shape {table.shape}; a square one from analysis.cosine_map is needed")
-    side = min(7.0, max(2.6, 0.42 * n))
+    names = [shortened(name, 24) for name in table.index]
+    side, room = min(6.0, max(2.4, 0.6 * n)), 0.075 * max(len(name) for name in names)  # inches
     with style():
-        fig = figure(side + 2.2, side + 0.7, constrained=True)
+        fig = figure(side + room + 1.5, side + room + 0.5, constrained=True)
         ax = fig.add_subplot()
         image = ax.imshow(table.to_numpy(dtype=float), cmap="RdBu", vmin=-1, vmax=1)
-        names = [shortened(name, 24) for name in table.index]
         step = -(-n // 32)
         rotated = max(len(name) for name in names) > 3
         ax.set_xticks(range(0, n, step), names[::step], rotation=90 if rotated else 0, fontsize=8.5)
@@ -39,7 +39,7 @@ def plot_cosines(table: pd.DataFrame, *, title: str = "") -> Any:
         if n <= 10:
             _numbers(ax, table.to_numpy(dtype=float))
         fig.colorbar(image, ax=ax, shrink=0.8, label="cosine", ticks=[-1, -0.5, 0, 0.5, 1])
-        ax.set_title(title, parse_math=False)
+        _title(fig, title)
     return fig
 
 
@@ -110,7 +110,9 @@ def plot_patching(frame: pd.DataFrame, *, value: str = "effect", title: str = ""
 def _heatmap(wide: pd.DataFrame, xlabel: str, label: str, title: str) -> Any:
     top = float(wide.abs().max().max()) or 1.0
     with style():
-        fig = figure(min(9.5, 2.6 + 0.42 * wide.shape[1]), min(8.0, 1.6 + 0.3 * wide.shape[0]), constrained=True)
+        fig = figure(
+            min(9.5, max(6.5, 2.6 + 0.42 * wide.shape[1])), min(8.0, 1.6 + 0.3 * wide.shape[0]), constrained=True
+        )
         ax = fig.add_subplot()
         ax.set_facecolor("#DDDDDD")  # sites that no record has
         image = ax.imshow(wide.to_numpy(), cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
@@ -120,7 +122,7 @@ def _heatmap(wide: pd.DataFrame, xlabel: str, label: str, title: str) -> Any:
         ax.set_xlabel(xlabel)
         ax.set_ylabel("layer")
         fig.colorbar(image, ax=ax, label=label)
-        ax.set_title(title, parse_math=False)
+        _title(fig, title)
     return fig
 
 
@@ -163,6 +165,12 @@ def _numbers(ax: Any, values: Any) -> None:
         for x, value in enumerate(line):
             text = f"{value:.2f}".replace("-", "\u2212")
             ax.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 else "black")
+
+
+def _title(fig: Any, title: str) -> None:
+    """Over the whole figure: a title can be wider than a small map."""
+    if title:
+        fig.suptitle(title, x=0.02, ha="left", fontsize=10.5, parse_math=False)
 
 
 def _as_text(ax: Any) -> None:
