@@ -3,7 +3,7 @@
 The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_vectors``; ``vectors.hooks``; measure.
 """
 
-from grains_tl import lm_eval
+from grains_tl import analysis, lm_eval
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
 from grains_tl.baselines import (
     BASELINES,
@@ -39,9 +39,12 @@ from grains_tl.models import load_model
 from grains_tl.pipeline import build_vectors
 from grains_tl.plotting import (
     plot_controls,
+    plot_cosines,
     plot_cost,
     plot_heatmap,
     plot_layers,
+    plot_patching,
+    plot_probes,
     plot_records,
     plot_token_logprobs,
     plot_tokens,
@@ -76,6 +79,7 @@ __all__ = [
     "SteeringVectors",
     "TokenRules",
     "TokenizedPair",
+    "analysis",
     "attribute",
     "attribute_all",
     "baseline_draws",
@@ -114,9 +118,12 @@ __all__ = [
     "next_token_kl",
     "orthogonal_direction_vectors",
     "plot_controls",
+    "plot_cosines",
     "plot_cost",
     "plot_heatmap",
     "plot_layers",
+    "plot_patching",
+    "plot_probes",
     "plot_records",
     "plot_token_logprobs",
     "plot_tokens",
