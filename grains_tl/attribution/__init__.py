@@ -168,8 +168,8 @@ def attribute_all(
     """``attribute`` for many tokenized records, in full batches.
 
     Args:
-        model, tokenized, method, n_steps, baseline, objective, masker, image_masker, nodes, layer, noise, k, seed, content_only,
-            group_by, max_tokens: as in ``attribute``.
+        model, tokenized, method, n_steps, baseline, objective, masker, image_masker, nodes, layer, noise, k, seed,
+            content_only, group_by, max_tokens: as in ``attribute``.
         progress: show a bar.
         on_result: called with (index, attribution) as soon as a record is finished, so that it can be kept.
     """

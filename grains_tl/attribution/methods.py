@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -16,7 +16,7 @@ from grains_tl.attribution.paths import Ends, Scores
 from grains_tl.attribution.propagation import checked, frozen_hooks
 from grains_tl.attribution.removal import leave_k_out_scores, leave_out_scores
 from grains_tl.masking import Masker
-from grains_tl.models import embed_tokens, require_layers
+from grains_tl.models import device_of, embed_tokens, require_layers
 from grains_tl.objectives import Objective, require_objective
 from grains_tl.replacements import ImageMasker
 from grains_tl.scoring import MAX_TOKENS
@@ -60,6 +60,18 @@ class Options:
     seed: int = 0
     content_only: bool = False
     max_tokens: int = MAX_TOKENS
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a gradient method works on: the records with their real inputs ``[pos, d_model]`` and f(x)."""
+
+    model: HookedModel
+    records: Sequence[TokenizedPair]
+    field: ModelField
+    options: Options
+    x: list[Tensor]
+    values: list[float]
 
 
 def check_attribution_options(
@@ -126,7 +138,7 @@ def compute(
     field = _field(model, records, options)
     if method == "gradient_x_input":
         return samples.at_the_input(field)
-    return _WITH_REAL_INPUTS[method](model, records, field, options, *real_inputs(field))
+    return _WITH_REAL_INPUTS[method](Job(model, records, field, options, *real_inputs(field)))
 
 
 def n_runs(record: TokenizedPair, method: str, n_steps: int) -> int:
@@ -182,75 +194,39 @@ def single_tokens(record: TokenizedPair, *, content_only: bool) -> list[tuple[in
     return [(p,) for p in range(len(record.prompt)) if record.content[p] or not content_only]
 
 
-def _integrated(
-    model: HookedModel,
-    records: Sequence[TokenizedPair],
-    field: ModelField,
-    options: Options,
-    x: list[Tensor],
-    values: list[float],
-) -> list[Scores]:
-    ends = _ends(model, records, field, options, x, values)
+def _integrated(job: Job) -> list[Scores]:
+    options = job.options
     if options.nodes == "adaptive":
-        return paths.adaptive_path(field, ends, budget=options.n_steps, tolerance=TOLERANCE)
-    return paths.straight_path(field, ends, *paths.path_nodes(options.n_steps, options.nodes))
+        return paths.adaptive_path(job.field, _ends(job), budget=options.n_steps, tolerance=TOLERANCE)
+    return paths.straight_path(job.field, _ends(job), *paths.path_nodes(options.n_steps, options.nodes))
 
 
-def _sequential(
-    model: HookedModel,
-    records: Sequence[TokenizedPair],
-    field: ModelField,
-    options: Options,
-    x: list[Tensor],
-    values: list[float],
-) -> list[Scores]:
-    start = _starts(model, records, field, options, x, options.baseline)
-    ends = Ends(x, start, values, values)  # f(x') is not needed: every token has its own
-    return paths.one_at_a_time(field, ends, *paths.path_nodes(options.n_steps, options.nodes))
+def _sequential(job: Job) -> list[Scores]:
+    # f(x') is not needed: every token has its own
+    ends = Ends(job.x, _starts(job, job.options.baseline), job.values, job.values)
+    return paths.one_at_a_time(job.field, ends, *paths.path_nodes(job.options.n_steps, job.options.nodes))
 
 
-def _discretized(
-    model: HookedModel,
-    records: Sequence[TokenizedPair],
-    field: ModelField,
-    options: Options,
-    x: list[Tensor],
-    values: list[float],
-) -> list[Scores]:
-    ends = _ends(model, records, field, options, x, values)
-    device = next(model.parameters()).device  # type: ignore[attr-defined]
-    everything = torch.arange(int(model.cfg.d_vocab), device=device)
-    vocabulary = torch.cat([embed_tokens(model, part[None])[0].float().cpu() for part in everything.split(8192)])
-    walks = [paths.token_path(a, b, vocabulary, options.n_steps) for a, b in zip(ends.x, ends.start, strict=True)]
-    return paths.along_points(field, ends, walks)
+def _discretized(job: Job) -> list[Scores]:
+    ends = _ends(job)
+    everything = torch.arange(int(job.model.cfg.d_vocab), device=device_of(job.model))
+    vocabulary = torch.cat([embed_tokens(job.model, part[None])[0].float().cpu() for part in everything.split(8192)])
+    steps = job.options.n_steps
+    walks = [paths.token_path(a, b, vocabulary, steps) for a, b in zip(ends.x, ends.start, strict=True)]
+    return paths.along_points(job.field, ends, walks)
 
 
-def _expected(
-    model: HookedModel,
-    records: Sequence[TokenizedPair],
-    field: ModelField,
-    options: Options,
-    x: list[Tensor],
-    values: list[float],
-) -> list[Scores]:
-    given = options.baseline
+def _expected(job: Job) -> list[Scores]:
+    given = job.options.baseline
     several = [given] if isinstance(given, (str, Tensor)) else list(given)
-    starts = [_starts(model, records, field, options, x, one) for one in several]
-    per_record = [list(own) for own in zip(*starts, strict=True)]
-    return samples.expected(field, x, values, per_record, _generators(records, options), n_samples=options.n_steps)
+    per_record = [list(own) for own in zip(*(_starts(job, one) for one in several), strict=True)]
+    draws = _generators(job.records, job.options)
+    return samples.expected(job.field, job.x, job.values, per_record, draws, n_samples=job.options.n_steps)
 
 
-def _smoothed(
-    model: HookedModel,
-    records: Sequence[TokenizedPair],
-    field: ModelField,
-    options: Options,
-    x: list[Tensor],
-    values: list[float],
-) -> list[Scores]:
-    return samples.smoothed(
-        field, x, values, _generators(records, options), n_samples=options.n_steps, noise=options.noise
-    )
+def _smoothed(job: Job) -> list[Scores]:
+    draws, options = _generators(job.records, job.options), job.options
+    return samples.smoothed(job.field, job.x, job.values, draws, n_samples=options.n_steps, noise=options.noise)
 
 
 _WITH_REAL_INPUTS: dict[str, Callable[..., list[Scores]]] = {
@@ -279,56 +255,40 @@ def _generators(records: Sequence[TokenizedPair], options: Options) -> list[torc
     return [samples.record_generator(options.seed, r.prompt, r.chosen, r.rejected) for r in records]
 
 
-def _ends(
-    model: HookedModel,
-    records: Sequence[TokenizedPair],
-    field: ModelField,
-    options: Options,
-    x: list[Tensor],
-    values: list[float],
-) -> Ends:
-    return paths.ends_of(field, x, values, _starts(model, records, field, options, x, options.baseline))
+def _ends(job: Job) -> Ends:
+    return paths.ends_of(job.field, job.x, job.values, _starts(job, job.options.baseline))
 
 
-def _starts(
-    model: HookedModel,
-    records: Sequence[TokenizedPair],
-    field: ModelField,
-    options: Options,
-    x: list[Tensor],
-    baseline: Baseline,
-) -> list[Tensor]:
+def _starts(job: Job, baseline: Baseline) -> list[Tensor]:
     """x' of every record at the field's entry."""
-    make = Baselines(model)
+    if not isinstance(baseline, (str, Tensor)):
+        raise ValueError(f"baseline={baseline!r}; one of them is needed here")
+    make = Baselines(job.model)
 
     def starts(real: list[Tensor]) -> list[Tensor]:
-        pairs = zip(real, records, strict=True)
-        found = [make.of_record(baseline, point, r, options.image_masker) for point, r in pairs]
-        if not options.content_only:
+        pairs = zip(real, job.records, strict=True)
+        found = [make.of_record(baseline, point, r, job.options.image_masker) for point, r in pairs]
+        if not job.options.content_only:
             return found
-        kept = [torch.tensor(r.content)[:, None] for r in records]
+        kept = [torch.tensor(r.content)[:, None] for r in job.records]
         return [torch.where(k, f, point) for k, f, point in zip(kept, found, real, strict=True)]
 
-    if options.layer is None or isinstance(baseline, Tensor):
-        return starts(x)
+    if job.options.layer is None or isinstance(baseline, Tensor):
+        return starts(job.x)
     # inside the model the baseline is what the layers below make of a baseline prompt
-    tokens = ModelField(model, records, options.objective, options.max_tokens)
-    return activations_at(tokens, starts(real_inputs(tokens)[0]), field.entry)
+    tokens = ModelField(job.model, job.records, job.options.objective, job.options.max_tokens)
+    return activations_at(tokens, starts(real_inputs(tokens)[0]), job.field.entry)
 
 
 def activations_at(field: ModelField, points: Sequence[Tensor], name: str) -> list[Tensor]:
     """``[pos, d_model]`` at the hook point ``name`` when the prompts' embeddings are ``points``."""
     found: list[Tensor] = []
-    for record, point in enumerate(points):
-        one = ModelField(field.model, [field.records[record]], field.objective, field.max_tokens)
+    for record, point in zip(field.records, points, strict=True):
         held: list[Tensor] = []
 
         def keep(act: Tensor, hook: object, held: list[Tensor] = held) -> None:
             held.append(act.detach())
 
-        extra = ModelField(
-            one.model, one.records, one.objective, one.max_tokens, None, lambda keep=keep: [(name, keep)]
-        )  # type: ignore[misc]
-        values_at(extra, [point])
+        values_at(replace(field, records=[record], extra_hooks=lambda keep=keep: [(name, keep)]), [point])  # type: ignore[misc]
         found.append(held[0][0, : len(point)].float().cpu())
     return found
