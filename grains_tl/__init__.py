@@ -4,6 +4,7 @@ The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_v
 """
 
 from grains_tl import analysis, lm_eval
+from grains_tl.agreement import random_weights_check, rank_agreement, seed_agreement
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
 from grains_tl.baselines import (
     BASELINES,
@@ -27,6 +28,7 @@ from grains_tl.controls import (
     shuffled_label_vectors,
 )
 from grains_tl.costs import letters, neutral_texts, retention, text_costs
+from grains_tl.curves import Curves, curves
 from grains_tl.data import load_bundled, load_pairs
 from grains_tl.effects import record_effects, two_sided
 from grains_tl.equal_cost import effect_at_kl
@@ -34,10 +36,12 @@ from grains_tl.evaluate import Setting, measure, next_token_kl
 from grains_tl.export import export_gguf, export_hf, vllm_interventions
 from grains_tl.faithfulness import compare_attributions
 from grains_tl.generation import generate
+from grains_tl.groups import Grouped, group, select_groups
 from grains_tl.masking import Selection, mask_hook, select_tokens
 from grains_tl.models import load_model
 from grains_tl.pipeline import build_vectors
 from grains_tl.plotting import (
+    plot_comparison,
     plot_controls,
     plot_cosines,
     plot_cost,
@@ -70,7 +74,9 @@ __all__ = [
     "Benchmark",
     "Choice",
     "Comparison",
+    "Curves",
     "Differences",
+    "Grouped",
     "HeadVectors",
     "MultipleChoice",
     "PreferencePair",
@@ -94,12 +100,14 @@ __all__ = [
     "collect_differences",
     "compare_attributions",
     "compare_with_controls",
+    "curves",
     "effect_at_kl",
     "export_gguf",
     "export_hf",
     "generate",
     "generation_quality",
     "grid",
+    "group",
     "head_vectors",
     "interpolate_hook",
     "letters",
@@ -117,6 +125,7 @@ __all__ = [
     "neutral_texts",
     "next_token_kl",
     "orthogonal_direction_vectors",
+    "plot_comparison",
     "plot_controls",
     "plot_cosines",
     "plot_cost",
@@ -129,6 +138,8 @@ __all__ = [
     "plot_tokens",
     "random_direction_vectors",
     "random_token_differences",
+    "random_weights_check",
+    "rank_agreement",
     "read_out",
     "record_effects",
     "reduce_vectors",
@@ -137,6 +148,8 @@ __all__ = [
     "retention",
     "score_choices",
     "score_pairs",
+    "seed_agreement",
+    "select_groups",
     "select_tokens",
     "show_tokens",
     "shuffled_label_vectors",

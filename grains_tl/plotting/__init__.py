@@ -6,6 +6,7 @@ text or markup.
 """
 
 from grains_tl.plotting.analysis import plot_cosines, plot_patching, plot_probes
+from grains_tl.plotting.comparison import plot_comparison
 from grains_tl.plotting.effects import plot_controls, plot_layers
 from grains_tl.plotting.style import figure_png
 from grains_tl.plotting.sweeps import plot_cost, plot_heatmap, plot_records, plot_token_logprobs
@@ -13,6 +14,7 @@ from grains_tl.plotting.tokens import plot_tokens, show_tokens
 
 __all__ = [
     "figure_png",
+    "plot_comparison",
     "plot_controls",
     "plot_cosines",
     "plot_cost",
