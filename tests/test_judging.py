@@ -58,7 +58,7 @@ def test_words_sentences_and_spans() -> None:
     words = ["".join(TOKENS[p] for p in own) for own in groups_of(TOKENS, (), "word")]
     assert words == ["The", " waiter", " was", " rude", ".", " Every", " one", " left", "!", "\n", "Overall"]
     sentences = ["".join(TOKENS[p] for p in own) for own in groups_of(TOKENS, (), "sentence")]
-    assert sentences == ["The waiter was rude.", " Everyone left!".replace("Everyone", "Every one"), "\n", "Overall"]
+    assert sentences == ["The waiter was rude.", " Every one left!", "\n", "Overall"]
     assert groups_of(TOKENS, (), ["The waiter", (8, 10)])[:2] == [(0, 1, 2), (3,)]
     assert (8, 9) in groups_of(TOKENS, (), ["The waiter", (8, 10)])
 
@@ -117,10 +117,11 @@ def additive() -> SimpleNamespace:
     model: Any = PolynomialModel(1)
     model.matrix = torch.zeros(6, 6)
     records = [
-        gr.PreferencePair(p, " good", " bad") for p in ("film was cold but room warm", "we liked hotel and food")
+        gr.PreferencePair(p, " good", " bad") for p in ("film was cold but room warm", "we liked this hotel and food")
     ]
     tokenized = gr.tokenize_pairs(model, records)
     true = [gr.attribute(model, r, method="leave_one_out", masker="zero") for r in records]
+    assert len({len(t.prompt) for t in tokenized}) == 1  # this model reads f at the last place of a batch
     return SimpleNamespace(model=model, tokenized=tokenized, true=true)
 
 
@@ -352,6 +353,7 @@ def test_comparison_plot_has_a_panel_for_each_measure() -> None:
     fig = gr.plot_comparison(table())
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["deletion area, nats", "effect of the vector, nats"]
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["a<b>", "$x$", "random_tokens"]
+    assert not any(t.get_parse_math() for t in fig.axes[0].get_yticklabels())
     assert gr.plotting.figure_png(fig)[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="deletion_area"):
         gr.plot_comparison(table()[["method", "relative_gap"]])
