@@ -34,11 +34,15 @@ from grains_tl.faithfulness import compare_attributions
 from grains_tl.generation import generate
 from grains_tl.masking import Selection, mask_hook, select_tokens
 from grains_tl.models import load_model
+from grains_tl.patches import ImageSpan
 from grains_tl.pipeline import build_vectors
 from grains_tl.plotting import (
+    attribution_share,
+    plot_captions,
     plot_controls,
     plot_cost,
     plot_heatmap,
+    plot_image_attribution,
     plot_layers,
     plot_records,
     plot_token_logprobs,
@@ -66,6 +70,7 @@ __all__ = [
     "Comparison",
     "Differences",
     "HeadVectors",
+    "ImageSpan",
     "MultipleChoice",
     "PreferencePair",
     "Selection",
@@ -75,6 +80,7 @@ __all__ = [
     "TokenizedPair",
     "attribute",
     "attribute_all",
+    "attribution_share",
     "baseline_draws",
     "baseline_vectors",
     "binary_accuracy",
@@ -108,9 +114,11 @@ __all__ = [
     "neutral_texts",
     "next_token_kl",
     "orthogonal_direction_vectors",
+    "plot_captions",
     "plot_controls",
     "plot_cost",
     "plot_heatmap",
+    "plot_image_attribution",
     "plot_layers",
     "plot_records",
     "plot_token_logprobs",

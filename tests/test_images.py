@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vision_families import FAMILIES, bridge, picture
+from vision_families import FAMILIES, bridge, build, picture
 
 import grains_tl as gr
 from grains_tl.images import ImageInputs, collate_images, load_images
@@ -242,3 +242,14 @@ def test_captions_mark_what_is_absent() -> None:
     assert any("before: 1 of 2,  after: 0 of 2" in t.get_text() for ax in fig.axes for t in ax.texts)
     with pytest.raises(ValueError, match="one caption of each name"):
         plot_captions([picture(0)], {"before": ["a", "b"]}, [set()])
+
+
+def test_a_folder_with_a_vision_model_loads_with_its_processor(tmp_path: Path, llava: Any) -> None:
+    build(FAMILIES[0]).save_pretrained(tmp_path)
+    FAMILIES[0].processor().save_pretrained(tmp_path)
+    model = gr.load_model(str(tmp_path))
+    assert type(model.processor).__name__ == "LlavaProcessor"
+    tokenized = [gr.tokenize_pairs(m, [pair(picture(0))]) for m in (model, llava)]
+    assert tokenized[0][0].prompt == tokenized[1][0].prompt
+    scores = [gr.score_pairs(m, t) for m, t in zip((model, llava), tokenized, strict=True)]
+    assert torch.allclose(scores[0], scores[1], atol=1e-4)
