@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grains_tl.batches import by_token_budget, pad_rows
+from grains_tl.batches import by_token_budget, image_inputs, pad_rows
 from grains_tl.caching import read_out
 from grains_tl.models import hooked, require_layers, run_blocks
 from grains_tl.scoring import MAX_TOKENS
@@ -171,7 +171,8 @@ def read_out_heads(
     found: list[Tensor | None] = [None] * len(rows)
     with torch.no_grad():
         for group in by_token_budget([len(row) for row in rows], max_tokens):
-            ids, mask, _ = pad_rows(model, [rows[g] for g in group])
+            ids, mask, offset = pad_rows(model, [rows[g] for g in group])
+            inputs = image_inputs(model, [tokenized[g // 2].images for g in group], ids, offset)
             last = torch.tensor([len(rows[g]) - 1 for g in group], device=ids.device)
             kept: list[Tensor] = []
 
@@ -181,7 +182,7 @@ def read_out_heads(
                 kept.append(act.detach()[torch.arange(len(last), device=last.device), last].float().cpu())
 
             with hooked(model, [(f"blocks.{layer}.attn.hook_z", keep) for layer in wanted]):
-                run_blocks(model, ids, mask, stop=wanted[-1] + 1)
+                run_blocks(model, ids, mask, wanted[-1] + 1, inputs)
             for place, g in enumerate(group):
                 found[g] = torch.stack([z[place] for z in kept])
     return torch.stack([f for f in found if f is not None]).unflatten(0, (len(tokenized), 2))
