@@ -31,7 +31,7 @@ def records(n: int, seed: int = 0, *, flip: bool = False) -> list[gr.PreferenceP
         sides = [" great", " awful"]
         if flip and rng.random() < 0.5:
             sides.reverse()
-        found.append(gr.PreferencePair(" ".join(rng.choice(WORDS, 6)), *sides))
+        found.append(gr.PreferencePair(" ".join(rng.choice(WORDS, 6)), sides[0], sides[1]))
     return found
 
 
@@ -133,7 +133,8 @@ def test_the_budget(bridge: Any) -> None:
 
 
 def test_a_choice_keeps_the_options_of_its_sweep(bridge: Any) -> None:
-    vectors, options = vectors_of(), {"operator": "add", "positions": "last", "objective": "mean"}
+    vectors = vectors_of()
+    options: dict[str, Any] = {"operator": "add", "positions": "last", "objective": "mean"}
     choice = gr.choose(gr.sweep(bridge, vectors, records(6), alphas=[0.3], progress=False, **options))
     test = records(5, seed=1)
     row = gr.report_choice(bridge, vectors, choice, test).iloc[0]

@@ -31,7 +31,8 @@ class HeadVectors:
         heads: (layer, head) of each row.
         directions: ``[head, d_head]``, unit length; +alpha pushes towards chosen.
         sigmas: ``[head]`` standard deviation of the building records' activations along the direction, ITI's unit.
-        writes: ``[head, d_model]`` what a unit step at the head adds to the residual stream (direction times W_O).
+        writes: ``[head, d_model]`` what a unit step at the head adds to the attention output (direction times W_O); where no
+            norm follows it, to the residual stream.
         resid_norm: typical residual norm after the highest steered layer, the unit of ``alpha``.
         accuracies: ``[head]`` cross-validated accuracy of the probe, records kept together.
     """
@@ -168,11 +169,12 @@ def read_out_heads(
     """``hook_z`` at the last token of prompt + chosen (0) and prompt + rejected (1)."""
     wanted = require_layers(model, layers)
     rows = [t.prompt + response for t in tokenized for response in (t.chosen, t.rejected)]
+    images = [t.images for t in tokenized for _ in range(2)]
     found: list[Tensor | None] = [None] * len(rows)
     with torch.no_grad():
         for group in by_token_budget([len(row) for row in rows], max_tokens):
             ids, mask, offset = pad_rows(model, [rows[g] for g in group])
-            inputs = image_inputs(model, [tokenized[g // 2].images for g in group], ids, offset)
+            inputs = image_inputs(model, [images[g] for g in group], ids, offset)
             last = torch.tensor([len(rows[g]) - 1 for g in group], device=ids.device)
             kept: list[Tensor] = []
 

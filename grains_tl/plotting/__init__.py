@@ -6,6 +6,8 @@ same. Nothing global in matplotlib changes. Tokens and names are data: they are 
 text or markup.
 """
 
+from grains_tl.plotting.analysis import plot_cosines, plot_patching, plot_probes
+from grains_tl.plotting.comparison import plot_comparison
 from grains_tl.plotting.effects import plot_controls, plot_layers
 from grains_tl.plotting.images import attribution_share, plot_captions, plot_image_attribution
 from grains_tl.plotting.style import figure_png
@@ -16,11 +18,15 @@ __all__ = [
     "attribution_share",
     "figure_png",
     "plot_captions",
+    "plot_comparison",
     "plot_controls",
+    "plot_cosines",
     "plot_cost",
     "plot_heatmap",
     "plot_image_attribution",
     "plot_layers",
+    "plot_patching",
+    "plot_probes",
     "plot_records",
     "plot_token_logprobs",
     "plot_tokens",
