@@ -205,6 +205,19 @@ def test_vectors_remember_the_images_and_resume(llava: Any, tmp_path: Path) -> N
         gr.build_vectors(llava, pairs, top_k=1, top_k_image=17, progress=False)
 
 
+def test_image_tokens_without_an_image_do_not_run(llava: Any) -> None:
+    from grains_tl.models import forward_logits, run_blocks
+
+    ids = torch.tensor([gr.tokenize_pairs(llava, [pair(picture(0))])[0].prompt])
+    for run in (
+        lambda: forward_logits(llava, ids, torch.ones_like(ids), torch.tensor([3])),
+        lambda: run_blocks(llava, ids, torch.ones_like(ids), 1),
+    ):
+        with pytest.raises(ValueError, match="no image came with them"):
+            run()
+    assert gr.check_model(llava).ok.all()
+
+
 def test_generation_wants_one_image_entry_per_prompt(llava: Any) -> None:
     with pytest.raises(ValueError, match="2 prompts but 1 images"):
         gr.generate(llava, [PROMPT] * 2, images=[picture(0)])
