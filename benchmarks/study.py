@@ -20,6 +20,7 @@ import itertools
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,11 @@ ALPHAS = [0.05, 0.1, 0.2, 0.3, 0.4]
 ALPHA, KL, N_DRAWS, N_NEUTRAL = 0.2, 0.05, 20, 12
 #: records to build, to choose, to report on, and (of these) to measure draws on
 SIZES = {
-    "sentiment": (24, 12, 40, 20),
-    "misconceptions": (20, 10, 32, 16),
-    "truthfulqa": (20, 12, 40, 20),
-    "agreeableness": (12, 10, 40, 16),
-    "survival-instinct": (12, 10, 40, 16),
+    "sentiment": (20, 12, 40, 16),
+    "misconceptions": (16, 10, 32, 12),
+    "truthfulqa": (16, 10, 40, 16),
+    "agreeableness": (10, 10, 40, 12),
+    "survival-instinct": (10, 10, 40, 12),
 }
 DEFAULT = "default"
 
@@ -57,7 +58,10 @@ def records(name: str, data: Path | None) -> tuple[list[gr.PreferencePair], ...]
     if name == "truthfulqa":
         pairs = gr.load_benchmark("truthfulqa", data / "truthfulqa" / "truthfulqa_half.csv", prompt_format="qa").pairs
     else:
-        pairs = gr.load_benchmark("anthropic", data / "anthropic_evals" / f"{name}.jsonl").pairs
+        source = data / "anthropic_evals" / f"{name}.jsonl"
+        asked = gr.load_benchmark("anthropic", source, prompt_format="{question}").pairs
+        # some of the questions end with "Answer:" already
+        pairs = [replace(p, prompt=f"{str(p.prompt).removesuffix('Answer:').rstrip()}\n\nAnswer:") for p in asked]
     random.Random(0).shuffle(pairs)
     cuts = [sum(sizes[:i]) for i in range(4)]
     return tuple(pairs[a:b] for a, b in itertools.pairwise(cuts))
@@ -77,7 +81,7 @@ def variants(
         DEFAULT: gr.reduce_vectors(default),
         "reduction: first singular vector": gr.reduce_vectors(default, reduce="svd"),
         "reduction: PC(d+) - PC(d-), the paper's": gr.reduce_vectors(default, reduce="pca"),
-        "reduction: toward chosen only": gr.reduce_vectors(default, side="chosen"),
+        "reduction: toward chosen only": gr.reduce_vectors(default, side="toward_chosen"),
         "masker: end-of-text, the paper's": gr.reduce_vectors(differences(chosen, masker="eos")),
         "masker: attention knock-out": gr.reduce_vectors(differences(chosen, masker="attention")),
         "read-out: last response token": gr.reduce_vectors(differences(chosen, readout="response_end")),
