@@ -138,10 +138,9 @@ def test_rows_of_fewer_tiles_are_filled_with_zeros() -> None:
 def attribution(scores: list[float], is_image: list[bool]) -> Attribution:
     n = len(scores)
     names = ["<image>" if i else f" w{p}" for p, i in enumerate(is_image)]
-    return Attribution(
-        torch.tensor(scores), names, torch.ones(n, dtype=torch.bool), torch.tensor(is_image), None, 1.0, None, "leave_one_out",
-        (ImageSpan(0, sum(is_image), 1, sum(is_image)),),
-    )  # fmt: skip
+    spans = (ImageSpan(0, sum(is_image), 1, sum(is_image)),)
+    flags, content = torch.tensor(is_image), torch.ones(n, dtype=torch.bool)
+    return Attribution(torch.tensor(scores), names, content, flags, None, 1.0, None, "leave_one_out", spans=spans)
 
 
 def test_words_and_patches_have_budgets_of_their_own() -> None:
