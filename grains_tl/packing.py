@@ -104,13 +104,14 @@ def _packed_named(kwargs: Mapping[str, Any], batch: Batch, row: Tensor, pos: Ten
 
 
 def _packed(value: Any, batch: Batch, row: Tensor, pos: Tensor, sees: Tensor) -> Any:
-    if isinstance(value, (tuple, list)):
+    if type(value) in (tuple, list):
         return type(value)(_packed(v, batch, row, pos, sees) for v in value)
     if not isinstance(value, Tensor) or value.ndim < 2:
         return value
     row, pos, sees = (x.to(value.device) for x in (row, pos, sees))
     n_rows, n_pos = batch.ids.shape
-    if value.ndim == 4 and value.shape[-2:] == (n_pos, n_pos) and value.shape[0] in (1, n_rows):
+    is_mask = value.dtype == torch.bool or value.is_floating_point()
+    if is_mask and value.ndim == 4 and value.shape[-2:] == (n_pos, n_pos) and value.shape[0] in (1, n_rows):
         own = row if value.shape[0] == n_rows else torch.zeros_like(row)
         # what the model's own mask says to the query's row, so that sliding windows stay as they are
         seen = value[own[:, :, None], :, pos[:, :, None], pos[:, None, :]].movedim(-1, 1)

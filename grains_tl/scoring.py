@@ -242,7 +242,7 @@ def _copied(value: Any, n_rows: int, copies: int) -> Any:
         return value
     if isinstance(value, dict):
         return {k: _copied(v, n_rows, copies) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
+    if type(value) in (tuple, list):
         return type(value)(_copied(v, n_rows, copies) for v in value)
     if isinstance(value, Tensor) and value.ndim > 1 and n_rows > 1 and value.shape[0] == n_rows:
         return value.repeat(copies, *[1] * (value.ndim - 1))
