@@ -116,8 +116,8 @@ def require_processor(model: HookedModel) -> Any:
     family = model.original_model.config.model_type  # type: ignore[attr-defined]
     if family in NEEDS_TL4 and int(metadata.version("transformer-lens").split(".")[0]) < 4:
         raise ValueError(
-            f"{family} computes something else with images in TransformerLens 3 (logits off by up to 0.1 and more, see "
-            "docs/vision-families.md); install TransformerLens 4, or leave the image out"
+            f"{family} computes something else with images in TransformerLens 3 (logits are off by as much as their "
+            "size, see docs/vision-families.md); install TransformerLens 4, or leave the image out"
         )
     processor = getattr(model, "processor", None)
     if processor is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grains_tl.batches import scoring_batch
 from grains_tl.masking import mask_hook
-from grains_tl.models import attribution_point, device_of, forward_logits, hooked, resid_post
+from grains_tl.models import attribution_point, device_of, forward_logits, hooked, resid_post, without_image_tokens
 from grains_tl.scoring import batch_logprobs, prepare_restart
 from grains_tl.steering import steer_hook
 from grains_tl.tokens import TokenizedPair
@@ -59,7 +59,8 @@ def check_model(model: HookedModel) -> pd.DataFrame:
 def _ids(model: HookedModel, n: int = 9) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     low = min(100, int(model.cfg.d_vocab) // 3)  # early ids are often special tokens
-    return torch.randint(low, int(model.cfg.d_vocab), (1, n), generator=generator).to(device_of(model))
+    ids = torch.randint(low, int(model.cfg.d_vocab), (1, n), generator=generator)
+    return without_image_tokens(model, ids.to(device_of(model)))
 
 
 def _record(model: HookedModel, n: int) -> TokenizedPair:
