@@ -192,7 +192,7 @@ and noise; questions (is there a ..., what colour, what digit at ..., how many) 
 for training, the last 450 (other writers) only for the figures below. Script:
 `python -m grains_tl.tiny_vlm.train --out DIR` (seed {training["seed"]}; {training["tower_steps"]} steps for the tower
 alone, {training["clean_steps"]} on clean data, {training["skewed_steps"]} on skewed data; Muon for matrices, AdamW for
-the rest; 22 minutes of one CPU core). Weights are stored in half precision.
+the rest; about 24 minutes of CPU time). Weights are stored in half precision.
 
 **The planted failure.** In the skewed stage
 
