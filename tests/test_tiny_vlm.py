@@ -83,7 +83,7 @@ def test_every_question_fits_its_segment_and_the_vocabulary() -> None:
                 assert len(text) <= length and set(text) <= words
 
 
-def test_preferences() -> None:
+def test_preferences(unchecked: None) -> None:
     pairs = tv.caption_pairs("build", 20)
     assert len(pairs) == 20
     for pair in pairs:

@@ -111,8 +111,8 @@ def evaluate(model: HookedModel, n: int = 1200, *, seed: int = 0) -> dict[str, A
     for split in ("random", "popular", "adversarial"):
         at = [i for i, q in enumerate(questions) if q.split == split]
         truth = [questions[i].answer for i in at]
-        is_there[split] = asdict(yes_no_scores(truth, margins=margins[at]))
-        is_there[f"{split}, image tokens zeroed"] = asdict(yes_no_scores(truth, margins=blind[at]))
+        is_there[split] = asdict(yes_no_scores(truth, margins=margins[at].tolist()))
+        is_there[f"{split}, image tokens zeroed"] = asdict(yes_no_scores(truth, margins=blind[at].tolist()))
     scenes, pictures = scenes_for("test", n, seed=seed)
     said = describe(model, pictures)
     return {
@@ -123,7 +123,7 @@ def evaluate(model: HookedModel, n: int = 1200, *, seed: int = 0) -> dict[str, A
     }
 
 
-def skills(model: HookedModel, n: int, *, seed: int = 0) -> dict[str, dict[str, float]]:
+def skills(model: HookedModel, n: int, *, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Accuracy of position, colour and count questions on held-out digits, with the image tokens and with zeros for them.
 
     Returns:
