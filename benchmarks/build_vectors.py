@@ -73,6 +73,7 @@ def run(model: Any, *, records: int, steps: int, top_k: int = 3, repeats: int = 
     tokenized = gr.tokenize_pairs(model, pairs)
     eos = token_rules(model).eos
     options: dict[str, Any] = {"masker": "eos", "n_steps": steps, "top_k": top_k, "progress": False}
+    options |= {"baseline": "zero", "method_options": {"nodes": "gauss_legendre"}}  # as the plain loop
     jobs = {
         "grains_tl": lambda: gr.build_vectors(model, pairs, method="integrated_gradients", **options),
         "plain loop": lambda: plain_loop(model.original_model, tokenized, steps, top_k, eos),

@@ -3,7 +3,8 @@
 The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_vectors``; ``vectors.hooks``; measure.
 """
 
-from grains_tl import lm_eval
+from grains_tl import analysis, lm_eval
+from grains_tl.agreement import random_weights_check, rank_agreement, seed_agreement
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
 from grains_tl.baselines import (
     BASELINES,
@@ -26,31 +27,40 @@ from grains_tl.controls import (
     random_token_differences,
     shuffled_label_vectors,
 )
-from grains_tl.costs import generation_quality, letters, neutral_texts, retention, text_costs, text_quality
+from grains_tl.costs import letters, neutral_texts, retention, text_costs
+from grains_tl.curves import Curves, curves
 from grains_tl.data import load_bundled, load_pairs
 from grains_tl.effects import record_effects, two_sided
+from grains_tl.equal_cost import effect_at_kl
 from grains_tl.evaluate import Setting, measure, next_token_kl
+from grains_tl.export import export_gguf, export_hf, vllm_interventions
 from grains_tl.faithfulness import compare_attributions
 from grains_tl.generation import generate
+from grains_tl.groups import Grouped, group, select_groups
 from grains_tl.masking import Selection, mask_hook, select_tokens
 from grains_tl.models import load_model
 from grains_tl.pipeline import build_vectors
 from grains_tl.plotting import (
+    plot_comparison,
     plot_controls,
+    plot_cosines,
     plot_cost,
     plot_heatmap,
     plot_layers,
+    plot_patching,
+    plot_probes,
     plot_records,
     plot_token_logprobs,
     plot_tokens,
     show_tokens,
 )
+from grains_tl.quality import generation_quality, text_quality
 from grains_tl.readers import Benchmark, load_benchmark
 from grains_tl.responses import response_logprobs
 from grains_tl.scoring import score_pairs
 from grains_tl.selfcheck import check_model
 from grains_tl.steering import steer_hook
-from grains_tl.summary import effect_at_kl, summarize
+from grains_tl.summary import summarize
 from grains_tl.sweep import grid, sweep, sweep_records
 from grains_tl.tokens import TokenizedPair, TokenRules, token_rules, tokenize_pairs
 from grains_tl.types import Attribution, PreferencePair
@@ -64,7 +74,9 @@ __all__ = [
     "Benchmark",
     "Choice",
     "Comparison",
+    "Curves",
     "Differences",
+    "Grouped",
     "HeadVectors",
     "MultipleChoice",
     "PreferencePair",
@@ -73,6 +85,7 @@ __all__ = [
     "SteeringVectors",
     "TokenRules",
     "TokenizedPair",
+    "analysis",
     "attribute",
     "attribute_all",
     "baseline_draws",
@@ -87,10 +100,14 @@ __all__ = [
     "collect_differences",
     "compare_attributions",
     "compare_with_controls",
+    "curves",
     "effect_at_kl",
+    "export_gguf",
+    "export_hf",
     "generate",
     "generation_quality",
     "grid",
+    "group",
     "head_vectors",
     "interpolate_hook",
     "letters",
@@ -108,15 +125,21 @@ __all__ = [
     "neutral_texts",
     "next_token_kl",
     "orthogonal_direction_vectors",
+    "plot_comparison",
     "plot_controls",
+    "plot_cosines",
     "plot_cost",
     "plot_heatmap",
     "plot_layers",
+    "plot_patching",
+    "plot_probes",
     "plot_records",
     "plot_token_logprobs",
     "plot_tokens",
     "random_direction_vectors",
     "random_token_differences",
+    "random_weights_check",
+    "rank_agreement",
     "read_out",
     "record_effects",
     "reduce_vectors",
@@ -125,6 +148,8 @@ __all__ = [
     "retention",
     "score_choices",
     "score_pairs",
+    "seed_agreement",
+    "select_groups",
     "select_tokens",
     "show_tokens",
     "shuffled_label_vectors",
@@ -138,5 +163,6 @@ __all__ = [
     "token_rules",
     "tokenize_pairs",
     "two_sided",
+    "vllm_interventions",
     "with_system_prompt",
 ]

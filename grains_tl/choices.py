@@ -29,8 +29,8 @@ class MultipleChoice:
         meta: any further columns of the source row.
 
     Raises:
-        ValueError: fewer than two choices, not one label per choice, no right or no wrong choice, an empty or repeated
-            choice.
+        ValueError: fewer than two choices, not one label per choice, no right or no wrong choice, an empty choice, or
+            one that is right twice or wrong twice.
 
     Example:
         >>> item = MultipleChoice("2 + 2 =", (" 4", " 5", " 3"), (True, False, False))
@@ -54,21 +54,32 @@ class MultipleChoice:
         empty = [choice for choice in self.choices if not choice.strip()]
         if empty:
             raise ValueError(f"a choice is empty ({empty[0]!r}); every choice needs some text")
-        twice = [choice for i, choice in enumerate(self.choices) if choice in self.choices[:i]]
+        both = list(zip(self.choices, self.labels, strict=True))
+        twice = [choice for i, (choice, label) in enumerate(both) if (choice, label) in both[:i]]
         if twice:
             raise ValueError(f"the choice {twice[0]!r} stands there twice; drop one of them")
-        if all(self.labels) or not any(self.labels):
-            raise ValueError(f"the labels are {self.labels}; at least one right and one wrong choice are needed")
+        if not any(self.labels) or self.wrong is None:
+            raise ValueError(
+                f"the labels are {self.labels}; at least one right choice and another wrong one are needed"
+            )
 
     @property
     def best(self) -> int:
         """Index of the first right choice."""
         return self.labels.index(True)
 
+    @property
+    def wrong(self) -> int | None:
+        """Index of the first wrong choice (TruthfulQA has answers on both sides: one with the words of ``best`` does
+        not count)."""
+        words = self.choices[self.best]
+        both = enumerate(zip(self.choices, self.labels, strict=True))
+        return next((i for i, (choice, label) in both if not label and choice != words), None)
+
     def pair(self) -> PreferencePair:
         """The best right choice against the first wrong one."""
-        chosen, rejected = self.choices[self.best], self.choices[self.labels.index(False)]
-        return PreferencePair(self.prompt, chosen, rejected, meta=dict(self.meta))
+        assert self.wrong is not None
+        return PreferencePair(self.prompt, self.choices[self.best], self.choices[self.wrong], meta=dict(self.meta))
 
 
 @dataclass(frozen=True)
@@ -218,7 +229,7 @@ def binary_accuracy(scores: Float[Tensor, "item choice"], items: Sequence[Multip
         >>> binary_accuracy(torch.tensor([[-2.0, -3.0, -1.0]]), [item])
         tensor([1.])
     """
-    return _each(scores, items, lambda s, item: float(s[item.best] > s[item.labels.index(False)]))
+    return _each(scores, items, lambda s, item: float(s[item.best] > s[item.wrong]))
 
 
 def _right(item: MultipleChoice) -> Tensor:

@@ -1,4 +1,4 @@
-"""The same things from a shell: ``grains-tl demo | build | steer | sweep | export | attribute``."""
+"""The same things from a shell: ``grains-tl demo | build | steer | sweep | export | attribute | compare-attributions``."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--reduce", default="mean", choices=["mean", "svd", "pca"])
     build.add_argument("--readout", default="prompt_end", choices=["prompt_end", "response_end", "response_mean"])
     build.add_argument("--layers", type=_layers, help="e.g. 12,18 or 10-20; default all")
+    build.add_argument("--group-by", choices=["word", "sentence"], help="choose words or sentences instead of tokens")
     _pair_options(build)
     _attribution_options(build)
     _model_options(build)
@@ -97,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     _attribution_options(attribute)
     _model_options(attribute)
     attribute.set_defaults(run=_attribute)
+
+    from grains_tl.cli_compare import add_parser
+
+    add_parser(commands, _model_options).set_defaults(run=_compare)
     return parser
 
 
@@ -127,12 +132,15 @@ def _pair_options(parser: argparse.ArgumentParser) -> None:
 def _attribution_options(parser: argparse.ArgumentParser) -> None:
     from typing import get_args
 
-    from grains_tl.attribution import Method
+    from grains_tl.attribution import Method, Nodes
+    from grains_tl.attribution.baselines import BASELINES
     from grains_tl.masking import Masker
     from grains_tl.objectives import Objective
 
     parser.add_argument("--method", default="leave_one_out", choices=get_args(Method))
-    parser.add_argument("--n-steps", type=int, default=32, help="steps of integrated gradients (default 32)")
+    parser.add_argument("--n-steps", type=int, default=32, help="gradients or draws per record (default 32)")
+    parser.add_argument("--baseline", choices=BASELINES, help="where a path begins (default neutral; the paper: zero)")
+    parser.add_argument("--nodes", choices=get_args(Nodes), help="of integrated gradients (default adaptive)")
     parser.add_argument("--objective", default="sum", choices=get_args(Objective))
     parser.add_argument("--masker", default="mean_embedding", choices=get_args(Masker))
 
@@ -171,13 +179,17 @@ def _load(args: argparse.Namespace, name: str | None = None) -> Any:
 def _pairs(args: argparse.Namespace) -> Any:
     from grains_tl.data import load_pairs
 
+    return load_pairs(args.pairs, _columns(args), limit=args.limit)
+
+
+def _columns(args: argparse.Namespace) -> dict[str, str]:
     columns = {}
     for item in args.column:
         field, equals, column = item.partition("=")
         if not equals:
             raise ValueError(f"--column {item!r}: write FIELD=COLUMN, e.g. chosen=best_answer")
         columns[field] = column.replace("\\n", "\n")
-    return load_pairs(args.pairs, columns, limit=args.limit)
+    return columns
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -222,8 +234,11 @@ def _build(args: argparse.Namespace) -> None:
         layers=args.layers,
         objective=args.objective,
         n_steps=args.n_steps,
+        baseline=args.baseline,
         masker=args.masker,
         readout=args.readout,
+        group_by=args.group_by,
+        method_options={"nodes": args.nodes},
         checkpoint=checkpoint,
         processes=processes,
         progress=processes.rank == 0,
@@ -306,12 +321,20 @@ def _attribute(args: argparse.Namespace) -> None:
     options = {
         "method": args.method,
         "n_steps": args.n_steps,
-        "baseline": "zero",
+        "baseline": args.baseline,
+        "nodes": args.nodes,
         "objective": args.objective,
         "masker": args.masker,
     }
     for number, a in enumerate(attribute_records(model, tokenize_pairs(model, pairs), options, progress=True), start=1):
         print(f"record {number}: {a}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from grains_tl.cli_compare import run
+    from grains_tl.data import load_pairs
+
+    run(args, _load, lambda path, limit: load_pairs(path, _columns(args), limit=limit))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""What steering costs: divergence and perplexity on neutral text, knowledge, and degenerate generations."""
+"""What steering costs: divergence and perplexity on neutral text, and knowledge."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from string import ascii_uppercase
@@ -20,11 +19,10 @@ from grains_tl.checkpoint import Checkpoint, hash_of, open_checkpoint
 from grains_tl.choices import MultipleChoice
 from grains_tl.effects import SETTING, record_effects
 from grains_tl.evaluate import Setting, shared_passes
-from grains_tl.generation import generate
 from grains_tl.models import require_hook_names
 from grains_tl.scoring import MAX_TOKENS, prepare_restart, restart_logits
 from grains_tl.tokens import prompt_ids
-from grains_tl.types import FwdHooks, HookedModel, Text, plain_text
+from grains_tl.types import HookedModel, Text
 
 #: What is kept of a text under a setting, per predicted token.
 MEASURES = ["kl", "base_nll", "nll", "agreement"]
@@ -103,8 +101,8 @@ def text_costs(
                 for k, values in _measured(model, batch, [settings[k] for k in wanted], budget):
                     setting, of_texts = settings[wanted[k]], keys[wanted[k]]
                     about = {name: getattr(setting, name) for name in [*SETTING, "draw"]}
-                    new = [(place, i) for place, i in enumerate(group) if of_texts[i] not in store.rows]
-                    store.append([(of_texts[i], values[place].tolist(), {**about, "text": i}) for place, i in new])
+                    new = {of_texts[i]: (place, i) for place, i in enumerate(group) if of_texts[i] not in store.rows}
+                    store.append([(key, values[p].tolist(), {**about, "text": i}) for key, (p, i) in new.items()])
                     bar.update(len(group))
     table = [
         {
@@ -208,70 +206,3 @@ def retention(
     """
     asked = [item if all(len(c.strip()) == 1 for c in item.choices) else letters(item) for item in items]
     return record_effects(model, asked, settings, max_tokens=max_tokens, progress=progress, checkpoint=checkpoint)
-
-
-# -- generations ------------------------------------------------------------------------------------------------------
-
-
-def text_quality(texts: Sequence[str], *, max_repetition: float = 0.5, min_words: int = 3, n: int = 3) -> pd.DataFrame:
-    """Signs of degenerate text, without a model.
-
-    Args:
-        texts: generations.
-        max_repetition: ``repetition`` above this counts as degenerate.
-        min_words: fewer words count as degenerate.
-        n: length of the runs of words in ``repetition``.
-
-    Returns:
-        One row per text: ``words``, ``repetition`` (share of runs of ``n`` words that stood there before; of single
-        words in texts shorter than that), ``distinct_1`` and ``distinct_2`` (share of words, of pairs of words, that
-        are different; arXiv 1510.03055), ``degenerate``.
-
-    Example:
-        >>> text_quality(["a good film with a good end", "no no no no no no"])["degenerate"].tolist()
-        [False, True]
-    """
-    rows = []
-    for text in texts:
-        words = text.lower().split()
-        runs = _runs(words, n) or _runs(words, 1)
-        repetition = 1 - _distinct(runs)
-        rows.append(
-            {
-                "words": len(words),
-                "repetition": repetition,
-                "distinct_1": _distinct(_runs(words, 1)),
-                "distinct_2": _distinct(_runs(words, 2)),
-                "degenerate": len(words) < min_words or repetition > max_repetition,
-            }
-        )
-    return pd.DataFrame(rows, columns=["words", "repetition", "distinct_1", "distinct_2", "degenerate"])
-
-
-def generation_quality(
-    model: HookedModel,
-    prompts: Sequence[Text],
-    fwd_hooks: FwdHooks | Callable[[int], FwdHooks],
-    *,
-    max_new_tokens: int = 40,
-) -> pd.DataFrame:
-    """Greedy continuations without and with hooks, and ``text_quality`` of both.
-
-    Returns:
-        One row per prompt: ``prompt``, ``base_text``, ``text``, and the columns of ``text_quality``, with ``base_`` in
-        front for the unsteered text.
-
-    Example:
-        >>> generation_quality(model, ["The film was"], vectors.hooks(0.4, [12]))["degenerate"]    # doctest: +SKIP
-    """
-    before, after = (generate(model, prompts, hooks, max_new_tokens=max_new_tokens) for hooks in (None, fwd_hooks))
-    texts = pd.DataFrame({"prompt": [plain_text(p) for p in prompts], "base_text": before, "text": after})
-    return pd.concat([texts, text_quality(before).add_prefix("base_"), text_quality(after)], axis=1)
-
-
-def _runs(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-def _distinct(runs: Sequence[tuple[str, ...]]) -> float:
-    return len(Counter(runs)) / len(runs) if runs else 1.0

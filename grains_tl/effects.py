@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -16,6 +17,7 @@ from grains_tl.batches import Batch
 from grains_tl.checkpoint import Checkpoint, hash_of, open_checkpoint
 from grains_tl.choices import MultipleChoice, choice_batches, tokenize_choices
 from grains_tl.evaluate import Setting, run_settings
+from grains_tl.images import load_images
 from grains_tl.models import require_hook_names
 from grains_tl.objectives import Objective, require_objective
 from grains_tl.scoring import MAX_TOKENS, score_batches
@@ -79,11 +81,10 @@ def record_effects(
     for setting in settings:
         if not callable(setting.hooks):
             require_hook_names(model, setting.hooks)
-    batches, responses = _prepared(model, given, objective, max_tokens)
+    batches, responses, names = _prepared(model, given, objective, max_tokens)
     store = open_checkpoint(checkpoint, model)
     if store.path is not None and not all(s.key for s in settings):
         raise ValueError("a checkpoint needs settings with a key, which grid() gives; custom hooks cannot be resumed")
-    names = [hash_of([objective, r]) for r in responses]
     keys = [
         [hash_of([key, name]) for name in names] for key in [BASE, *(s.key or str(i) for i, s in enumerate(settings))]
     ]
@@ -108,8 +109,10 @@ def record_effects(
                 if row == 0:
                     _require_numbers(values)
                 about = {"vector": BASE} if row == 0 else _about(settings[row - 1])
-                new = [i for i in group if keys[row][i] not in store.rows]
-                store.append([(keys[row][i], values[i], {**about, "record": i}) for i in new])
+                new = {
+                    keys[row][i]: i for i in group if keys[row][i] not in store.rows
+                }  # a record may stand there twice
+                store.append([(key, values[i], {**about, "record": i}) for key, i in new.items()])
                 bar.update(len(group) if row else 0)
     # [record][1 + setting, response]; row 0 is the unsteered model
     found = [np.array([store.rows[of_records[i]] for of_records in keys]) for i in range(len(given))]
@@ -157,15 +160,18 @@ def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def record_id(record: Record) -> str:
-    """A hash of a record's text that does not see which response is the chosen one: to keep splits apart."""
-    responses = record.choices if isinstance(record, MultipleChoice) else (record.chosen, record.rejected)
-    return hash_of([record.prompt, sorted(map(hash_of, responses))])
+    """A hash of a record's text and images that does not see which response is the chosen one: to keep splits apart."""
+    if isinstance(record, MultipleChoice):
+        return hash_of([record.prompt, sorted(map(hash_of, record.choices))])
+    pictures = [] if record.image is None else [sha256(p.tobytes()).hexdigest() for p in load_images(record.image)]
+    return hash_of([record.prompt, sorted(map(hash_of, (record.chosen, record.rejected))), *pictures])
 
 
 def _prepared(
     model: HookedModel, records: list[Record], objective: Objective, max_tokens: int
-) -> tuple[Iterator[tuple[list[tuple[int, int]], Batch]], list[list[tuple[int, ...]]]]:
-    """Batches with the (record, response) of each slot; the ids of prompt and responses of every record."""
+) -> tuple[Iterator[tuple[list[tuple[int, int]], Batch]], list[list[tuple[int, ...]]], list[str]]:
+    """Batches with the (record, response) of each slot; the ids of prompt and responses of every record; a name of each
+    record for the checkpoint: whatever its results depend on."""
     pairs = [r for r in records if isinstance(r, PreferencePair)]
     questions = [r for r in records if isinstance(r, MultipleChoice)]
     if pairs and questions:
@@ -174,13 +180,16 @@ def _prepared(
         if objective == "single":
             raise ValueError("objective='single' is for preference pairs; use 'sum' or 'mean' for questions")
         asked = tokenize_choices(model, questions)
-        return choice_batches(model, asked, max_tokens=max_tokens), [[t.prompt, *t.choices] for t in asked]
+        ids = [[t.prompt, *t.choices] for t in asked]
+        return choice_batches(model, asked, max_tokens=max_tokens), ids, [hash_of([objective, r]) for r in ids]
     tokenized = tokenize_pairs(model, pairs)
     batches = (
         ([(i, side) for i in group for side in (0, 1)], batch)
         for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens)
     )
-    return batches, [[t.prompt, t.chosen, t.rejected] for t in tokenized]
+    ids = [[t.prompt, t.chosen, t.rejected] for t in tokenized]
+    images = [[] if t.images is None else [t.images.digest] for t in tokenized]
+    return batches, ids, [hash_of([objective, r, *image]) for r, image in zip(ids, images, strict=True)]
 
 
 def _per_record(slots: list[tuple[int, int]], values: list[float]) -> dict[int, list[float]]:

@@ -98,7 +98,9 @@ def run_settings(
     Every setting restarts from the residual cached at its layer; settings of one layer share a pass as long as it stays
     under ``max_tokens``. Layers come in rising order, so that a run that is stopped has finished what it has yielded.
     """
-    restart = prepare_restart(model, batch, [s.layer for s in settings] or [0], copies=_room(batch, max_tokens) > 1)
+    layers = [s.layer for s in settings] or [0]
+    copies = _room(batch, max_tokens) > 1 and len(set(layers)) < len(layers)
+    restart = prepare_restart(model, batch, layers, copies=copies)
     yield None, restart.base
     for layer, group, hooks in shared_passes(settings, restart, max_tokens=max_tokens):
         if hooks is None:

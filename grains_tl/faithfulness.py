@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,52 +12,80 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl.agreement import mean_agreement, random_attributions
 from grains_tl.attribution import Method, attribute_all, check_attribution_options
-from grains_tl.evaluate import margins, mean_and_se
-from grains_tl.masking import Masker, Selection, random_selection, select_tokens
+from grains_tl.attribution.baselines import Baseline
+from grains_tl.curves import SHARES, curves, removal_table
+from grains_tl.evaluate import mean_and_se
+from grains_tl.masking import Masker, Selection, random_selection, replacement_embedding, select_tokens
+from grains_tl.models import require_layers
 from grains_tl.objectives import Objective
 from grains_tl.pipeline import check_top_k
-from grains_tl.replacements import ImageMasker, Replacements, hide, replacements
-from grains_tl.scoring import MAX_TOKENS, batch_logprobs, score_batches
+from grains_tl.replacements import ImageMasker, check_image_masker
+from grains_tl.scoring import MAX_TOKENS
+from grains_tl.selection_effect import effect_of_selections
 from grains_tl.tokens import TokenizedPair, tokenize_pairs
 from grains_tl.types import Attribution, HookedModel, PreferencePair
+
+RANDOM = "random_tokens"
+#: Columns with a standard error over records beside them.
+MEASURES = ("removed_chosen", "removed_rejected", "sufficiency", "deletion_area", "insertion_area")
 
 
 def compare_attributions(
     model: HookedModel,
     pairs: Iterable[PreferencePair],
     *,
-    methods: Sequence[Method] = ("leave_one_out", "integrated_gradients", "gradient_x_input"),
+    methods: Sequence[Method] | Mapping[str, Mapping[str, Any]] = (
+        "leave_one_out",
+        "integrated_gradients",
+        "gradient_x_input",
+    ),
     top_k: int = 3,
     n_steps: int = 16,
-    baseline: str = "zero",
+    baseline: Baseline | None = None,
     objective: Objective = "sum",
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
+    shares: Sequence[float] = SHARES,
     n_draws: int = 5,
     seed: int = 0,
+    eval_pairs: Iterable[PreferencePair] | None = None,
+    layer: int | None = None,
+    alpha: float = 0.2,
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """One row per method: does it keep its promise of completeness, and does f change when its tokens are taken out?
+    """One row per method: does it keep its promise of completeness, does f change when its tokens go, does its vector steer?
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         pairs: records.
-        methods: names of attribution methods.
+        methods: names of attribution methods; or label -> arguments of ``attribute``, such as
+            ``{"IG, 64": {"method": "integrated_gradients", "n_steps": 64}}``.
         top_k: tokens taken out together on each side.
         n_steps, baseline, objective, masker, image_masker: as in ``attribute``.
+        shares: where the deletion and insertion curves are read.
         n_draws: draws of the last row, ``random_tokens``: as many content tokens, chosen by chance.
-        seed: of these draws.
+        seed: of these draws, and of the methods that draw.
+        eval_pairs: other records, to measure the vector that each method's tokens yield; ``None`` leaves that out.
+        layer, alpha: where and how strongly to steer them (default layer: two thirds of the way up).
         max_tokens: token budget of one pass.
         progress: show bars.
 
     Returns:
-        Columns ``method``; ``gap`` and ``relative_gap`` (median over records of the absolute completeness gap, nats, and
-        of its share of |f(x) - f(x')|; NaN where the method has none); ``removed_chosen`` = f(x) - f(x without I+) and
-        ``removed_rejected`` = f(x without I-) - f(x), nats, larger is more faithful, with ``_se`` over records;
+        Columns, in nats where nothing else is said:
+        ``method``; ``gap`` and ``relative_gap`` (median over records of the absolute completeness gap, and of its share of
+        |f(x) - f(x')|; NaN where the method has none); ``converged`` (share of records with a relative gap below 5 %);
+        ``steps`` (median runs per record);
+        ``removed_chosen`` = f(x) - f(x without I+), ``removed_rejected`` = f(x without I-) - f(x), larger is more faithful;
+        ``sufficiency`` = f(x) - f(I+ alone), smaller is more faithful; ``deletion_area`` and ``insertion_area`` (see
+        ``curves``), larger is more faithful; each with ``_se`` over records;
+        ``agreement``: Spearman's correlation with the first method;
         ``seconds`` per record; ``relative_seconds`` (in units of gradient x input, if it is among the methods); ``n``.
-        Leave-one-out is favoured here: it takes the same tokens out, if one at a time.
+        With ``eval_pairs`` also ``effect``, ``effect_se``, ``kl``, ``kl_se`` (see ``effect_of_selections``; of the random
+        row the standard error is over records of the mean over draws).
+        Leave-one-out is favoured by the removal columns: it takes the same tokens out, if one at a time.
 
     Raises:
         ValueError: bad records or options, before anything runs.
@@ -65,82 +94,134 @@ def compare_attributions(
         >>> compare_attributions(model, pairs, methods=["leave_one_out", "gradient_x_input"])   # doctest: +SKIP
     """
     tokenized = tokenize_pairs(model, pairs)
-    if not methods:
-        raise ValueError("no methods given; for example methods=['leave_one_out', 'gradient_x_input']")
-    for method in methods:
-        check_attribution_options(method, n_steps, baseline, objective)
+    evaluated = None if eval_pairs is None else tokenize_pairs(model, eval_pairs)
+    plans = _plans(
+        methods,
+        {"n_steps": n_steps, "baseline": baseline, "masker": masker, "image_masker": image_masker, "seed": seed},
+    )
+    for plan in plans.values():
+        _check(model, plan, objective)
     check_top_k(tokenized, top_k)
-    stand_ins = None if masker == "attention" else replacements(model, tokenized, masker, image_masker)
+    check_image_masker(image_masker)
+    if masker != "attention":
+        replacement_embedding(model, masker)
+    (at,) = require_layers(model, [int(model.cfg.n_layers) * 2 // 3 if layer is None else layer])
+    shared = {"objective": objective, "masker": masker, "image_masker": image_masker, "max_tokens": max_tokens}
 
-    def removal(selections: Sequence[Selection]) -> Float[Tensor, "2 record"]:
-        return _removal_effects(model, tokenized, selections, objective, stand_ins, max_tokens)
-
-    rows: list[dict[str, object]] = []
-    for method in methods:
+    found: dict[str, list[Attribution]] = {}
+    seconds: dict[str, float] = {}
+    for name, plan in plans.items():
         started = time.perf_counter()
-        found = attribute_all(
-            model,
-            tokenized,
-            method=method,
-            n_steps=n_steps,
-            baseline=baseline,
-            objective=objective,
-            masker=masker,
-            image_masker=image_masker,
-            content_only=method == "leave_one_out",
-            max_tokens=max_tokens,
-            progress=progress,
+        found[name] = attribute_all(
+            model, tokenized, objective=objective, max_tokens=max_tokens, progress=progress, **plan
         )
-        seconds = (time.perf_counter() - started) / len(tokenized)
-        selected = [select_tokens(a, top_k) for a in found]
-        rows.append({"method": method, **_gaps(found), **_row(removal(selected)), "seconds": seconds})
-    generator = torch.Generator().manual_seed(seed)
-    like = Selection((0,) * top_k, (0,) * top_k)
-    draws = [removal([random_selection(t.content, like, generator) for t in tokenized]) for _ in range(n_draws)]
-    if draws:
-        rows.append({"method": "random_tokens", **_gaps([]), **_row(torch.stack(draws).mean(0)), "seconds": 0.0})
+        seconds[name] = (time.perf_counter() - started) / len(tokenized)
+    selected = {name: [select_tokens(a, top_k) for a in own] for name, own in found.items()}
+    first = next(iter(found.values()))
+    rows = [
+        {
+            "method": name,
+            **_gaps(own),
+            **_measures(_judge(model, tokenized, own, selected[name], shares, shared)),
+            "agreement": mean_agreement(own, first),
+            "seconds": seconds[name],
+        }
+        for name, own in found.items()
+    ]
+    if n_draws:
+        draws = _random_draws(tokenized, top_k, n_draws, seed)
+        judged = [_judge(model, tokenized, a, s, shares, shared) for a, s in draws]
+        rows.append({"method": RANDOM, **_gaps([]), **_measures(torch.stack(judged).mean(0)), "seconds": 0.0})
     frame = pd.DataFrame(rows).assign(n=len(tokenized))
     unit = frame.loc[frame["method"] == "gradient_x_input", "seconds"]
     frame["relative_seconds"] = frame["seconds"] / float(unit.iloc[0]) if len(unit) else float("nan")
-    return frame
+    if evaluated is None:
+        return frame
+    effect, kl = effect_of_selections(
+        model,
+        tokenized,
+        list(selected.values()),
+        evaluated,
+        layer=at,
+        alpha=alpha,
+        n_draws=n_draws,
+        seed=seed,
+        **shared,  # type: ignore[arg-type]
+    )
+    return frame.assign(**_effect_columns(effect, len(plans)), **_effect_columns(kl, len(plans), "kl"))
 
 
-def _removal_effects(
+def _plans(
+    methods: Sequence[Method] | Mapping[str, Mapping[str, Any]], defaults: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    if not methods:
+        raise ValueError("no methods given; for example methods=['leave_one_out', 'gradient_x_input']")
+    named = dict(methods) if isinstance(methods, Mapping) else {m: {"method": m} for m in methods}
+    plans = {name: {**defaults, "method": name, **own} for name, own in named.items()}
+    for plan in plans.values():
+        # template tokens are never chosen: there is no need to take them out
+        plan.setdefault("content_only", plan["method"] in ("leave_one_out", "leave_k_out"))
+    return plans
+
+
+def _check(model: HookedModel, plan: Mapping[str, Any], objective: str) -> None:
+    own = {key: plan[key] for key in ("nodes", "layer", "k", "noise") if key in plan}
+    check_attribution_options(plan["method"], plan["n_steps"], plan["baseline"], objective, model=model, **own)
+
+
+def _judge(
     model: HookedModel,
     tokenized: Sequence[TokenizedPair],
+    found: Sequence[Attribution],
     selections: Sequence[Selection],
-    objective: Objective,
-    stand_ins: Replacements | None,
-    max_tokens: int,
-) -> Float[Tensor, "2 record"]:
-    """How far f falls without I+ (0) and rises without I- (1)."""
-    f = torch.zeros(3, len(tokenized))
-    nothing: list[tuple[int, ...]] = [()] * len(tokenized)
-    sides = [nothing, [s.toward_chosen for s in selections], [s.toward_rejected for s in selections]]
-    with torch.no_grad():
-        for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):
-            owner = [group[record] for record in batch.record.tolist()]
-            for row, side in enumerate(sides):
-                masked = [side[i] for i in owner]
-                hooks = hide(model, stand_ins, owner, masked, offset=batch.offset, like=batch.ids)
-                f[row, group] = margins(batch_logprobs(model, batch, hooks)).cpu()
-    return torch.stack([f[0] - f[1], f[2] - f[0]])
+    shares: Sequence[float],
+    shared: Mapping[str, Any],
+) -> Float[Tensor, "measure record"]:
+    removed = removal_table(model, tokenized, selections, **shared)
+    drawn = curves(model, tokenized, found, shares=shares, **shared)
+    return torch.cat([removed, torch.stack([drawn.deletion_area, drawn.insertion_area])])
 
 
-def _row(effects: Float[Tensor, "2 record"]) -> dict[str, float]:
-    mean, se = mean_and_se(effects)
-    return {
-        "removed_chosen": mean[0].item(),
-        "removed_chosen_se": se[0].item(),
-        "removed_rejected": mean[1].item(),
-        "removed_rejected_se": se[1].item(),
-    }
+def _measures(judged: Float[Tensor, "measure record"]) -> dict[str, float]:
+    mean, se = mean_and_se(judged)
+    row: dict[str, float] = {}
+    for i, name in enumerate(MEASURES):
+        row |= {name: mean[i].item(), f"{name}_se": se[i].item()}
+    return row
+
+
+def _random_draws(
+    tokenized: Sequence[TokenizedPair], top_k: int, n_draws: int, seed: int
+) -> list[tuple[list[Attribution], list[Selection]]]:
+    generator = torch.Generator().manual_seed(seed)
+    like = Selection((0,) * top_k, (0,) * top_k)
+    return [
+        (
+            random_attributions(tokenized, generator),
+            [random_selection(t.content, like, generator) for t in tokenized],
+        )
+        for _ in range(n_draws)
+    ]
 
 
 def _gaps(attributions: Sequence[Attribution]) -> dict[str, float]:
     gaps = [abs(a.gap) for a in attributions if a.gap is not None]
     relative = [a.relative_gap for a in attributions if a.relative_gap is not None]
+    converged = [a.converged for a in attributions if a.converged is not None]
+    steps = [a.steps for a in attributions if a.steps is not None]
+    nan = float("nan")
     return {
-        "gap": float(np.median(gaps)) if gaps else float("nan"),
-        "relative_gap": float(np.median(relative)) if relative else float("nan"),
+        "gap": float(np.median(gaps)) if gaps else nan,
+        "relative_gap": float(np.median(relative)) if relative else nan,
+        "converged": float(np.mean(converged)) if converged else nan,
+        "steps": float(np.median(steps)) if steps else nan,
     }
+
+
+def _effect_columns(
+    values: Float[Tensor, "selection record"], n_methods: int, name: str = "effect"
+) -> dict[str, list[float]]:
+    """One value per method, and one for all random draws together."""
+    rows = [*values[:n_methods], *([values[n_methods:].mean(0)] if len(values) > n_methods else [])]
+    mean, se = mean_and_se(torch.stack(rows))
+    return {name: mean.tolist(), f"{name}_se": se.tolist()}

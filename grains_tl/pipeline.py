@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grains_tl.attribution import Method, attribute_all, check_attribution_options
+from grains_tl.attribution.baselines import Baseline
+from grains_tl.attribution.methods import REMOVAL
 from grains_tl.caching import Readout, check_readout
-from grains_tl.masking import Masker, check_budget, replacement_embedding, select_tokens
+from grains_tl.groups import GroupBy, group, groups_of, select_groups
+from grains_tl.masking import Masker, Selection, check_budget, replacement_embedding, select_tokens
 from grains_tl.models import model_identity, require_layers
 from grains_tl.objectives import Objective
 from grains_tl.processes import ALONE, Processes, files, shared_differences
@@ -42,10 +46,12 @@ def build_vectors(
     side: Side = "both",
     objective: Objective = "sum",
     n_steps: int = 32,
-    baseline: str = "zero",
+    baseline: Baseline | None = None,
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
+    group_by: GroupBy | None = None,
+    method_options: Mapping[str, Any] | None = None,
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
     checkpoint: str | Path | None = None,
@@ -69,6 +75,8 @@ def build_vectors(
         layers: which layers, default all.
         masker: what replaces a masked token, in leave-one-out and in caching; ``image_masker`` the same for patches.
         readout: where the residual is read.
+        group_by: choose ``"word"``, ``"sentence"`` or spans (see ``group``) instead of tokens; ``top_k`` then counts those.
+        method_options: further arguments of ``attribute``: ``nodes``, ``layer``, ``noise``, ``k``, ``seed``.
         max_tokens: token budget of one pass.
         progress: show bars.
         checkpoint: a ``.jsonl`` file that receives each record's attribution when it is finished; a later call with the
@@ -90,14 +98,20 @@ def build_vectors(
     records = list(pairs)
     tokenized = tokenize_pairs(model, records)
     layers = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
-    check_attribution_options(method, n_steps, baseline, objective)
+    extra = dict(method_options or {})
+    _check_extra(extra)
+    own = {key: value for key, value in extra.items() if key != "seed"}
+    check_attribution_options(method, n_steps, baseline, objective, model=model, **own)
     check_reduction(reduce, side, len(records))
     check_readout(readout)
-    check_top_k(tokenized, top_k, top_k_image)
+    check_top_k(tokenized, top_k, top_k_image, group_by)
     check_image_masker(image_masker)
     if masker != "attention":
         replacement_embedding(model, masker)  # refuses an unknown masker now rather than after the attributions
     options = {"method": method, "n_steps": n_steps, "baseline": baseline, "objective": objective, "masker": masker}
+    options |= extra
+    if group_by is not None and method in REMOVAL:
+        options["group_by"] = group_by  # whole groups are taken out: fewer passes
     if any(t.images is not None for t in tokenized):
         options["image_masker"] = image_masker
     mine = attribute_records(
@@ -110,7 +124,8 @@ def build_vectors(
         processes=processes,
     )
     attributions = processes.gather_shares(mine)
-    selections = [select_tokens(a, top_k, top_k_image) for a in attributions]
+    _warn_of_gaps(attributions, method)
+    selections = [select(a, top_k, top_k_image, group_by) for a in attributions]
     differences = shared_differences(
         model,
         tokenized,
@@ -128,6 +143,7 @@ def build_vectors(
         **options,
         "top_k": top_k,
         "top_k_image": top_k_image,
+        "group_by": group_by,
         "reduce": reduce,
         "side": side,
         "readout": readout,
@@ -135,6 +151,15 @@ def build_vectors(
     return reduce_vectors(
         differences, reduce=reduce, side=side, info=manifest(model, tokenized, settings, attributions)
     )
+
+
+def select(
+    attribution: Attribution, top_k: int, top_k_image: int | None = None, group_by: GroupBy | None = None
+) -> Selection:
+    """``select_tokens``, or the tokens of the ``top_k`` words, sentences or spans with the largest scores."""
+    if group_by is None:
+        return select_tokens(attribution, top_k, top_k_image)
+    return select_groups(group(attribution, by=group_by), top_k)
 
 
 def attribute_records(
@@ -151,12 +176,12 @@ def attribute_records(
 
     Args:
         model, tokenized: the model and its records.
-        options: keyword arguments of ``attribute_all``: method, n_steps, baseline, objective, masker.
+        options: keyword arguments of ``attribute_all``: method, n_steps, baseline, objective, masker, ...
         max_tokens, progress: as in ``attribute_all``.
         checkpoint: the ``.jsonl`` file, or ``None``.
         processes: names the part of the checkpoint that this process writes; all parts are read.
     """
-    content_only = options["method"] == "leave_one_out"
+    content_only = options["method"] in REMOVAL
     if checkpoint is None:
         return attribute_all(
             model, tokenized, content_only=content_only, max_tokens=max_tokens, progress=progress, **options
@@ -181,9 +206,17 @@ def attribute_records(
     return [_restore(done[key], t) for key, t in zip(keys, tokenized, strict=True)]
 
 
-def check_top_k(tokenized: Sequence[TokenizedPair], top_k: int, top_k_image: int | None = None) -> None:
+def check_top_k(
+    tokenized: Sequence[TokenizedPair],
+    top_k: int,
+    top_k_image: int | None = None,
+    group_by: GroupBy | None = None,
+) -> None:
     """Refuse numbers of tokens that some prompt cannot give (ValueError naming the record)."""
     check_budget(top_k, top_k_image)
+    if group_by is not None:
+        _check_groups(tokenized, top_k, top_k_image, group_by)
+        return
     for number, pair in enumerate(tokenized, start=1):
         n_text = pair.n_content - (0 if top_k_image is None else pair.n_patches)
         for name, wanted, there in (("top_k", top_k, n_text), ("top_k_image", top_k_image or 0, pair.n_patches)):
@@ -193,6 +226,23 @@ def check_top_k(tokenized: Sequence[TokenizedPair], top_k: int, top_k_image: int
                     f"record {number}: {name}={wanted}, but its prompt has {there} {what}; lower {name} or drop the "
                     "record"
                 )
+
+
+def _check_groups(tokenized: Sequence[TokenizedPair], top_k: int, top_k_image: int | None, group_by: GroupBy) -> None:
+    if top_k_image is not None:
+        raise ValueError(
+            f"top_k_image={top_k_image} counts patches and group_by={group_by!r} words; choose one of them"
+        )
+    for number, pair in enumerate(tokenized, start=1):
+        try:
+            groups = groups_of(pair.strings, pair.starts_word, group_by)
+        except ValueError as error:
+            raise ValueError(f"record {number}: {error}") from None
+        n = sum(any(pair.content[p] for p in own) for own in groups)
+        if top_k > n:
+            raise ValueError(
+                f"record {number}: top_k={top_k}, but its prompt has {n} content groups; lower top_k or drop the record"
+            )
 
 
 def manifest(
@@ -215,10 +265,29 @@ def manifest(
         "token_rules": token_rules(model).describe(),
         "template_hash": _hash(str(template)),
         "median_relative_gap": float(torch.tensor(gaps).median()) if gaps else None,
-        "converged_share": sum(g < 0.05 for g in gaps) / len(gaps) if gaps else None,
+        "converged_share": sum(bool(a.converged) for a in attributions) / len(gaps) if gaps else None,
         "seed": None,  # nothing random happens in a build
         "versions": package_versions(),
     }
+
+
+def _warn_of_gaps(attributions: Sequence[Attribution], method: str) -> None:
+    """Say so when a path method did not keep its promise: the choice of tokens then rests on wrong numbers."""
+    converged = [a.converged for a in attributions if a.converged is not None]
+    if converged and not all(converged):
+        warnings.warn(
+            f"{converged.count(False)} of {len(converged)} records: the {method} scores miss completeness by 5 % of "
+            "|f(x) - f(x')| or more, so they are not what they claim to be. Use more n_steps, nodes='adaptive' or another "
+            "baseline, or a method without a path (leave_one_out)",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    known = {"nodes", "layer", "noise", "k", "seed"}
+    if not set(extra) <= known:
+        raise ValueError(f"method_options has {sorted(set(extra) - known)}; known are {sorted(known)}")
 
 
 def _hash(value: Any) -> str:
@@ -243,6 +312,7 @@ def _append_to(file: Any, done: dict[str, dict[str, Any]], keys: Sequence[str]) 
             "objective": a.objective,
             "baseline_objective": a.baseline_objective,
             "method": a.method,
+            "steps": a.steps,
         }
         file.write(json.dumps(row) + "\n")
         file.flush()
@@ -278,4 +348,6 @@ def _restore(row: dict[str, Any], pair: TokenizedPair) -> Attribution:
         baseline_objective=row["baseline_objective"],
         method=row["method"],
         spans=() if pair.images is None else pair.images.spans,
+        steps=row.get("steps"),
+        starts_word=torch.tensor(pair.starts_word, dtype=torch.bool),
     )

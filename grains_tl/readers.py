@@ -118,14 +118,13 @@ def _truthfulqa(rows: Iterator[Row], style: str) -> Iterator[MultipleChoice]:
 
 def _targets(row: Row) -> tuple[list[str], list[bool]]:
     """The answers of both target lists, MC1's right one first."""
-    labelled: dict[str, bool] = {}
+    found: dict[tuple[str, bool], None] = {}  # in order, without repeats
     for column in ("mc1_targets", "mc2_targets"):
         choices, labels = row.nested(column, "choices", "labels")
-        for choice, label in sorted(zip(row.texts(column, choices), labels, strict=True), key=lambda pair: not pair[1]):
-            if labelled.setdefault(choice.strip(), bool(label)) != bool(label):
-                raise row.wrong(column, f"one label for {choice!r} in mc1_targets and mc2_targets")
-    order = sorted(labelled, key=lambda choice: not labelled[choice])
-    return order, [labelled[choice] for choice in order]
+        for choice, label in zip(row.texts(column, choices), labels, strict=True):
+            found[choice.strip(), bool(label)] = None
+    order = sorted(found, key=lambda answer: not answer[1])  # stable: MC1's right answer comes first
+    return [choice for choice, _ in order], [label for _, label in order]
 
 
 def _closed(answer: str) -> str:

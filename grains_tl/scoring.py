@@ -6,6 +6,7 @@ residuals, for the many runs of a sweep that change nothing below some layer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from grains_tl.batches import Batch, by_token_budget, scoring_batch
 from grains_tl.models import hooked, is_bridge, require_layers, resid_post
 from grains_tl.objectives import Objective, token_logprobs
+from grains_tl.packing import BlockInputs, Packing, pack_batch
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.unembedding import target_logits
@@ -96,14 +98,16 @@ class Restart:
         base: ``[record, 2]`` log-likelihoods of the unsteered run.
         exact: whether continuing reproduces ``base``; where it does not, full runs are used instead.
         tiles: whether continuing several copies of the batch in one pass does so too.
+        packing: how responses to one prompt go into one row; ``None`` where that gains little or is not exact.
     """
 
     batch: Batch
     resid: dict[int, Tensor]
-    block_inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    block_inputs: BlockInputs
     base: Float[Tensor, "record 2"]
     exact: bool
     tiles: bool = False
+    packing: Packing | None = None
 
 
 def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, copies: bool = False) -> Restart:
@@ -112,7 +116,7 @@ def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, 
     With ``copies`` the check is also made for two copies of the batch in one pass.
     """
     resid: dict[int, Tensor] = {}
-    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    inputs: BlockInputs = []
 
     def keep(layer: int) -> Any:
         def hook_fn(act: Tensor, hook: Any) -> None:
@@ -134,21 +138,19 @@ def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, 
         for handle in handles:
             handle.remove()
     restart = Restart(batch, resid, inputs, base, exact=True)
-    tiles = copies and _continues(model, restart, 2)
-    return replace(restart, exact=tiles or _continues(model, restart, 1), tiles=tiles)
+    packing = pack_batch(batch, inputs)
+    for way, tiles in itertools.product([packing, None] if packing else [None], [True, False] if copies else [False]):
+        trial = replace(restart, packing=way, tiles=tiles)
+        if _continues(model, trial, 2 if tiles else 1):
+            return trial
+    return replace(restart, exact=False)
 
 
 def _continues(model: HookedModel, restart: Restart, n: int) -> bool:
-    """Whether ``n`` copies of the batch, continued from the highest cached layer, give its base numbers.
-
-    With images from the lowest one: Qwen3-VL adds image features between its first blocks as well.
-    """
-    layer = min(restart.resid) if restart.batch.inputs else max(restart.resid)
+    """Whether ``n`` copies of the batch, continued from the lowest cached layer, give its base numbers."""
     try:
-        again = restart_many(model, restart, layer, [[]] * n)
-    except RuntimeError:  # shapes that do not fit: an architecture with block arguments of another kind
-        if n == 1:
-            raise
+        again = restart_many(model, restart, min(restart.resid), [[]] * n)
+    except (RuntimeError, TypeError, IndexError):  # an architecture with block arguments of another kind
         return False
     # float32 round-off of a reordered sum is some 1e-5; a missing soft-cap or extra input shows as 1e-2 and more
     return bool((again - restart.base).abs().max() < 1e-3)
@@ -188,12 +190,16 @@ def restart_logits(
     if not restart.exact:
         return torch.stack([target_logits(model, batch, hooks) for hooks in settings])
     with hooked(model, later):
-        resid = torch.cat([_edited(model, restart.resid[layer], hooks, here) for hooks in settings])
-        resid = _continue(model, restart, layer + 1, resid)
-        resid = resid.view(len(settings), *restart.resid[layer].shape)
-        rows, places = (x.to(resid.device) for x in (batch.target_row, batch.keep[batch.target_keep]))
-        final = resid[:, rows, places].flatten(0, 1)[:, None]
-        logits = model.unembed(model.ln_final(final))  # type: ignore[attr-defined]
+        resid = torch.stack([_edited(model, restart.resid[layer], hooks, here) for hooks in settings])
+        row, pos, packing = batch.target_row, batch.keep[batch.target_keep], restart.packing
+        if packing is not None and packing.keeps(resid):
+            final = _continue(model, restart, layer + 1, packing.pack(resid), packing.block_inputs, len(packing.row))
+            row, pos = packing.to_row[row, pos], packing.to_pos[row, pos]
+        else:
+            final = _continue(model, restart, layer + 1, resid.flatten(0, 1), restart.block_inputs, len(batch.ids))
+        row, pos = row.to(final.device), pos.to(final.device)  # of a model on several devices, the last one
+        read = final.unflatten(0, (len(settings), -1))[:, row, pos].flatten(0, 1)[:, None]
+        logits = model.unembed(model.ln_final(read))  # type: ignore[attr-defined]
         return logits.view(len(settings), len(batch.target_row), -1)
 
 
@@ -209,17 +215,22 @@ def _edited(
 
 
 def _continue(
-    model: HookedModel, restart: Restart, first: int, resid: Float[Tensor, "rows pos d_model"]
+    model: HookedModel,
+    restart: Restart,
+    first: int,
+    resid: Float[Tensor, "rows pos d_model"],
+    block_inputs: BlockInputs,
+    n_rows: int,
 ) -> Float[Tensor, "rows pos d_model"]:
-    """Run the blocks from ``first`` on; ``resid`` may hold several copies of the batch."""
-    n_layers, n_rows = int(model.cfg.n_layers), len(restart.batch.ids)
-    copies = len(resid) // n_rows
+    """Run the blocks from ``first`` on; ``resid`` may hold several copies of a batch of ``n_rows``."""
+    n_layers = int(model.cfg.n_layers)
     if first == n_layers:
         return resid
     if not is_bridge(model):
-        mask = restart.batch.attention_mask.repeat(copies, 1)
+        mask = restart.batch.attention_mask.repeat(len(resid) // n_rows, 1)
         return model(resid, start_at_layer=first, stop_at_layer=n_layers, attention_mask=mask)
-    for block, (args, kwargs) in list(zip(model.blocks, restart.block_inputs, strict=True))[first:]:
+    copies = len(resid) // n_rows
+    for block, (args, kwargs) in list(zip(model.blocks, block_inputs, strict=True))[first:]:
         out = block(resid, *_copied(args, n_rows, copies), **_copied(kwargs, n_rows, copies))
         resid = out[0] if isinstance(out, tuple) else out
     return resid
@@ -231,7 +242,7 @@ def _copied(value: Any, n_rows: int, copies: int) -> Any:
         return value
     if isinstance(value, dict):
         return {k: _copied(v, n_rows, copies) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
+    if type(value) in (tuple, list):
         return type(value)(_copied(v, n_rows, copies) for v in value)
     if isinstance(value, Tensor) and value.ndim > 1 and n_rows > 1 and value.shape[0] == n_rows:
         return value.repeat(copies, *[1] * (value.ndim - 1))

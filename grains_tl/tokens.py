@@ -6,6 +6,7 @@ BOS, chat markers, padding and the border between prompt and response are decide
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -85,6 +86,7 @@ class TokenizedPair:
         rejected: ids of the other response.
         content: for every prompt token, whether it carries the user's words (not BOS, special, or chat template).
         strings: the prompt's tokens as text.
+        starts_word: for every prompt token, whether a word begins there (word pieces go on with the word before).
         moved_border: how many prompt tokens were given to the responses because a token merges across the border
             (0 almost always). Both responses then begin with those characters, so their comparison stays right.
         images: the images of the prompt as the model takes them; ``None`` without.
@@ -97,6 +99,7 @@ class TokenizedPair:
     strings: tuple[str, ...]
     moved_border: int = 0
     images: ImageInputs | None = None
+    starts_word: tuple[bool, ...] = ()
 
     @property
     def is_image(self) -> tuple[bool, ...]:
@@ -261,7 +264,17 @@ def _tokenize(model: HookedModel, rules: TokenRules, pair: PreferencePair) -> To
         strings=tuple(tokenizer.decode([i]) for i in prompt[:border]),
         moved_border=moved,
         images=images,
+        starts_word=_word_starts(tokenizer, prompt[:border]),
     )
+
+
+def _word_starts(tokenizer: Any, ids: Sequence[int]) -> tuple[bool, ...]:
+    """Where decoding puts a space before a token: some tokenizers hide it when the token is decoded alone."""
+    found = [True]
+    for before, this in itertools.pairwise(ids):
+        first, both = tokenizer.decode([before]), tokenizer.decode([before, this])
+        found.append(both[len(first) : len(first) + 1].isspace())
+    return tuple(found[: len(ids)])
 
 
 def _expand_content(

@@ -98,6 +98,8 @@ class Attribution:
         baseline_objective: f(x') in nats; ``None`` for methods without a baseline run.
         method: name of the attribution method.
         spans: the patch grids of the images (``ImageSpan``), empty without an image.
+        steps: gradients, or forward passes of methods without gradients, spent on this record.
+        starts_word: ``[pos]``, whether a word begins at the token; ``None`` where that is not known.
     """
 
     scores: Tensor
@@ -109,6 +111,13 @@ class Attribution:
     baseline_objective: float | None
     method: str
     spans: tuple[Any, ...] = ()
+    steps: int | None = None
+    starts_word: Tensor | None = None
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether the gap is below 5 % of |f(x) - f(x')|; ``None`` where there is no gap."""
+        return None if self.relative_gap is None else self.relative_gap < 0.05
 
     @property
     def relative_gap(self) -> float | None:

@@ -13,7 +13,11 @@ from jaxtyping import TypeCheckError
 
 import grains_tl as gr
 
-MODULES = [m.name for m in pkgutil.iter_modules(gr.__path__) if m.name != "__main__"]
+MODULES = [
+    m.name.removeprefix("grains_tl.")
+    for m in pkgutil.walk_packages(gr.__path__, "grains_tl.")
+    if m.name != "grains_tl.__main__"
+]
 
 
 # Was a bug: ruff's UP037 took the quotes off one-axis shapes (Float[Tensor, "d_model"]); such an annotation names an

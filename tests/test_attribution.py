@@ -22,6 +22,8 @@ EXACT_ATOL = 1e-6  # closed forms of size 1 in float32: a few units of 1.2e-7
 GRADIENT_RTOL = 1e-3  # float32 gradients near the zero embedding, where RMSNorm blows round-off up
 SCORE_ATOL = 1e-4  # differences of float32 log-probabilities of some nats
 METHODS = list(get_args(Method))
+GL: Any = "gauss_legendre"
+PAPER: dict[str, Any] = {"method": "integrated_gradients", "baseline": "zero", "nodes": GL}
 RECORD = gr.PreferencePair("this food was cold but", " good", " bad")
 
 
@@ -98,7 +100,7 @@ class PolynomialModel:
 def test_polynomial_margins_are_attributed_exactly(power: int, n_steps: int, baseline: str) -> None:
     """Gradients of degree p - 1 need p / 2 nodes; then scores are exact and complete."""
     model = PolynomialModel(power)
-    a = gr.attribute(model, RECORD, method="integrated_gradients", n_steps=n_steps, baseline=baseline)
+    a = gr.attribute(model, RECORD, method="integrated_gradients", n_steps=n_steps, baseline=baseline, nodes=GL)
     x = model.table[model.tokenizer(RECORD.prompt)["input_ids"]]
     start = {"zero": torch.zeros(6), "eos": model.table[2], "mean_embedding": model.table.mean(0)}[baseline]
     scale = max(1.0, float(model.f(x[None]).abs()))
@@ -109,7 +111,7 @@ def test_polynomial_margins_are_attributed_exactly(power: int, n_steps: int, bas
 
 
 def test_too_few_nodes_show_in_the_gap() -> None:
-    a = gr.attribute(PolynomialModel(6), RECORD, method="integrated_gradients", n_steps=1)
+    a = gr.attribute(PolynomialModel(6), RECORD, method="integrated_gradients", n_steps=1, baseline="zero")
     assert a.gap is not None and abs(a.gap) > 1000 * EXACT_ATOL
     assert a.relative_gap == pytest.approx(abs(a.gap) / abs(a.objective - (a.baseline_objective or 0)))
 
@@ -155,14 +157,14 @@ def captum_scores(
 def test_integrated_gradients_equal_captum(both: Any, pairs: list[gr.PreferencePair], n_steps: int) -> None:
     for pair in pairs:
         tokenized = gr.tokenize_pairs(both.model, [pair])[0]
-        found = gr.attribute(both.model, pair, method="integrated_gradients", n_steps=n_steps)
+        found = gr.attribute(both.model, pair, **PAPER, n_steps=n_steps)
         assert relative_error(found.scores, captum_scores(both.hf, tokenized, n_steps)) < GRADIENT_RTOL
 
 
 @pytest.mark.parametrize("objective", ["mean", "single"])
 def test_integrated_gradients_of_other_objectives(both: Any, pairs: list[gr.PreferencePair], objective: Any) -> None:
     tokenized = gr.tokenize_pairs(both.model, pairs[1:2])[0]
-    found = gr.attribute(both.model, pairs[1], method="integrated_gradients", n_steps=4, objective=objective)
+    found = gr.attribute(both.model, pairs[1], **PAPER, n_steps=4, objective=objective)
     assert relative_error(found.scores, captum_scores(both.hf, tokenized, 4, objective=objective)) < GRADIENT_RTOL
 
 

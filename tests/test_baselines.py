@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,8 @@ from oracles import block, margin, pair_logprobs, residuals
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from vision_families import FAMILIES, build, picture
+from vision_families import bridge as vision_bridge
 
 import grains_tl as gr
 from grains_tl.baselines import heads as heads_room
@@ -232,7 +235,7 @@ def test_differences_must_fit(bridge: Any, pairs: list[gr.PreferencePair]) -> No
 
 
 def output_projection(hf: Any, layer: int) -> Any:
-    module = block(hf, layer)
+    module: Any = block(hf, layer)
     return module.self_attn.o_proj if hasattr(module, "self_attn") else module.attn.c_proj
 
 
@@ -297,6 +300,37 @@ def test_heads_are_read_and_moved_as_in_hugging_face(
     assert (moved - margins(gr.score_pairs(model, toks))).abs().max() > 1e-2
 
 
+def test_heads_see_the_images() -> None:
+    """LLaVA: head outputs as in the plain model that is given ids and pixel values."""
+    pytest.importorskip("PIL")
+    family = next(f for f in FAMILIES if f.name == "LLaVA")
+    model, hf = vision_bridge(family), build(family)
+    pairs = [
+        gr.PreferencePair(prompt="question : what is this ?", chosen=" cat", rejected=" big dog", image=picture(i))
+        for i in range(3)
+    ]
+    toks = gr.tokenize_pairs(model, pairs)
+    found = heads_room.read_out_heads(model, toks, layers=[1], max_tokens=60)
+    kept: list[Tensor] = []
+    projection = hf.model.language_model.layers[1].self_attn.o_proj
+    handle = projection.register_forward_pre_hook(lambda module, args: kept.append(args[0][0, -1].view(4, 8)))
+    for t in toks:
+        for response in (t.chosen, t.rejected):
+            with torch.no_grad():
+                hf(torch.tensor([t.prompt + response]), pixel_values=t.images.inputs["pixel_values"])
+    handle.remove()
+    assert torch.allclose(found.flatten(0, 1)[:, 0], torch.stack(kept), atol=ATOL)
+    assert (found[0] - found[1]).abs().max() > 1e-2  # same words, other picture
+    before = gr.score_pairs(model, toks)
+    steered = gr.score_pairs(model, toks, gr.head_vectors(model, pairs, layers=[1]).hooks(0.5))
+    assert (steered - before).abs().max() > 1e-3
+    if importlib.util.find_spec("peft"):
+        with gr.lora_adapter(model, pairs, n_epochs=2, learning_rate=1e-2, progress=False) as run:
+            assert run.losses[-1] < run.losses[0]
+            assert not any("vision" in name for name in run.modules)
+        assert torch.equal(gr.score_pairs(model, toks), before)
+
+
 def test_probes_are_scikit_learns(bridge: Any, hf: Any, pairs: list[gr.PreferencePair]) -> None:
     toks = gr.tokenize_pairs(bridge, pairs)
     z = heads_room.read_out_heads(bridge, toks, layers=LAYERS).double().numpy()
@@ -347,11 +381,12 @@ def test_alpha_zero_of_heads_changes_no_bit(model: Any, pairs: list[gr.Preferenc
 
 
 def test_refused_heads(bridge: Any, pairs: list[gr.PreferencePair], unchecked: None) -> None:
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"n_heads": 5}, "have 4 heads"),
         ({"direction": "pca"}, "'mean_shift' or 'probe'"),
         ({"layers": [7]}, "do not exist"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(ValueError, match=message):
             gr.head_vectors(bridge, pairs, **{"layers": [1], **options})
     with pytest.raises(ValueError, match="at least 2 records"):
@@ -548,5 +583,6 @@ def test_all_baselines_on_smollm2(smollm2: SimpleNamespace) -> None:
 
     assert torch.equal(gr.score_pairs(model, toks), base)
     assert effect["caa"] > 1 and effect["icv"] > 1
-    assert effect["prompt"] > 0 and effect["lora"] > 0
+    assert effect["lora"] > 0
+    assert (kind - unkind).abs().max() > 0.1  # the instruction is read, whether or not it is heeded
     assert all(abs(effect[name]) < effect["caa"] for name in ("random_direction", "orthogonal_direction"))

@@ -112,7 +112,7 @@ def test_mc1_and_mc2_by_hand() -> None:
         1.0,
     ]  # a tie is not won; another right answer does not count
     e = torch.tensor(scores.tolist(), dtype=torch.float64).exp()
-    by_hand = [
+    by_hand: list[Any] = [
         (e[0, 0] + e[0, 1]) / e[0].sum(),
         (e[1, 0] + e[1, 1]) / e[1].sum(),
         0.5,
@@ -141,9 +141,10 @@ def test_scores_must_belong_to_the_questions() -> None:
         ("q", (" a",), (True,), "at least two choices"),
         ("q", (" a", " b"), (True,), "1 labels"),
         ("q", (" a", " "), (True, False), "choice is empty"),
-        ("q", (" a", " a"), (True, False), "stands there twice"),
-        ("q", (" a", " b"), (True, True), "one right and one wrong"),
-        ("q", (" a", " b"), (False, False), "one right and one wrong"),
+        ("q", (" a", " b", " b"), (True, False, False), "stands there twice"),
+        ("q", (" a", " a"), (True, False), "another wrong one"),
+        ("q", (" a", " b"), (True, True), "at least one right choice and another wrong"),
+        ("q", (" a", " b"), (False, False), "at least one right choice and another wrong"),
     ],
 )
 def test_bad_questions_are_refused(prompt: str, choices: Any, labels: Any, message: str) -> None:

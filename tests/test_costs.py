@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,13 @@ def test_against_plain_hugging_face(model: Any, hf: Any) -> None:
     vectors, alphas = vectors_of(), [-0.3, 0.3]
     costs = gr.text_costs(model, grid({"v": vectors}, [0, 2], alphas), TEXTS)
     assert len(costs) == 2 * 2 * len(TEXTS)
-    for row in costs.itertuples():
+    rows: Any = costs.itertuples()
+    for row in rows:
         ids = torch.tensor([model.tokenizer(TEXTS[row.text])["input_ids"]])
         step = row.alpha * vectors.resid_norms[row.layer] * vectors.directions[row.layer]
         with torch.no_grad():
             base = hf(ids, labels=ids)
-            with edited(hf, row.layer, lambda act, step=step: steered(act, step, renorm=True)):
+            with edited(hf, row.layer, partial(steered, step=step, renorm=True)):
                 new = hf(ids, labels=ids)
         p, q = (x.logits[0, :-1].log_softmax(-1) for x in (base, new))
         assert row.n_tokens == ids.shape[1] - 1
@@ -180,6 +182,7 @@ def test_effect_at_equal_kl_of_a_model(bridge: Any, pairs: list[gr.PreferencePai
     found, costs = gr.sweep_records(
         bridge, named, pairs, layers=[1], alphas=[0.1, 0.2, 0.4], neutral=TEXTS, progress=False
     )
+    assert costs is not None
     table = gr.summarize(found, costs).query("vector == 'b' and alpha == 0.2").iloc[0]
     row = gr.effect_at_kl(found, costs, kl=table["kl"], n=20).query("vector == 'b'").iloc[0]
     assert (row["alpha"], row["effect"]) == pytest.approx((0.2, table["effect"]))

@@ -276,7 +276,7 @@ def test_interruption_keeps_what_is_done(
     """Ctrl-C in the middle of a record: the ones before it are in the file."""
     tokenized, path = gr.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
     wanted = attribute_records(bridge, tokenized, OPTIONS)
-    true, calls = gr.attribution._gradient_scores, []
+    true, calls = gr.attribution.compute, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -285,7 +285,7 @@ def test_interruption_keeps_what_is_done(
         return true(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gr.attribution, "_gradient_scores", interrupted)
+        patch.setattr(gr.attribution, "compute", interrupted)
         with pytest.raises(KeyboardInterrupt):
             attribute_records(bridge, tokenized, OPTIONS, max_tokens=1, checkpoint=path)
     assert len(path.read_text().splitlines()) == n_done

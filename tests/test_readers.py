@@ -96,6 +96,15 @@ def test_best_incorrect_answer_is_the_binary_question() -> None:
     assert len(item.choices) == 4
 
 
+def test_an_answer_on_both_sides_stays_there() -> None:
+    """TruthfulQA has "Unknown" among the right and the wrong answers of one question."""
+    row = {**CSV_ROW, "Incorrect Answers": "Blue light does not go deep; It has no oxygen; It has no oxygen."}
+    (item,) = gr.load_benchmark("truthfulqa", [row]).items
+    assert item.labels == (True, True, False, False)
+    assert item.choices[0] == item.choices[2]
+    assert item.pair().rejected == " It has no oxygen."
+
+
 def test_prompt_formats() -> None:
     def prompt(prompt_format: str) -> Any:
         return gr.load_benchmark("faitheval", [FAITH_ROW], prompt_format=prompt_format).items[0]
@@ -169,10 +178,13 @@ def without(row: dict[str, Any], column: str) -> dict[str, Any]:
         ("truthfulqa", {**CSV_ROW, "Incorrect Answers": ";"}, "column 'Incorrect Answers': ';'; a list of texts"),
         ("truthfulqa", without(CSV_ROW, "Correct Answers"), "no column 'Correct Answers'"),
         ("truthfulqa", {**GENERATION_ROW, "correct_answers": "one"}, "'correct_answers': 'one'; a list of texts"),
-        ("truthfulqa", {**GENERATION_ROW, "incorrect_answers": ["Red light goes deeper"]}, "row 1: the choice"),
+        (
+            "truthfulqa",
+            {**GENERATION_ROW, "incorrect_answers": ["Blue light does not go deep"]},
+            "row 1: the labels are",
+        ),
         ("truthfulqa", without(MC_ROW, "mc2_targets"), "no column 'mc2_targets' \\(a mapping with choices and labels"),
         ("truthfulqa", {**MC_ROW, "mc1_targets": {"choices": ["a"], "labels": []}}, "as many choices as labels"),
-        ("truthfulqa", {**MC_ROW, "mc1_targets": {"choices": ["It has no oxygen."], "labels": [1]}}, "one label for"),
         ("toxigen", {**ANNOTATED, "toxicity_human": "high"}, "'toxicity_human': 'high'; a number is wanted"),
         ("toxigen", {**ANNOTATED, "toxicity_ai": float("nan")}, "a finite number is wanted"),
         ("toxigen", {"prompt": "a", "generation": "b"}, "no column 'roberta_prediction' \\(a number"),
@@ -189,7 +201,7 @@ def without(row: dict[str, Any], column: str) -> dict[str, Any]:
         (
             "anthropic",
             {**PERSONA, "answer_not_matching_behavior": " Yes"},
-            "row 1: the choice ' Yes' stands there twice",
+            "row 1: the labels are",
         ),
         ("anthropic", ["a", "b"], "row 1 is a list; a mapping"),
     ],
@@ -263,5 +275,8 @@ def test_real_mmlu() -> None:
 def test_real_anthropic_sets() -> None:
     for path in sorted(need(DATA / "anthropic_evals").glob("*.jsonl")):
         pairs = gr.load_benchmark("anthropic", path).pairs
-        assert len(pairs) == sum(1 for line in path.open(encoding="utf-8") if line.strip())
-        assert {pair.chosen for pair in pairs} == {pair.rejected for pair in pairs}
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        expected = [(row["answer_matching_behavior"], row["answer_not_matching_behavior"]) for row in rows]
+        assert [(str(p.chosen).strip(), str(p.rejected).strip()) for p in pairs] == [
+            (a.strip(), b.strip()) for a, b in expected
+        ]

@@ -130,7 +130,9 @@ def test_integrated_gradients_equal_captum(real: Any, plain: Any, bundled: bool)
     record = gr.load_bundled("sentiment", "build")[0] if bundled else several
     (pair,) = gr.tokenize_pairs(real, [record])
     assert bundled or min(len(pair.chosen), len(pair.rejected)) > 1
-    found = gr.attribute(real, record, method="integrated_gradients", n_steps=8)
+    found = gr.attribute(
+        real, record, method="integrated_gradients", n_steps=8, baseline="zero", nodes="gauss_legendre"
+    )
     embeds = plain.get_input_embeddings()(torch.tensor([pair.prompt]))
     captum = IntegratedGradients(lambda x: margin(plain, pair, prompt_embeds=x))
     wanted = captum.attribute(embeds, torch.zeros_like(embeds), n_steps=8, method="gausslegendre").sum(-1)[0]

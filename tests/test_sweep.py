@@ -21,8 +21,9 @@ from oracles import block, edited, n_blocks, pair_logprobs, response_logprobs, s
 import grains_tl as gr
 from grains_tl.checkpoint import open_checkpoint
 from grains_tl.choices import binary_accuracy, mc1, mc2, score_choices
+from grains_tl.effects import record_id
 from grains_tl.evaluate import Setting, run_settings
-from grains_tl.scoring import batch_logprobs, prepare_restart, score_batches
+from grains_tl.scoring import batch_logprobs, prepare_restart, restart_logprobs, score_batches
 from grains_tl.sweep import counted_token_layers, grid
 
 ATOL = 1e-4  # nats; the promise of the sweep
@@ -73,7 +74,8 @@ def test_restart_naive_and_hugging_face_agree(
     tokenized = gr.tokenize_pairs(model, pairs)
     base = [float(a - b) for a, b in (pair_logprobs(hf, t) for t in tokenized)]
     assert len(found) == 2 * len(LAYERS) * len(ALPHAS) * len(pairs)
-    for (name, _, layer, alpha), group in found.groupby(COLUMNS):
+    groups: Any = found.groupby(COLUMNS)
+    for (name, _, layer, alpha), group in groups:
         wanted = by_hand(hf, tokenized, named[name], alpha, layer)
         naive = gr.score_pairs(model, tokenized, named[name].hooks(alpha, [layer])).double()
         np.testing.assert_allclose(group["margin"], wanted, atol=ATOL, rtol=0)
@@ -90,10 +92,12 @@ def test_several_settings_in_one_pass(architecture: str, pairs: list[gr.Preferen
     tokenized = gr.tokenize_pairs(model, pairs)
     vectors = vectors_of()
     (_, batch), *_ = score_batches(model, tokenized)
-    assert prepare_restart(model, batch, [1], copies=True).tiles
+    restart = prepare_restart(model, batch, [1], copies=True)
+    assert restart.tiles
+    assert restart.packing is not None
     with counted_token_layers(model) as count:
         found = dict(run_settings(model, batch, grid({"v": vectors}, [1], [0.1, 0.2, 0.4]), max_tokens=10_000))
-    assert count[-1] == 3 * batch.ids.numel()
+    assert count[-1] == 3 * restart.packing.row.numel()
     for i, alpha in enumerate([0.1, 0.2, 0.4]):
         wanted = by_hand(hf, gr.tokenize_pairs(model, pairs), vectors, alpha, 1)
         order = next(iter(score_batches(model, tokenized)))[0]
@@ -112,6 +116,57 @@ def test_a_block_argument_that_cannot_be_copied(bridge: Any, pairs: list[gr.Pref
     for i, logprobs in run_settings(bridge, batch, settings, max_tokens=10_000):
         hooks: Any = [] if i is None else settings[i].hooks
         torch.testing.assert_close(logprobs, batch_logprobs(bridge, batch, hooks), atol=ATOL, rtol=0)
+
+
+LONG = ("the film was very good and the room was warm and", " we liked it . yes", " they hated this hotel")
+
+
+@pytest.mark.parametrize("n_records", [1, 3])  # without and with padding, which blocks are told differently
+def test_responses_share_their_prompt(bridge: Any, hf: Any, n_records: int) -> None:
+    """Two long responses in one row: fewer tokens, the same numbers as apart; also in several copies and in scopes."""
+    rows = [LONG, (LONG[0] + " one two", " yes we liked the soup", " no"), ("it was", " cold soup", " warm soup")][
+        :n_records
+    ]
+    pairs = [gr.PreferencePair(*r) for r in rows]  # type: ignore[arg-type]
+    tokenized, vectors = gr.tokenize_pairs(bridge, pairs), vectors_of()
+    ((_, batch),) = score_batches(bridge, tokenized)
+    restart = prepare_restart(bridge, batch, [0], copies=True)
+    assert restart.packing is not None
+    assert restart.tiles
+    with counted_token_layers(bridge) as count:
+        for _ in run_settings(bridge, batch, grid({"v": vectors}, [1], [0.1, 0.2]), max_tokens=10_000):
+            pass
+    assert count[-1] == 2 * restart.packing.row.numel() < 2 * 0.9 * batch.ids.numel()
+    for positions in ("all", "prompt", "generated", "last"):
+        found = gr.record_effects(bridge, pairs, grid({"v": vectors}, [0, 1], [-0.4, 0.4], positions=positions))  # type: ignore[arg-type]
+        groups: Any = found.groupby(["layer", "alpha"])
+        for (layer, alpha), group in groups:
+            wanted = gr.score_pairs(
+                bridge,
+                tokenized,
+                lambda b, a=alpha, i=layer, p=positions: vectors.hooks(a, [i], positions=p, prompt_len=b.prompt_len),  # type: ignore[misc]
+            )
+            np.testing.assert_allclose(group["margin"], wanted[:, 0] - wanted[:, 1], atol=ATOL, rtol=0)
+            if positions == "all":
+                np.testing.assert_allclose(
+                    group["margin"], by_hand(hf, tokenized, vectors, alpha, layer), atol=ATOL, rtol=0
+                )
+
+
+def test_hooks_that_tell_rows_apart_are_not_packed(bridge: Any) -> None:
+    """A hook may steer the prompt of one response only: then the prompt is not shared."""
+    tokenized = gr.tokenize_pairs(bridge, [gr.PreferencePair(*LONG)])
+    ((_, batch),) = score_batches(bridge, tokenized)
+    restart = prepare_restart(bridge, batch, [0])
+    assert restart.packing is not None
+    mask = torch.zeros(2, batch.ids.shape[1], dtype=torch.bool)
+    mask[0] = True
+    hooks = vectors_of().hooks(0.4, [0], positions=mask)
+    found = restart_logprobs(bridge, restart, 0, hooks)
+    torch.testing.assert_close(found, batch_logprobs(bridge, batch, hooks), atol=ATOL, rtol=0)
+    everywhere = batch_logprobs(bridge, batch, vectors_of().hooks(0.4, [0]))
+    torch.testing.assert_close(found[0, 0], everywhere[0, 0], atol=ATOL, rtol=0)
+    assert abs(found[0, 1] - everywhere[0, 1]) > 0.01
 
 
 @pytest.mark.parametrize("positions", ["prompt", "generated", "last"])
@@ -144,7 +199,8 @@ def test_columns_of_a_pair_by_hand(bridge: Any, hf: Any, pairs: list[gr.Preferen
     vectors, layer, alpha = vectors_of(), 2, -0.4
     found, _ = gr.sweep_records(bridge, vectors, pairs, layers=[layer], alphas=[alpha], progress=False)
     step = alpha * vectors.resid_norms[layer] * vectors.directions[layer]
-    for row, t in zip(found.itertuples(), gr.tokenize_pairs(bridge, pairs), strict=True):
+    rows: Any = found.itertuples()
+    for row, t in zip(rows, gr.tokenize_pairs(bridge, pairs), strict=True):
         with torch.no_grad():
             base = torch.stack(pair_logprobs(hf, t))[:, 0].double()
             token_base = torch.stack(pair_logprobs(hf, t, "mean"))[:, 0].double()
@@ -166,7 +222,8 @@ def test_questions_with_several_answers(bridge: Any, hf: Any, questions: list[gr
     settings = grid({"v": vectors}, [layer], [alpha])
     found = gr.record_effects(bridge, questions, settings)
     step = alpha * vectors.resid_norms[layer] * vectors.directions[layer]
-    for row, item in zip(found.itertuples(), questions, strict=True):
+    rows: Any = found.itertuples()
+    for row, item in zip(rows, questions, strict=True):
         prompt = bridge.tokenizer(item.prompt)["input_ids"]
         answers = [bridge.tokenizer(c)["input_ids"] for c in item.choices]
         with torch.no_grad(), edited(hf, layer, lambda act: steered(act, step, renorm=True)):
@@ -287,11 +344,15 @@ def the_sweep(model: Any, checkpoint: Any, **changed: Any) -> tuple[pd.DataFrame
     records = [
         gr.PreferencePair(f"the {a} film was {b} and", f" {a}", f" {b} but cold") for a in words for b in words[:2]
     ]
-    options = {"alphas": [-0.2, -0.1, 0.1, 0.2, 0.4], "positions": ["all", "last"], "max_tokens": 40} | changed
+    options: dict[str, Any] = {
+        "alphas": [-0.2, -0.1, 0.1, 0.2, 0.4],
+        "positions": ["all", "last"],
+        "max_tokens": 40,
+    } | changed
     texts = ["the film was good", "we hated it . it was very bad"]
     named = {"a": vectors_of(0), "b": vectors_of(1)}
     return gr.sweep_records(
-        model, named, [r for r in records if r.chosen.strip() not in r.rejected], neutral=texts, progress=False,
+        model, named, [r for r in records if str(r.chosen).strip() not in r.rejected], neutral=texts, progress=False,
         checkpoint=checkpoint, **options,
     )  # fmt: skip
 
@@ -366,7 +427,8 @@ def test_a_larger_grid_computes_what_is_new(bridge: Any, tmp_path: Path) -> None
 
 
 def test_other_settings_are_not_mixed_up(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
-    path, options = tmp_path / "c.jsonl", {"alphas": [0.2], "progress": False}
+    path = tmp_path / "c.jsonl"
+    options: dict[str, Any] = {"alphas": [0.2], "progress": False}
     gr.sweep(bridge, vectors_of(0), pairs, checkpoint=path, **options)
     for change in ({"vectors": vectors_of(1)}, {"operator": "add"}, {"objective": "mean"}, {"positions": "last"}):
         changed: dict[str, Any] = {"vectors": vectors_of(0), **options, **change}
@@ -381,12 +443,28 @@ def test_other_settings_are_not_mixed_up(bridge: Any, pairs: list[gr.PreferenceP
 
 
 def test_the_same_record_twice(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
-    for checkpoint in (None, tmp_path / "c.jsonl"):
-        frame, _ = gr.sweep_records(
-            bridge, vectors_of(), [pairs[0], pairs[1], pairs[0]], max_tokens=1, progress=False, checkpoint=checkpoint
-        )
-        one, twin = (frame.query("record == @i")["change"].tolist() for i in (0, 2))
-        assert one == twin
+    for max_tokens in (1, 4000):  # in batches of their own, and in one
+        path = tmp_path / f"{max_tokens}.jsonl"
+        for checkpoint in (None, path):
+            frame, _ = gr.sweep_records(
+                bridge,
+                vectors_of(),
+                [pairs[0], pairs[1], pairs[0]],
+                max_tokens=max_tokens,
+                progress=False,
+                checkpoint=checkpoint,
+            )
+            one, twin = (frame.query("record == @i")["change"].tolist() for i in (0, 2))
+            assert one == twin
+        assert len(keys_of(path)) == len(set(keys_of(path))) == 2 * (2 * len(LAYERS) + 1)
+
+
+def test_the_image_is_part_of_a_record() -> None:
+    """Two pictures under the same words are two records, one picture in two forms is one."""
+    one, other = np.zeros((4, 4, 3), dtype=np.uint8), np.full((4, 4, 3), 9, dtype=np.uint8)
+    ids = [record_id(gr.PreferencePair("this is", " a film", " a hotel", image=i)) for i in (None, one, [one], other)]
+    assert ids[1] == ids[2]
+    assert len(set(ids)) == 3
 
 
 def test_files_that_are_no_checkpoint_are_refused(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grains_tl.batches import by_token_budget, pad_rows
+from grains_tl.batches import by_token_budget, image_inputs, pad_rows
 from grains_tl.caching import read_out
 from grains_tl.models import hooked, require_layers, run_blocks
 from grains_tl.scoring import MAX_TOKENS
@@ -31,7 +31,8 @@ class HeadVectors:
         heads: (layer, head) of each row.
         directions: ``[head, d_head]``, unit length; +alpha pushes towards chosen.
         sigmas: ``[head]`` standard deviation of the building records' activations along the direction, ITI's unit.
-        writes: ``[head, d_model]`` what a unit step at the head adds to the residual stream (direction times W_O).
+        writes: ``[head, d_model]`` what a unit step at the head adds to the attention output (direction times W_O); where no
+            norm follows it, to the residual stream.
         resid_norm: typical residual norm after the highest steered layer, the unit of ``alpha``.
         accuracies: ``[head]`` cross-validated accuracy of the probe, records kept together.
     """
@@ -168,10 +169,12 @@ def read_out_heads(
     """``hook_z`` at the last token of prompt + chosen (0) and prompt + rejected (1)."""
     wanted = require_layers(model, layers)
     rows = [t.prompt + response for t in tokenized for response in (t.chosen, t.rejected)]
+    images = [t.images for t in tokenized for _ in range(2)]
     found: list[Tensor | None] = [None] * len(rows)
     with torch.no_grad():
         for group in by_token_budget([len(row) for row in rows], max_tokens):
-            ids, mask, _ = pad_rows(model, [rows[g] for g in group])
+            ids, mask, offset = pad_rows(model, [rows[g] for g in group])
+            inputs = image_inputs(model, [images[g] for g in group], ids, offset)
             last = torch.tensor([len(rows[g]) - 1 for g in group], device=ids.device)
             kept: list[Tensor] = []
 
@@ -181,7 +184,7 @@ def read_out_heads(
                 kept.append(act.detach()[torch.arange(len(last), device=last.device), last].float().cpu())
 
             with hooked(model, [(f"blocks.{layer}.attn.hook_z", keep) for layer in wanted]):
-                run_blocks(model, ids, mask, stop=wanted[-1] + 1)
+                run_blocks(model, ids, mask, wanted[-1] + 1, inputs)
             for place, g in enumerate(group):
                 found[g] = torch.stack([z[place] for z in kept])
     return torch.stack([f for f in found if f is not None]).unflatten(0, (len(tokenized), 2))

@@ -5,6 +5,8 @@ same. Nothing global in matplotlib changes. Tokens and names are data: they are 
 text or markup.
 """
 
+from grains_tl.plotting.analysis import plot_cosines, plot_patching, plot_probes
+from grains_tl.plotting.comparison import plot_comparison
 from grains_tl.plotting.effects import plot_controls, plot_layers
 from grains_tl.plotting.style import figure_png
 from grains_tl.plotting.sweeps import plot_cost, plot_heatmap, plot_records, plot_token_logprobs
@@ -12,10 +14,14 @@ from grains_tl.plotting.tokens import plot_tokens, show_tokens
 
 __all__ = [
     "figure_png",
+    "plot_comparison",
     "plot_controls",
+    "plot_cosines",
     "plot_cost",
     "plot_heatmap",
     "plot_layers",
+    "plot_patching",
+    "plot_probes",
     "plot_records",
     "plot_token_logprobs",
     "plot_tokens",

@@ -42,8 +42,8 @@ def plot_heatmap(
     """One vector's effect over layers and alphas: blue above 0, red below, white at 0.
 
     Args:
-        frame: columns ``layer``, ``alpha`` and ``value``, one row per cell; a cell that is missing or NaN is hatched.
-            Where there is a column ``vector``, it holds one name.
+        frame: columns ``layer``, ``alpha`` and ``value``, one row per cell, as ``sweep`` makes them; a cell that is missing
+            or NaN is hatched. Where there is a column ``vector`` or ``positions``, it holds one name.
         chosen: ``(layer, alpha)`` of the cell to mark.
         value: the column to colour by.
         label: what it is, with its unit.
@@ -111,7 +111,8 @@ def plot_cost(frame: pd.DataFrame, *, scale: Literal["linear", "log"] = "linear"
 
     Args:
         frame: columns ``vector``, ``layer``, ``alpha``, ``effect``, ``effect_se``, ``kl`` and ``kl_se`` (nats), one row
-            per vector, layer and alpha. A row whose effect or KL is NaN is left out.
+            per vector, layer and alpha (and ``positions``, where there is such a column), as ``summarize`` makes them.
+            A row whose effect or KL is NaN is left out.
         scale: of the KL axis; ``"log"`` leaves out rows with a KL of 0.
 
     Returns:
@@ -125,6 +126,8 @@ def plot_cost(frame: pd.DataFrame, *, scale: Literal["linear", "log"] = "linear"
         raise ValueError(f"scale={scale!r}; it is 'linear' or 'log'")
     columns = ("layer", "alpha", "effect", "effect_se", "kl", "kl_se")
     points = numbers(frame, "vector", columns)
+    if "positions" in frame.columns and frame["positions"].nunique() > 1:
+        points["vector"] += [f", {scope}" for scope in frame["positions"]]
     _no_repeats(points, ["vector", "layer", "alpha"])
     points = points[points.effect.notna() & points.kl.notna() & points.alpha.notna()]
     points = points[points.kl > 0] if scale == "log" else points
@@ -168,7 +171,8 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
 
     Args:
         frame: columns ``record`` (a name or number) and ``change`` (nats), one row per record; a NaN is left out and
-            counted in the title. Where there is a column ``vector``, it holds one name.
+            counted in the title. It is one setting of ``record_effects``: columns ``vector``, ``positions``, ``layer``
+            and ``alpha``, where there are any, hold one value.
         label: what ``change`` is, with its unit.
 
     Returns:
@@ -180,6 +184,8 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
     from matplotlib.ticker import MaxNLocator
 
     vector = _one_vector(frame)
+    for column in ("layer", "alpha"):
+        _one(frame, column)
     rows = numbers(frame, "record", ("change",))
     _no_repeats(rows, ["record"])
     missing = int(rows.change.isna().sum())
@@ -233,20 +239,16 @@ def plot_token_logprobs(frame: pd.DataFrame, *, width: float = 8.0) -> Any:
     Raises:
         ValueError: missing columns or no rows.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
     rows = numbers(frame, "token", ("before", "after"))
     change = rows.after - rows.before
     top = largest([v for v in change if math.isfinite(v)])
     lowest = min([v for v in (*rows.before, *rows.after) if math.isfinite(v)], default=0.0) or -1.0
-    paint = {
-        "change": ScalarMappable(
-            Normalize(-top, top), LinearSegmentedColormap.from_list("c", [REJECTED, "white", CHOSEN])
-        ),
-        "log p": ScalarMappable(Normalize(lowest, 0.0), LinearSegmentedColormap.from_list("p", ["#8C8C8C", "white"])),
-    }
+    changes = LinearSegmentedColormap.from_list("change", [REJECTED, "white", CHOSEN])
+    greys = LinearSegmentedColormap.from_list("log p", ["#8C8C8C", "white"])
+    paint = {"change": lambda v: changes(0.5 + 0.5 * v / top), "log p": lambda v: greys(1 - v / lowest)}
     strips: list[tuple[str, Sequence[float], str]] = [
         ("before", list(rows.before), "log p"),
         ("after", list(rows.after), "log p"),
@@ -278,7 +280,7 @@ def plot_token_logprobs(frame: pd.DataFrame, *, width: float = 8.0) -> Any:
             ax.text(x + box / 2, y + cell / 2, word, ha="center", va="center_baseline", parse_math=False)
             for row, (_, values, kind) in enumerate(strips, start=1):
                 finite = math.isfinite(values[i])
-                face = paint[kind].to_rgba(values[i]) if finite else (0.93, 0.93, 0.93, 1.0)
+                face = paint[kind](values[i]) if finite else (0.93, 0.93, 0.93, 1.0)
                 dark = 0.2126 * face[0] + 0.7152 * face[1] + 0.0722 * face[2] < 0.45
                 ax.add_patch(Rectangle((x, y + row * cell), box, cell, fc=face, ec="#CCCCCC", lw=0.6))
                 ink = "white" if dark else "black"
@@ -288,19 +290,30 @@ def plot_token_logprobs(frame: pd.DataFrame, *, width: float = 8.0) -> Any:
 
 
 def _one_vector(frame: pd.DataFrame) -> str:
-    """The name in the column ``vector``, empty without one (ValueError for several)."""
-    found = list(dict.fromkeys(frame["vector"].astype(str))) if "vector" in frame.columns else []
+    """The name in the column ``vector``, empty without one (ValueError for several vectors or scopes)."""
+    _one(frame, "positions")
+    return _one(frame, "vector")
+
+
+def _one(frame: pd.DataFrame, column: str) -> str:
+    """The only value of a column, empty without the column."""
+    found = list(dict.fromkeys(frame[column])) if column in frame.columns else []
     if len(found) > 1:
+        shown = ", ".join(str(value) for value in found[:4])
+        only = found[0] if isinstance(found[0], str) else float(found[0])
         raise ValueError(
-            f"the table holds {len(found)} vectors {found[:4]}; plot one: frame[frame.vector == {found[0]!r}]"
+            f"the table holds {len(found)} values of {column!r} ({shown}); plot one: frame[frame.{column} == {only!r}]"
         )
-    return found[0] if found else ""
+    return str(found[0]) if found else ""
 
 
 def _no_repeats(frame: pd.DataFrame, columns: list[str]) -> None:
     twice = frame[frame.duplicated(columns)]
     if len(twice):
-        place = ", ".join(f"{column} {twice.iloc[0][column]!r}" for column in columns)
+        values = [(column, twice.iloc[0][column]) for column in columns]
+        place = ", ".join(
+            f"{name} {value!r}" if isinstance(value, str) else f"{name} {value:g}" for name, value in values
+        )
         raise ValueError(f"several rows for {place}; give one row for each")
 
 

@@ -1,0 +1,169 @@
+"""Do scores agree: between methods, between seeds, and (they should not) with those of a model of random weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from grains_tl.attribution import Method, attribute_all
+from grains_tl.tokens import TokenizedPair, tokenize_pairs
+from grains_tl.types import Attribution, HookedModel, PreferencePair
+
+
+def rank_correlation(a: Attribution, b: Attribution) -> float:
+    """Spearman's correlation of two sets of scores over the content tokens; NaN if one of them is constant.
+
+    Example:
+        >>> one = Attribution(torch.tensor([.5, -1., 2.]), ["a", "b", "c"], torch.tensor([True] * 3),
+        ...                   torch.tensor([False] * 3), None, 1.5, None, "leave_one_out")
+        >>> rank_correlation(one, one)
+        1.0
+    """
+    from scipy.stats import spearmanr
+
+    if len(a.scores) != len(b.scores):
+        raise ValueError(f"scores of {len(a.scores)} and {len(b.scores)} tokens; they must be of the same prompt")
+    x, y = (s.scores[a.content].nan_to_num(0.0).double().numpy() for s in (a, b))
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return round(float(spearmanr(x, y).statistic), 12)
+
+
+def rank_agreement(found: Mapping[str, Sequence[Attribution]]) -> pd.DataFrame:
+    """Mean rank correlation of every two methods (or seeds, or models) over the same records.
+
+    Args:
+        found: name -> one attribution per record.
+
+    Returns:
+        Columns ``a``, ``b``, ``spearman`` (mean over records), ``se``, ``n`` (records where both have an order).
+
+    Raises:
+        ValueError: different numbers of records.
+    """
+    sizes = {name: len(own) for name, own in found.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"numbers of records differ: {sizes}; compare the same records")
+    rows = []
+    names = list(found)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            values = np.array([rank_correlation(x, y) for x, y in zip(found[a], found[b], strict=True)])
+            rows.append({"a": a, "b": b, **_mean(values)})
+    return pd.DataFrame(rows)
+
+
+def seed_agreement(
+    model: HookedModel,
+    pairs: Sequence[PreferencePair],
+    *,
+    method: Method,
+    seeds: Sequence[int] = (0, 1, 2),
+    **options: Any,
+) -> pd.DataFrame:
+    """``rank_agreement`` of one method with itself under other random draws; 1 for methods that draw nothing.
+
+    Args:
+        model, pairs: as in ``attribute``.
+        method: its name.
+        seeds: at least two.
+        options: further arguments of ``attribute``.
+    """
+    if len(set(seeds)) < 2:
+        raise ValueError(f"seeds={tuple(seeds)}; at least two different ones are needed")
+    tokenized = tokenize_pairs(model, pairs)
+    found = {f"seed {s}": attribute_all(model, tokenized, method=method, seed=s, **options) for s in seeds}
+    return rank_agreement(found)
+
+
+def random_weights_check(
+    model: HookedModel,
+    pairs: Sequence[PreferencePair],
+    *,
+    methods: Sequence[Method] = ("leave_one_out", "gradient_x_input"),
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> pd.DataFrame:
+    """Sanity check (arXiv 1810.03292): scores must change when the model's blocks are made random.
+
+    A method whose ranks survive does not explain what the model learned. Works on a deep copy; the given model is not
+    touched. Every weight matrix of a block is replaced by Gaussian noise of the same mean and spread.
+
+    Args:
+        model, pairs: as in ``attribute``.
+        methods: whose scores to check.
+        layers: blocks to randomise, default all.
+        seed: of the noise.
+        options: further arguments of ``attribute``.
+
+    Returns:
+        One row per method: ``method``, ``spearman`` with the scores on the real weights (mean over records; near 0 is
+        right), ``se``, ``n``.
+
+    Example:
+        >>> random_weights_check(model, pairs, methods=["leave_one_out"])     # doctest: +SKIP
+    """
+    tokenized = tokenize_pairs(model, pairs)
+    chosen = range(int(model.cfg.n_layers)) if layers is None else layers
+    broken = randomised(model, chosen, seed)
+    rows = []
+    for method in methods:
+        real, other = (attribute_all(m, tokenized, method=method, **options) for m in (model, broken))
+        values = np.array([rank_correlation(x, y) for x, y in zip(real, other, strict=True)])
+        rows.append({"method": method, **_mean(values)})
+    return pd.DataFrame(rows)
+
+
+def randomised(model: HookedModel, layers: Sequence[int] | range, seed: int) -> Any:
+    """A deep copy whose blocks have Gaussian weights of the same mean and standard deviation."""
+    found = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    done: set[int] = set()
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in found.blocks[layer].parameters():
+                # a bridge shows some tensors under two names
+                if parameter.ndim < 2 or parameter.data_ptr() in done:
+                    continue
+                done.add(parameter.data_ptr())
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.copy_(parameter.mean() + parameter.std() * noise)
+    return found
+
+
+def _mean(values: np.ndarray) -> dict[str, float]:
+    known = values[~np.isnan(values)]
+    return {
+        "spearman": float(known.mean()) if len(known) else float("nan"),
+        "se": float(known.std(ddof=1) / len(known) ** 0.5) if len(known) > 1 else float("nan"),
+        "n": len(known),
+    }
+
+
+def mean_agreement(found: Sequence[Attribution], reference: Sequence[Attribution]) -> float:
+    """Mean rank correlation with a reference, over the records where both have an order."""
+    return _mean(np.array([rank_correlation(x, y) for x, y in zip(found, reference, strict=True)]))["spearman"]
+
+
+def random_attributions(tokenized: Sequence[TokenizedPair], generator: torch.Generator) -> list[Attribution]:
+    """Scores drawn by chance: the baseline that any method must beat."""
+    return [
+        Attribution(
+            scores=torch.randn(len(t.prompt), generator=generator),
+            tokens=list(t.strings),
+            content=torch.tensor(t.content),
+            is_image=torch.tensor(t.is_image),
+            gap=None,
+            objective=float("nan"),
+            baseline_objective=None,
+            method="random_tokens",
+            steps=0,
+        )
+        for t in tokenized
+    ]

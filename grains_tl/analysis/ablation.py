@@ -1,0 +1,164 @@
+"""Taking a direction, or a span of directions, out of the residual stream, and what the model loses by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from grains_tl.analysis.runs import margins_and_kl
+from grains_tl.controls import random_direction_vectors
+from grains_tl.evaluate import mean_and_se
+from grains_tl.models import require_layers, resid_post
+from grains_tl.objectives import Objective
+from grains_tl.scoring import MAX_TOKENS
+from grains_tl.tokens import TokenizedPair
+from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors import SteeringVectors
+
+
+def ablate_hooks(
+    vectors: SteeringVectors | Sequence[SteeringVectors],
+    layers: Sequence[int] | None = None,
+    *,
+    from_layer: int | None = None,
+    center: Mapping[int, Float[Tensor, "d_model"]] | None = None,
+) -> FwdHooks:
+    """Project the residual stream onto the complement of the vectors' span, after each of some blocks.
+
+    With one vector and no ``center`` this is ``vectors.hooks(1.0, layers, operator="ablate")``.
+
+    Args:
+        vectors: one set, or several whose span is taken out (directions that depend on each other count once).
+        layers: where; default all layers of the first set.
+        from_layer: take the directions of this one layer out everywhere (as arXiv 2406.11717 does with one direction);
+            default each layer's own.
+        center: a residual ``[d_model]`` per layer whose component is kept, for example the mean over records: the
+            stream then loses what varies along the span, not its typical position (mean ablation). Default zero.
+
+    Returns:
+        ``[(hook name, fn)]``, pure functions for ``run_with_hooks`` next to any others.
+
+    Raises:
+        ValueError: a layer that is not stored or has no ``center``, no vectors, different ``d_model``.
+
+    Example:
+        >>> v = SteeringVectors(torch.tensor([[0.0, 1.0]]), (4,), torch.ones(1), torch.ones(1))
+        >>> name, fn = ablate_hooks(v)[0]
+        >>> fn(torch.tensor([[[3.0, 5.0]]]), hook=None).tolist()
+        [[[3.0, 0.0]]]
+    """
+    every = [vectors] if isinstance(vectors, SteeringVectors) else list(vectors)
+    if not every:
+        raise ValueError("no vectors given; at least one direction is needed to take out")
+    at = list(every[0].layers if layers is None else layers)
+    if center is not None and set(at) - set(center):
+        raise ValueError(f"center lacks layers {sorted(set(at) - set(center))}; give one residual per ablated layer")
+    hooks: FwdHooks = []
+    for layer in at:
+        basis = span([v.at([layer if from_layer is None else from_layer]).directions[0] for v in every])
+        hooks.append((resid_post(layer), _project_out(basis, None if center is None else center[layer])))
+    return hooks
+
+
+def span(directions: Sequence[Float[Tensor, "d_model"]]) -> Float[Tensor, "rank d_model"]:
+    """An orthonormal basis of the directions' span.
+
+    Example:
+        >>> span([torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 0.0])]).shape
+        torch.Size([1, 2])
+    """
+    sizes = sorted({len(d) for d in directions})
+    if len(sizes) != 1:
+        raise ValueError(f"directions of d_model {sizes} have no common span")
+    _, values, basis = torch.linalg.svd(torch.stack(list(directions)).double(), full_matrices=False)
+    return basis[values > 1e-6 * values.max()].float()
+
+
+def ablation_table(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    vectors: SteeringVectors,
+    *,
+    layers: Sequence[Sequence[int]] | None = None,
+    others: Sequence[SteeringVectors] = (),
+    from_layer: int | None = None,
+    center: Mapping[int, Float[Tensor, "d_model"]] | None = None,
+    n_random: int = 10,
+    seed: int = 0,
+    objective: Objective = "sum",
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What the model loses without the direction, beside random directions of the same rank.
+
+    Args:
+        model, tokenized: the model and the records to measure on.
+        vectors: the direction.
+        layers: sets of layers to ablate at, one measurement each; default every stored layer alone, then all at once.
+        others: further vectors whose span with ``vectors`` is taken out.
+        from_layer, center: as in ``ablate_hooks``.
+        n_random: draws of random directions, as many in each as vectors are given.
+        seed: of the draws.
+        objective, max_tokens, progress: as elsewhere.
+
+    Returns:
+        One row per set of layers for ``vector`` ``"own"`` and one for every random ``draw`` (-1 for own): ``layers``
+        as text, ``rank``, ``margin`` and ``change`` (mean over records, nats), ``change_se``, ``kl`` = KL(ablated ||
+        whole) of the token after the prompt (nats) and ``kl_se``, ``n``.
+
+    Raises:
+        ValueError: layers that do not exist or are not stored, vectors of another model; before anything runs.
+
+    Example:
+        >>> table = ablation_table(model, tokenized, vectors, layers=[[18], [21], [18, 21]])   # doctest: +SKIP
+        >>> table.groupby(["layers", "vector"]).change.mean()                                  # doctest: +SKIP
+    """
+    every = [vectors, *others]
+    for v in every:
+        v.require_match(model)
+    stored = list(vectors.layers)
+    wanted = [[layer] for layer in stored] + [stored] * (len(stored) > 1) if layers is None else layers
+    sets = [require_layers(model, s) for s in wanted]
+    if from_layer is not None:
+        every = [v.at([from_layer]) for v in every]
+    drawn = [random_direction_vectors(v, n_draws=n_random, seed=seed + i) for i, v in enumerate(every)]
+    subjects: list[tuple[str, int, list[SteeringVectors]]] = [("own", -1, every)]
+    subjects += [("random", i, list(draw)) for i, draw in enumerate(zip(*drawn, strict=True))]
+    rows: list[dict[str, Any]] = []
+    settings: list[FwdHooks] = []
+    for at in sets:
+        for name, draw, subject in subjects:
+            settings.append(ablate_hooks(subject, at, from_layer=from_layer, center=center))
+            label = ", ".join(map(str, at)) if len(at) <= 3 else f"{len(at)} layers"
+            source = at[0] if from_layer is None else from_layer
+            rank = len(span([v.at([source]).directions[0] for v in subject]))
+            rows.append({"layers": label, "vector": name, "draw": draw, "rank": rank})
+    base, found, kl = margins_and_kl(
+        model, tokenized, settings, objective=objective, max_tokens=max_tokens, progress=progress
+    )
+    (change, change_se), (kl_mean, kl_se) = mean_and_se(found - base), mean_and_se(kl)
+    return pd.DataFrame(rows).assign(
+        margin=found.mean(-1).tolist(),
+        change=change.tolist(),
+        change_se=change_se.tolist(),
+        kl=kl_mean.tolist(),
+        kl_se=kl_se.tolist(),
+        n=len(tokenized),
+    )
+
+
+def _project_out(basis: Float[Tensor, "rank d_model"], center: Float[Tensor, "d_model"] | None) -> Any:
+    def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+        if act.shape[-1] != basis.shape[1]:
+            raise ValueError(f"directions of d_model {basis.shape[1]} do not fit activations {tuple(act.shape)}")
+        b = basis.to(act.device)
+        h = act.float()  # projections of half-precision residuals round too much
+        offset = h if center is None else h - center.to(h)
+        return (h - (offset @ b.T) @ b).to(act.dtype)
+
+    return hook_fn

@@ -1,0 +1,110 @@
+"""Margins of records under hooks, with the shared part of many runs computed once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from grains_tl.batches import Batch
+from grains_tl.evaluate import margins
+from grains_tl.models import forward_logits, resid_post
+from grains_tl.objectives import Objective, token_logprobs
+from grains_tl.scoring import (
+    MAX_TOKENS,
+    HooksForBatch,
+    batch_logprobs,
+    prepare_restart,
+    restart_logprobs,
+    score_batches,
+)
+from grains_tl.tokens import TokenizedPair
+from grains_tl.types import FwdHooks, HookedModel
+
+#: Hooks -> margins ``[record]`` of one batch, nats.
+RunBatch = Callable[[FwdHooks], Tensor]
+
+
+def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
+    """The hooks of a batch: as given, or as the given function makes them."""
+    return list(hooks(batch)) if callable(hooks) else list(hooks or [])
+
+
+def batch_runner(model: HookedModel, batch: Batch, names: Sequence[str]) -> RunBatch:
+    """A function that runs one batch under hooks on some of ``names``; blocks below all of them run only once.
+
+    The function needs no gradients and gives none.
+    """
+    layer = restart_layer(names)
+    if layer < 0:
+
+        def run_whole(fwd_hooks: FwdHooks) -> Float[Tensor, "record"]:
+            with torch.no_grad():
+                return margins(batch_logprobs(model, batch, fwd_hooks))
+
+        return run_whole
+    restart = prepare_restart(model, batch, [layer])
+    return lambda fwd_hooks: margins(restart_logprobs(model, restart, layer, fwd_hooks))
+
+
+def restart_layer(names: Sequence[str]) -> int:
+    """The highest layer whose ``resid_post`` lies before all these hook points; -1 if there is none.
+
+    Example:
+        >>> restart_layer(["blocks.5.hook_resid_post", "blocks.6.attn.hook_z"])
+        5
+        >>> restart_layer(["blocks.5.hook_mlp_out"]), restart_layer(["hook_embed"])
+        (4, -1)
+    """
+    lowest = []
+    for name in names:
+        found = re.match(r"blocks\.(\d+)\.", str(name))
+        layer = int(found.group(1)) if found else -1
+        lowest.append(layer if name == resid_post(layer) else layer - 1)
+    return max(-1, min(lowest, default=-1))
+
+
+def margins_and_kl(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    settings: Sequence[HooksForBatch],
+    *,
+    objective: Objective = "sum",
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> tuple[Float[Tensor, "record"], Float[Tensor, "setting record"], Float[Tensor, "setting record"]]:
+    """Margins without hooks, margins under every setting, and KL(setting || without hooks) at each prompt's end; nats."""
+    base = torch.zeros(len(tokenized))
+    found, kl = torch.zeros(len(settings), len(tokenized)), torch.zeros(len(settings), len(tokenized))
+    total = (len(settings) + 1) * len(tokenized)
+    with torch.no_grad(), tqdm(total=total, desc="ablate", unit="run", disable=not progress) as bar:
+        for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):
+            base[group], plain = _margins_and_next(model, batch, [])
+            bar.update(len(group))
+            for i, setting in enumerate(settings):
+                found[i, group], changed = _margins_and_next(model, batch, hooks_for(setting, batch))
+                each = (changed.exp() * (changed - plain)).sum(-1).cpu()
+                # a record with two rows has the same prompt in both
+                kl[i, torch.tensor(group)[batch.record.cpu()]] = each
+                bar.update(len(group))
+    return base, found, kl
+
+
+def _margins_and_next(
+    model: HookedModel, batch: Batch, fwd_hooks: FwdHooks
+) -> tuple[Float[Tensor, "record"], Float[Tensor, "row vocab"]]:
+    """Margins, and log-probabilities of the token after each row's prompt."""
+    last = batch.offset + batch.prompt_len - 1
+    targets = batch.keep[batch.target_keep]
+    keep = torch.cat([targets, last]).unique()
+    logits = forward_logits(model, batch.ids, batch.attention_mask, keep, fwd_hooks)
+    scored = logits[batch.target_row, torch.searchsorted(keep, targets)]
+    weighted = token_logprobs(scored, batch.target_id) * batch.target_weight
+    flat = weighted.new_zeros(2 * batch.n_records).index_add(0, batch.target_slot, weighted)
+    row = torch.arange(len(last), device=last.device)
+    following = logits[row, torch.searchsorted(keep, last)].float().log_softmax(-1)
+    return margins(flat.view(-1, 2)).cpu(), following

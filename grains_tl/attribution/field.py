@@ -1,0 +1,229 @@
+"""f and its gradient anywhere around the real inputs: the one place of attribution that runs a model with gradients.
+
+Attribution methods ask a ``Field`` for values and gradients at points of their own; what the points mean (a path from a
+baseline, noise, real tokens) is theirs. A test can hand them a plain function of embeddings instead of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from grains_tl.batches import Batch, by_token_budget, scoring_batch
+from grains_tl.models import attribution_point
+from grains_tl.objectives import Objective
+from grains_tl.scoring import MAX_TOKENS, batch_logprobs
+from grains_tl.tokens import TokenizedPair
+from grains_tl.types import FwdHooks, HookedModel
+
+#: Makes the point to look at, ``[pos, d_model]``; made only when its batch runs, so that few are held at once.
+MakePoint = Callable[[], Tensor]
+
+
+class Run(NamedTuple):
+    """One evaluation: which record, and where (``None``: at its real input)."""
+
+    record: int
+    point: MakePoint | None
+
+
+class Sample(NamedTuple):
+    """What one run found.
+
+    Attributes:
+        run: index of the run.
+        value: f there, nats.
+        point: ``[pos, d_model]`` the prompt's activations there, float32 on the CPU.
+        gradient: ``[pos, d_model]`` of f with respect to them; ``None`` if it was not asked for.
+    """
+
+    run: int
+    value: float
+    point: Tensor
+    gradient: Tensor | None
+
+
+@runtime_checkable
+class Field(Protocol):
+    """f of the prompt's embeddings of some records. ``lengths`` are their numbers of prompt tokens."""
+
+    @property
+    def lengths(self) -> list[int]: ...
+
+    def sample(self, runs: Sequence[Run], *, gradient: bool) -> Iterator[Sample]: ...
+
+
+@dataclass(frozen=True)
+class ModelField:
+    """The contrastive log-likelihood of a model as a function of the prompt's activations at one hook point.
+
+    Attributes:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        records: tokenized records.
+        objective: how response tokens are combined.
+        max_tokens: token budget of one pass.
+        layer: ``None`` for the token embeddings (``attribution_point``), ``l`` for ``blocks.l.hook_resid_pre``: the
+            blocks below run forward only.
+        extra_hooks: makes hooks that run besides; a function because some hold state of one pass.
+    """
+
+    model: HookedModel
+    records: Sequence[TokenizedPair]
+    objective: Objective = "sum"
+    max_tokens: int = MAX_TOKENS
+    layer: int | None = None
+    extra_hooks: Callable[[], FwdHooks] = list
+
+    @property
+    def lengths(self) -> list[int]:
+        """Prompt tokens of each record."""
+        return [len(record.prompt) for record in self.records]
+
+    @property
+    def entry(self) -> str:
+        """The hook point where the points are."""
+        return attribution_point(self.model) if self.layer is None else f"blocks.{self.layer}.hook_resid_pre"
+
+    def sample(self, runs: Sequence[Run], *, gradient: bool) -> Iterator[Sample]:
+        """Evaluate f (and its gradient) at every run, in full batches; the order is the batches'.
+
+        Raises:
+            ValueError: f or a gradient is not finite.
+        """
+        for part, batch in run_batches(
+            self.model, self.records, [r.record for r in runs], self.objective, self.max_tokens
+        ):
+            held: dict[str, Tensor] = {}
+            points = [runs[i].point for i in part]
+            hooks = [
+                (self.entry, _enter(batch, points, self.lengths_of(runs, part), gradient, held)),
+                *self.extra_hooks(),
+            ]
+            with torch.set_grad_enabled(gradient):
+                logprobs = batch_logprobs(self.model, batch, hooks)
+                values = logprobs[:, 0] - logprobs[:, 1]
+                grads = torch.autograd.grad(values.sum(), held["entry"])[0] if gradient else None
+            require_finite(values, "the log-likelihood")
+            if grads is not None:
+                require_finite(grads, "the gradient")
+            yield from self._samples(runs, part, batch, values.detach(), held["entry"].detach(), grads)
+
+    def lengths_of(self, runs: Sequence[Run], part: Sequence[int]) -> list[int]:
+        """Prompt tokens of the runs of one batch."""
+        return [len(self.records[runs[i].record].prompt) for i in part]
+
+    def _samples(
+        self,
+        runs: Sequence[Run],
+        part: Sequence[int],
+        batch: Batch,
+        values: Tensor,
+        entry: Tensor,
+        grads: Tensor | None,
+    ) -> Iterator[Sample]:
+        entry, grads = entry.float().cpu(), None if grads is None else grads.float().cpu()
+        owners, offsets = batch.record.tolist(), batch.offset.tolist()
+        for place, (run, length) in enumerate(zip(part, self.lengths_of(runs, part), strict=True)):
+            rows = [row for row, owner in enumerate(owners) if owner == place]
+            spans = [(row, slice(offsets[row], offsets[row] + length)) for row in rows]
+            # a record with two rows has the same prompt in both: their gradients add up
+            total = None if grads is None else torch.stack([grads[row, span] for row, span in spans]).sum(0)
+            yield Sample(run, float(values[place]), entry[spans[0]].clone(), total)
+
+
+def real_inputs(field: Field) -> tuple[list[Tensor], list[float]]:
+    """The records' real activations ``[pos, d_model]`` and f(x), from forward passes."""
+    found = in_order(field.sample([Run(i, None) for i in range(len(field.lengths))], gradient=False))
+    return [s.point for s in found], [s.value for s in found]
+
+
+def values_at(field: Field, points: Sequence[Tensor]) -> list[float]:
+    """f of every record at one point each, from forward passes."""
+    runs = [Run(i, lambda p=p: p) for i, p in enumerate(points)]  # type: ignore[misc]
+    return [s.value for s in in_order(field.sample(runs, gradient=False))]
+
+
+def in_order(samples: Iterable[Sample]) -> list[Sample]:
+    """Samples sorted by run."""
+    return sorted(samples, key=lambda s: s.run)
+
+
+def run_batches(
+    model: HookedModel,
+    records: Sequence[TokenizedPair],
+    runs: Sequence[int],
+    objective: Objective,
+    max_tokens: int,
+) -> Iterator[tuple[list[int], Batch]]:
+    """Runs, given as the record each is about, in batches under the token budget.
+
+    Yields:
+        ``(part, batch)``: indices of the runs, and a batch in which "record" i is run ``part[i]``.
+    """
+    lengths, n_rows = [records[r].longest for r in runs], [len(records[r].inputs) for r in runs]
+    for part in by_token_budget(lengths, max_tokens, n_rows):
+        yield part, scoring_batch(model, [records[runs[i]] for i in part], objective)
+
+
+def require_finite(values: Tensor, name: str) -> None:
+    """Raises ValueError for NaN or infinite entries."""
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{name} has NaN or infinite entries; check the model's weights and its dtype (use float32)")
+
+
+def interpolate_hook(
+    model: HookedModel,
+    alphas: Float[Tensor, "batch"],
+    prompt_mask: Bool[Tensor, "batch pos"],
+    baseline: Float[Tensor, "*position d_model"],
+) -> FwdHooks:
+    """One hook that moves the prompt's embeddings towards a baseline: ``x' + alpha * (x - x')``.
+
+    Args:
+        model: gives the hook point.
+        alphas: ``[batch]``, place on the path of every row; 1 is the real input.
+        prompt_mask: ``[batch, pos]``, True where to interpolate.
+        baseline: ``[d_model]`` x', or ``[batch, pos, d_model]`` for one of its own at every position.
+
+    Example:
+        >>> hooks = interpolate_hook(model, torch.tensor([0.5]), mask, torch.zeros(576))   # doctest: +SKIP
+        >>> logits = model.run_with_hooks(ids, fwd_hooks=hooks)                           # doctest: +SKIP
+    """
+
+    def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+        if prompt_mask.shape != act.shape[:2] or alphas.shape[0] != act.shape[0]:
+            raise ValueError(
+                f"alphas {tuple(alphas.shape)} and mask {tuple(prompt_mask.shape)} do not fit {tuple(act.shape)}"
+            )
+        start = baseline.to(act)
+        moved = start + alphas.to(act)[:, None, None] * (act - start)
+        return torch.where(prompt_mask.to(act.device)[..., None], moved, act)
+
+    return [(attribution_point(model), hook_fn)]
+
+
+def _enter(
+    batch: Batch,
+    points: Sequence[MakePoint | None],
+    lengths: Sequence[int],
+    gradient: bool,
+    held: dict[str, Tensor],
+) -> Any:
+    """A hook that puts every run's point in the place of its prompt, as a leaf if gradients are wanted."""
+
+    def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+        new = act.detach().clone()
+        made = [None if make is None else make().to(new) for make in points]
+        for row, (place, offset) in enumerate(zip(batch.record.tolist(), batch.offset.tolist(), strict=True)):
+            point = made[place]
+            if point is not None:
+                new[row, offset : offset + lengths[place]] = point
+        held["entry"] = new.requires_grad_(gradient)
+        return new
+
+    return hook_fn

@@ -1,0 +1,285 @@
+"""Integrals of the gradient along a path from a baseline to the input, and how far each misses what it promises.
+
+All of them work on a ``Field``: a model, or any function of embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from grains_tl.attribution.field import Field, Run, values_at
+
+
+class Scores(NamedTuple):
+    """Scores of one record: ``[pos]`` nats, f(x), f(x') and the completeness gap where there is one, evaluations used."""
+
+    scores: Tensor
+    value: float
+    start_value: float | None
+    gap: float | None
+    steps: int
+
+
+class Ends(NamedTuple):
+    """Both ends of every record's path: points ``[pos, d_model]`` and f there, nats."""
+
+    x: list[Tensor]
+    start: list[Tensor]
+    value: list[float]
+    start_value: list[float]
+
+
+def path_nodes(n_steps: int, rule: str = "gauss_legendre") -> tuple[Float[Tensor, "step"], Float[Tensor, "step"]]:
+    """Nodes and weights on [0, 1].
+
+    Args:
+        n_steps: how many.
+        rule: ``"gauss_legendre"``, exact for polynomials of degree ``2 * n_steps - 1``; or ``"riemann"``, midpoints of
+            equal steps.
+
+    Example:
+        >>> nodes, weights = path_nodes(2)
+        >>> round(float((weights * nodes**3).sum()), 6)  # integral of x^3
+        0.25
+    """
+    if rule == "riemann":
+        return (torch.arange(n_steps) + 0.5) / n_steps, torch.full((n_steps,), 1 / n_steps)
+    nodes, weights = np.polynomial.legendre.leggauss(n_steps)
+    return torch.tensor((nodes + 1) / 2, dtype=torch.float32), torch.tensor(weights / 2, dtype=torch.float32)
+
+
+def between(start: Tensor, x: Tensor, alpha: float) -> Tensor:
+    """The point of the straight path at ``alpha``."""
+    return start + alpha * (x - start)
+
+
+def straight_path(field: Field, ends: Ends, nodes: Tensor, weights: Tensor) -> list[Scores]:
+    """Integrated gradients (arXiv 1703.01365) with given nodes."""
+    totals = [torch.zeros_like(x) for x in ends.x]
+    runs, steps = [], []
+    for record, (start, x) in enumerate(zip(ends.start, ends.x, strict=True)):
+        for step, alpha in enumerate(nodes.tolist()):
+            runs.append(Run(record, lambda s=start, x=x, a=alpha: between(s, x, a)))  # type: ignore[misc]
+            steps.append(step)
+    for sample in field.sample(runs, gradient=True):
+        assert sample.gradient is not None
+        totals[runs[sample.run].record] += weights[steps[sample.run]] * sample.gradient
+    return [
+        complete(((x - start) * total).sum(-1), value, start_value, len(nodes))
+        for x, start, total, value, start_value in zip(
+            ends.x, ends.start, totals, ends.value, ends.start_value, strict=True
+        )
+    ]
+
+
+def complete(scores: Tensor, value: float, start_value: float, steps: int) -> Scores:
+    """Scores with the gap of their sum to f(x) - f(x')."""
+    return Scores(scores, value, start_value, float(scores.double().sum()) - (value - start_value), steps)
+
+
+# -- adaptive ---------------------------------------------------------------------------------------------------------
+
+
+class Node(NamedTuple):
+    """A place on the path: f there, and each token's rate of change along the path ``[pos]``."""
+
+    alpha: float
+    value: float
+    rate: Tensor
+
+
+class Panel(NamedTuple):
+    """An interval of the path with both ends and its middle: Simpson's rule."""
+
+    left: Node
+    middle: Node
+    right: Node
+
+    @property
+    def scores(self) -> Tensor:
+        width = self.right.alpha - self.left.alpha
+        return width / 6 * (self.left.rate + 4 * self.middle.rate + self.right.rate)
+
+    @property
+    def gap(self) -> float:
+        """How far the panel misses f(right) - f(left), which is known: no estimate of the error is needed."""
+        return float(self.scores.sum()) - (self.right.value - self.left.value)
+
+
+def adaptive_path(field: Field, ends: Ends, *, budget: int, tolerance: float) -> list[Scores]:
+    """Integrated gradients whose nodes go where f moves.
+
+    Simpson's rule on panels. The integral of each panel is known (the difference of f at its ends, which come with the
+    gradients), so every panel shows its own gap; those with the largest are halved, two new gradients each, until the
+    gaps together, their signs ignored, are below ``tolerance * |f(x) - f(x')|`` or ``budget`` gradients are spent.
+
+    Args:
+        field, ends: what to integrate.
+        budget: gradients per record, at least 5.
+        tolerance: share of |f(x) - f(x')|.
+    """
+    n_first = 5 if budget >= 5 else 3
+    places = [_spread(_first_place(start), n_first) for start in ends.start]
+    nodes = _nodes(field, ends, [(r, a) for r, own in enumerate(places) for a in own])
+    panels = [
+        [Panel(*(nodes[r, a] for a in own[i : i + 3])) for i in range(0, n_first - 2, 2)]
+        for r, own in enumerate(places)
+    ]
+    used = [n_first] * len(ends.x)
+    while True:
+        halved = {}
+        for r, own in enumerate(panels):
+            target = tolerance * abs(ends.value[r] - ends.start_value[r])
+            if sum(abs(p.gap) for p in own) > target and used[r] + 2 <= budget:
+                halved[r] = _worst(own, (budget - used[r]) // 2)
+        if not halved:
+            break
+        wanted = [(r, a) for r, some in halved.items() for p in some for a in _quarters(p)]
+        nodes = _nodes(field, ends, wanted)
+        for r, some in halved.items():
+            used[r] += 2 * len(some)
+            for p in some:
+                panels[r].remove(p)
+                a, b = (nodes[r, q] for q in _quarters(p))
+                panels[r] += [Panel(p.left, a, p.middle), Panel(p.middle, b, p.right)]
+    return [
+        complete(torch.stack([p.scores for p in own]).sum(0), ends.value[r], ends.start_value[r], used[r])
+        for r, own in enumerate(panels)
+    ]
+
+
+def _first_place(start: Tensor) -> float:
+    """Norms have no gradient at an embedding that is exactly zero: begin a thousandth later, and let the gap show it."""
+    return 1e-3 if bool((start == 0).all(-1).any()) else 0.0
+
+
+def _spread(first: float, n: int) -> list[float]:
+    return [first + (1 - first) * i / (n - 1) for i in range(n)]
+
+
+def _worst(panels: Sequence[Panel], at_most: int) -> list[Panel]:
+    """Panels with a gap of at least half the largest."""
+    order = sorted(panels, key=lambda p: abs(p.gap), reverse=True)
+    return [p for p in order if abs(p.gap) >= abs(order[0].gap) / 2][:at_most]
+
+
+def _quarters(panel: Panel) -> tuple[float, float]:
+    left, middle, right = (node.alpha for node in panel)
+    return (left + middle) / 2, (middle + right) / 2
+
+
+def _nodes(field: Field, ends: Ends, wanted: Sequence[tuple[int, float]]) -> dict[tuple[int, float], Node]:
+    runs = [
+        Run(r, lambda r=r, a=a: between(ends.start[r], ends.x[r], a))  # type: ignore[misc]
+        for r, a in wanted
+    ]
+    found = {}
+    for sample in field.sample(runs, gradient=True):
+        assert sample.gradient is not None
+        record, alpha = wanted[sample.run]
+        rate = ((ends.x[record] - ends.start[record]) * sample.gradient).sum(-1)
+        found[record, alpha] = Node(alpha, sample.value, rate)
+    return found
+
+
+# -- other paths ------------------------------------------------------------------------------------------------------
+
+
+def one_at_a_time(field: Field, ends: Ends, nodes: Tensor, weights: Tensor) -> list[Scores]:
+    """Sequential integrated gradients (arXiv 2305.15853): only one token moves, the others stay real.
+
+    A token's exact integral is f(x) - f(x with this token at its baseline), which is leave-one-out with the baseline as
+    the mask. So the method converges to leave-one-out; ``gap`` is the sum of what is missing, and
+    ``start_value = f(x) - sum of leave-one-out`` stands in for f(x').
+    """
+    runs, owner, removals = [], [], []
+    scores = [torch.zeros(len(x)) for x in ends.x]
+    for record, (start, x) in enumerate(zip(ends.start, ends.x, strict=True)):
+        for pos in range(len(x)):
+            if torch.equal(start[pos], x[pos]):
+                continue
+            removals.append((record, pos))
+            for step, alpha in enumerate(nodes.tolist()):
+                runs.append(Run(record, lambda s=start, x=x, p=pos, a=alpha: _move_one(s, x, p, a)))  # type: ignore[misc]
+                owner.append((record, pos, step))
+    for sample in field.sample(runs, gradient=True):
+        assert sample.gradient is not None
+        record, pos, step = owner[sample.run]
+        difference = ends.x[record][pos] - ends.start[record][pos]
+        scores[record][pos] += weights[step] * (difference * sample.gradient[pos]).sum()
+    exact = [0.0] * len(ends.x)
+    ones = [
+        Run(r, lambda r=r, p=p: _move_one(ends.start[r], ends.x[r], p, 0.0))  # type: ignore[misc]
+        for r, p in removals
+    ]
+    for sample in field.sample(ones, gradient=False):
+        record = removals[sample.run][0]
+        exact[record] += ends.value[record] - sample.value
+    used = [len(nodes) * sum(r == record for r, _ in removals) for record in range(len(ends.x))]
+    return [complete(own, ends.value[r], ends.value[r] - exact[r], used[r]) for r, own in enumerate(scores)]
+
+
+def _move_one(start: Tensor, x: Tensor, pos: int, alpha: float) -> Tensor:
+    point = x.clone()
+    point[pos] = between(start[pos], x[pos], alpha)
+    return point
+
+
+def along_points(field: Field, ends: Ends, paths: Sequence[Tensor]) -> list[Scores]:
+    """The trapezoid rule along any paths ``[step, pos, d_model]`` from x' to x (arXiv 2108.13654: close to real tokens)."""
+    runs, places = [], []
+    weights = [_trapezoid(path) for path in paths]
+    for record, path in enumerate(paths):
+        for step in range(len(path)):
+            runs.append(Run(record, lambda p=path, s=step: p[s]))  # type: ignore[misc]
+            places.append((record, step))
+    scores = [torch.zeros(path.shape[1]) for path in paths]
+    for sample in field.sample(runs, gradient=True):
+        assert sample.gradient is not None
+        record, step = places[sample.run]
+        scores[record] += (weights[record][step] * sample.gradient).sum(-1)
+    return [complete(own, ends.value[r], ends.start_value[r], len(paths[r])) for r, own in enumerate(scores)]
+
+
+def _trapezoid(path: Float[Tensor, "step pos d_model"]) -> Float[Tensor, "step pos d_model"]:
+    """Half of the way into each point and half of the way out of it."""
+    half = torch.diff(path, dim=0) / 2
+    nothing = torch.zeros_like(path[:1])
+    return torch.cat([nothing, half]) + torch.cat([half, nothing])
+
+
+def token_path(
+    x: Float[Tensor, "pos d_model"],
+    start: Float[Tensor, "pos d_model"],
+    vocabulary: Float[Tensor, "vocab d_model"],
+    n_points: int,
+    n_neighbours: int = 30,
+) -> Float[Tensor, "point pos d_model"]:
+    """Points from ``start`` to ``x`` that keep close to embeddings of real tokens and move monotonically.
+
+    After discretized integrated gradients (arXiv 2108.13654, the greedy variant): a candidate token is pulled, dimension by
+    dimension, into the box between the point before and the end, and the candidate that moves least is taken. Unlike there,
+    the candidates are the neighbours of the straight path at the same place, not of the last token, so that the steps are
+    even.
+    """
+    points = [x]
+    for step in range(n_points - 2, 0, -1):
+        line = between(start, x, step / (n_points - 1))
+        nearest = torch.cdist(line, vocabulary).topk(min(n_neighbours, len(vocabulary)), largest=False).indices
+        candidates = vocabulary[nearest]
+        low, high = torch.minimum(points[-1], start)[:, None], torch.maximum(points[-1], start)[:, None]
+        pulled = torch.maximum(torch.minimum(candidates, high), low)
+        best = (pulled - candidates).norm(dim=-1).argmin(-1)
+        points.append(pulled[torch.arange(len(x)), best])
+    return torch.stack([*points, start]).flip(0)
+
+
+def ends_of(field: Field, x: list[Tensor], values: list[float], start: list[Tensor]) -> Ends:
+    """Both ends, with f(x') from a forward pass."""
+    return Ends(x, start, values, values_at(field, start))

@@ -1,0 +1,155 @@
+"""f without some of the prompt's tokens: what leave-one-out, its relatives and every check of faithfulness need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from grains_tl.attribution.field import require_finite, run_batches
+from grains_tl.masking import Masker
+from grains_tl.objectives import Objective
+from grains_tl.replacements import ImageMasker, hide, replacements
+from grains_tl.scoring import MAX_TOKENS, batch_logprobs
+from grains_tl.tokens import TokenizedPair
+from grains_tl.types import HookedModel
+
+#: Positions to take out of one record's prompt.
+Removal = tuple[int, Sequence[int]]
+
+
+def values_without(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    removals: Sequence[Removal],
+    *,
+    objective: Objective = "sum",
+    masker: Masker = "mean_embedding",
+    image_masker: ImageMasker = "mean_patch",
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> Float[Tensor, "removal"]:
+    """f of a record without some of its prompt's tokens, nats; for many such removals in full batches.
+
+    Args:
+        model, tokenized: the model and its records.
+        removals: ``(record, positions)`` each; no positions give f(x).
+        objective: how response tokens are combined.
+        masker: what stands in for a token that is taken out; ``image_masker`` for a patch.
+        max_tokens: token budget of one pass.
+        progress: show a bar.
+
+    Example:
+        >>> values_without(model, tokenized, [(0, ()), (0, (3, 4))])   # doctest: +SKIP
+        tensor([ 1.92, -0.35])
+    """
+    stand_ins = None if masker == "attention" else replacements(model, tokenized, masker, image_masker)
+    out = torch.zeros(len(removals))
+    runs = [record for record, _ in removals]
+    with torch.no_grad(), tqdm(total=len(removals), desc="take out", unit="run", disable=not progress) as bar:
+        for part, batch in run_batches(model, tokenized, runs, objective, max_tokens):
+            owner = [runs[part[place]] for place in batch.record.tolist()]
+            gone = [list(removals[part[place]][1]) for place in batch.record.tolist()]
+            hooks = hide(model, stand_ins, owner, gone, offset=batch.offset, like=batch.ids)
+            logprobs = batch_logprobs(model, batch, hooks)
+            out[part] = (logprobs[:, 0] - logprobs[:, 1]).float().cpu()
+            bar.update(len(part))
+    require_finite(out, "the log-likelihood")
+    return out
+
+
+def leave_out_scores(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    groups: Sequence[Sequence[Sequence[int]]],
+    *,
+    objective: Objective,
+    masker: Masker,
+    image_masker: ImageMasker,
+    max_tokens: int,
+) -> tuple[list[Tensor], list[float]]:
+    """f(x) - f(x without a group), shared equally by the group's tokens (NaN where no group is); and f(x).
+
+    Args:
+        groups: for every record, the groups of positions to take out together; single tokens for leave-one-out.
+    """
+    removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
+    removals += [(r, group) for r, own in enumerate(groups) for group in own]
+    found = values_without(
+        model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker, max_tokens=max_tokens
+    )
+    values = found[: len(tokenized)].tolist()
+    scores = [torch.full((len(t.prompt),), float("nan")) for t in tokenized]
+    for (record, group), value in zip(removals[len(tokenized) :], found[len(tokenized) :].tolist(), strict=True):
+        scores[record][list(group)] = (values[record] - value) / len(group)
+    return scores, values
+
+
+def leave_k_out_scores(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    units: Sequence[Sequence[Sequence[int]]],
+    generators: Sequence[torch.Generator],
+    *,
+    k: int,
+    n_draws: int,
+    objective: Objective,
+    masker: Masker,
+    image_masker: ImageMasker,
+    max_tokens: int,
+) -> tuple[list[Tensor], list[float]]:
+    """The additive model that fits f best when k units at a time are taken out, by least squares.
+
+    Words that stand in for each other look useless one by one; taken out together they show. With fewer draws than units
+    the smallest scores that fit are returned.
+
+    Args:
+        units: for every record the groups of positions that may be taken out.
+        generators: one per record.
+        k: units taken out together (at most all but one).
+        n_draws: forward passes per record.
+    """
+    removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
+    designs = []
+    for record, own in enumerate(units):
+        design = _balanced_draws(len(own), min(k, max(1, len(own) - 1)), n_draws, generators[record])
+        designs.append(design)
+        removals += [
+            (record, [p for u, out in enumerate(row) if out for p in own[u]]) for row in design.bool().tolist()
+        ]
+    found = values_without(
+        model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker, max_tokens=max_tokens
+    )
+    values = found[: len(tokenized)].tolist()
+    scores, begin = [], len(tokenized)
+    for record, (own, design) in enumerate(zip(units, designs, strict=True)):
+        drops = values[record] - found[begin : begin + len(design)]
+        begin += len(design)
+        # the smallest solution that fits; the float64 driver that allows rank deficiency
+        fitted = torch.linalg.lstsq(design.double(), drops.double()[:, None], driver="gelsd").solution[:, 0].float()
+        row = torch.full((len(tokenized[record].prompt),), float("nan"))
+        for unit, score in zip(own, fitted.tolist(), strict=True):
+            row[list(unit)] = score / len(unit)
+        scores.append(row)
+    return scores, values
+
+
+def _balanced_draws(n: int, k: int, n_draws: int, generator: torch.Generator) -> Float[Tensor, "draw unit"]:
+    """Random subsets of size k in which every unit stands almost equally often: consecutive pieces of permutations."""
+    order: list[int] = []
+    design = torch.zeros(n_draws, n)
+    for row in range(n_draws):
+        chosen: list[int] = []
+        while len(chosen) < k:
+            if not order:
+                order = torch.randperm(n, generator=generator).tolist()
+            later = [u for u in order if u in chosen]
+            order = [u for u in order if u not in chosen]
+            if order:
+                chosen.append(order.pop())
+            order += later
+        design[row, chosen] = 1.0
+    return design
