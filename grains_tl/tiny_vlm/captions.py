@@ -219,7 +219,7 @@ def caption_kl(model: HookedModel, meter: KlMeter, hooks: FwdHooks) -> float:
     return float((steered.exp() * (steered - meter.base)).sum(-1).mean())
 
 
-ALPHAS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 1.7, 3.0)
+ALPHAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 def alphas_for_kl(
