@@ -199,7 +199,7 @@ def _onevision_processor() -> Any:
 
 
 def _qwen(version: str) -> Any:
-    tower = {
+    tower: dict[str, Any] = {
         "depth": 2,
         "hidden_size": 16,
         "intermediate_size": 32,
