@@ -226,7 +226,7 @@ def _tagged_tiles(model: HookedModel, ids: Sequence[int], runs: Sequence[tuple[i
 
 def _visible_part(processor: Any, size: tuple[int, int]) -> Box:
     """What a resize of the shortest edge with a centre crop, or padding to a square, leaves of an image."""
-    how = getattr(processor, "image_processor", None)
+    how: Any = getattr(processor, "image_processor", None)
     width, height = size
     if getattr(how, "do_pad", False):
         x, y = ((max(size) / side - 1) / 2 for side in size)

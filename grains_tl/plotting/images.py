@@ -234,7 +234,7 @@ def _draw_scale(fig: Any, top: float, margin: float, height: float) -> None:
 
     width = fig.get_size_inches()[0]
     # the same mixing with white as on patches and words
-    ends = [tuple(1 - OPAQUE * (1 - c) for c in _colour(s, 1.0)[:3]) for s in (-1.0, 1.0)]
+    ends: list[Any] = [tuple(1 - OPAQUE * (1 - c) for c in _colour(s, 1.0)[:3]) for s in (-1.0, 1.0)]
     colours = LinearSegmentedColormap.from_list("scores", [ends[0], "white", ends[1]])
     bar = fig.add_axes((margin / width, 0.4 / height, 2.4 / width, 0.12 / height))
     colorbar = fig.colorbar(ScalarMappable(Normalize(-top, top), colours), cax=bar, orientation="horizontal")
@@ -307,8 +307,8 @@ def plot_captions(
                 below += n_lines * line + 0.08
             y += heights[row]
         counts = []
-        for name, texts in captions.items():
-            n = sum(any(_bare(w) in bad for w in text.split()) for text, bad in zip(texts, wrong, strict=True))
+        for name, given in captions.items():
+            n = sum(any(_bare(w) in bad for w in text.split()) for text, bad in zip(given, wrong, strict=True))
             counts.append(f"{shortened(name, 22)}: {n} of {len(pictures)}")
         note = "captions that name something absent (red, underlined):  " + ",  ".join(counts)
         page.text(margin, height - 0.2, note, va="center", fontsize=8.5, color="#333333", parse_math=False)
