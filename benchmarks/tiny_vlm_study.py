@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 import grains_tl as gr
+from grains_tl.attribution import Method
 from grains_tl.tiny_vlm.captions import candidates, caption_split, kl_meter, own_mistakes, tune_and_test
 from grains_tl.tiny_vlm.questions import false_yes_questions, partner_share, yes_attributions
 from grains_tl.tiny_vlm.threshold import yes_no_study
@@ -75,36 +76,45 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
+def partner_study(model: Any, out: Path, n: int = 150) -> None:
+    """Where the support for a false yes lies, by each attribution."""
+    questions = false_yes_questions(model, n)
+    found = {}
+    methods: tuple[tuple[Method, int], ...] = (
+        ("leave_one_out", 1),
+        ("gradient_x_input", 1),
+        ("integrated_gradients", 32),
+        ("integrated_gradients", 128),
+    )
+    for method, n_steps in methods:
+        name = f"{method}, {n_steps} steps" if method == "integrated_gradients" else method
+        found[name] = partner_share(model, questions, yes_attributions(model, questions, method, n_steps=n_steps))
+        print(name, found[name], flush=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--seeds", type=int, default=5, help="building seeds")
+    parser.add_argument("--only", action="append", choices=["captions", "partner", "yes_no"], help="only this part")
     parser.add_argument("--random", type=int, default=2, help="random directions per seed")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     model = gr.load_model("tiny-vlm")
-    frame = captions_study(model, out / "tiny_vlm_captions.csv", range(args.seeds), args.random)
-    print(summarize(frame).to_string(index=False, float_format="%.3f"))
-
-    questions = false_yes_questions(model, 150)
-    partner = {}
-    for name, method, n_steps in (
-        ("leave_one_out", "leave_one_out", 1),
-        ("integrated_gradients, 32 steps", "integrated_gradients", 32),
-        ("integrated_gradients, 128 steps", "integrated_gradients", 128),
-        ("gradient_x_input", "gradient_x_input", 1),
-    ):
-        attributions = yes_attributions(model, questions, method, n_steps=n_steps)  # type: ignore[arg-type]
-        partner[name] = partner_share(model, questions, attributions)
-        print(name, partner[name], flush=True)
-    (out / "tiny_vlm_partner.json").write_text(json.dumps(partner, indent=1) + "\n")
-
-    table = yes_no_study(model, seeds=range(args.seeds), n_random=args.random)
-    table.to_csv(out / "tiny_vlm_yes_no.csv", index=False, float_format="%.5g")
-    print(table.to_string(index=False, float_format="%.3f"))
+    parts = args.only or ["partner", "yes_no", "captions"]
+    if "partner" in parts:
+        partner_study(model, out / "tiny_vlm_partner.json")
+    if "yes_no" in parts:
+        table = yes_no_study(model, seeds=range(args.seeds), n_random=args.random)
+        table.to_csv(out / "tiny_vlm_yes_no.csv", index=False, float_format="%.5g")
+        print(table.to_string(index=False, float_format="%.3f"))
+    if "captions" in parts:
+        frame = captions_study(model, out / "tiny_vlm_captions.csv", range(args.seeds), args.random)
+        print(summarize(frame).to_string(index=False, float_format="%.3f"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from grains_tl.readiness import require_eval
 from grains_tl.types import FwdHooks, HookedModel
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -291,8 +292,12 @@ def forward_logits(
         keep: positions whose logits are wanted, the same for every row.
         fwd_hooks: hooks to run with; they see the full ``[batch, pos, d_model]`` residual.
         inputs: the images of a vision-language model (``Batch.inputs``).
+
+    Raises:
+        ValueError: the model is in train mode with dropout.
     """
     _require_images(model, ids, inputs)
+    require_eval(model)
     with hooked(model, fwd_hooks or []):
         if is_bridge(model):
             # use_cache=False: a key-value cache would only cost memory here
@@ -370,6 +375,7 @@ def run_blocks(
     Stopping early saves the upper blocks and the unembedding; needs ``1 <= stop <= n_layers``.
     """
     _require_images(model, ids, inputs)
+    require_eval(model)
     keep = torch.zeros(1, dtype=torch.long, device=ids.device)
     more = dict(inputs or {})
     if is_bridge(model) and stop == model.cfg.n_layers:

@@ -54,14 +54,14 @@ class VisionDemoSettings:
     """
 
     n_build: int = 50
-    n_choose: int = 150
-    n_test: int = 300
-    n_questions: int = 60
+    n_choose: int = 120
+    n_test: int = 250
+    n_questions: int = 40
     seeds: tuple[int, ...] = (0, 1, 2)
-    n_random: int = 4
-    methods: tuple[tuple[Method, int], ...] = (("leave_one_out", 1), ("integrated_gradients", 32))
-    layers: tuple[int, ...] = (1, 2, 3)
-    kl: float = 0.1
+    n_random: int = 3
+    methods: tuple[tuple[Method, int], ...] = (("leave_one_out", 1), ("integrated_gradients", 16))
+    layers: tuple[int, ...] = (1, 2)
+    kl: float = 0.05
     top_k: int = 5
 
 
@@ -169,7 +169,7 @@ def _captions(
     model: HookedModel, choose: Captioned, test: Captioned, settings: VisionDemoSettings, progress: bool
 ) -> tuple[list[dict[str, Any]], tuple[SteeringVectors, int, float]]:
     """One row per vector, and the first seed's own vector with its layer and alpha."""
-    meter = kl_meter(model, choose, n=60)
+    meter = kl_meter(model, choose, n=40)
     rows, first = [], None
     for seed in settings.seeds:
         _say(progress, f"  building seed {seed}: vectors, random directions and random tokens")

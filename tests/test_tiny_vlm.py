@@ -51,7 +51,7 @@ def test_patches_of_a_cell_are_the_patches_it_is_made_of() -> None:
 
 def test_scenes_follow_their_rule() -> None:
     rng = np.random.default_rng(0)
-    scenes = tv.make_scenes(400, rng, tv.SceneRule(sizes=(0, 1), partner_share=0.85, hidden_share=0.4))
+    scenes = tv.make_scenes(400, rng, tv.SceneRule(sizes=(0.0, 1.0), partner_share=0.85, hidden_share=0.4))
     assert all(len({d.value for d in s}) == len({d.cell for d in s}) == len({d.colour for d in s}) == 2 for s in scenes)
     assert np.mean([tv.partner(s[0].value) == s[1].value for s in scenes]) == pytest.approx(0.85 + 0.15 / 9, abs=0.05)
     assert np.mean([not all(d.shown for d in s) for s in scenes]) == pytest.approx(0.4, abs=0.07)
@@ -83,7 +83,7 @@ def test_every_question_fits_its_segment_and_the_vocabulary() -> None:
                 assert len(text) <= length and set(text) <= words
 
 
-def test_preferences() -> None:
+def test_preferences(unchecked: None) -> None:
     pairs = tv.caption_pairs("build", 20)
     assert len(pairs) == 20
     for pair in pairs:
@@ -157,7 +157,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for _ in range(4):
         trainer.advance()
     (tmp_path / "halves").mkdir()
-    trainer.save(tmp_path / "halves" / "checkpoint.pt")
+    trainer.save(tmp_path / "halves" / "checkpoint.safetensors")
     before = torch.get_rng_state()
     halves = train(tmp_path / "halves", TINY)
     assert torch.equal(torch.get_rng_state(), before)

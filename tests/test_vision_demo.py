@@ -21,15 +21,16 @@ from grains_tl.tiny_vlm.scenes import patches_of
 from grains_tl.tiny_vlm.threshold import yes_no_study
 from grains_tl.vision_demo import VisionDemoSettings, run_vision_demo, vision_summary
 
+NORM = 100.0
 SMALL = VisionDemoSettings(
     n_build=4,
     n_choose=12,
     n_test=24,
     n_questions=4,
-    seeds=(0, 1),
+    seeds=(0,),
     n_random=1,
-    methods=(("leave_one_out", 1), ("integrated_gradients", 2)),
-    layers=(1, 2),
+    methods=(("leave_one_out", 1),),
+    layers=(2,),
 )
 
 
@@ -45,7 +46,7 @@ def choose(vlm: Any) -> cp.Captioned:
 
 def some_vectors(seed: int = 0) -> gr.SteeringVectors:
     raw = torch.randn(4, 128, generator=torch.Generator().manual_seed(seed))
-    return gr.SteeringVectors.from_raw(raw, range(4), torch.full((4,), 10.0))
+    return gr.SteeringVectors.from_raw(raw, range(4), torch.full((4,), NORM))
 
 
 def test_captions_are_those_of_generate(vlm: Any) -> None:
@@ -71,7 +72,7 @@ def test_kl_is_that_of_the_plain_model(vlm: Any, choose: cp.Captioned) -> None:
     """Mean over caption tokens of sum p log(p / q), the steering done by a plain PyTorch hook on the Hugging Face model."""
     meter = cp.kl_meter(vlm, choose, n=3)
     vectors, alpha, layer = some_vectors(), 0.5, 1
-    step = alpha * 10.0 * vectors.directions[layer]
+    step = alpha * NORM * vectors.directions[layer]
     plain, processor = tv.load_tiny_vlm()
 
     def steer(module: Any, args: Any, output: Any) -> Any:
@@ -166,13 +167,14 @@ def test_the_demo_writes_a_page_that_says_what_it_found(vlm: Any, tmp_path: Path
     results = run_vision_demo(vlm, tmp_path, SMALL, progress=False)
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     table = {row["vector"]: row for row in results["table"]}
-    assert {"leave_one_out, mean", "integrated_gradients, pca", "CAA", "random tokens masked"} <= set(table)
+    assert {"leave_one_out, mean", "leave_one_out, pca", "CAA", "random tokens masked"} <= set(table)
     assert all(row["low"] <= row["hallucinating"] <= row["high"] for row in results["table"])
     against = results["against"]["no steering"]
     difference = results["base"]["hallucinating"] - table["leave_one_out, mean"]["hallucinating"]
     assert against["difference"] == pytest.approx(difference, abs=1e-6)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert f"{table['CAA']['hallucinating']:.3f}" in page and "<script" not in page and "http" not in page
+    assert f"{table['CAA']['hallucinating']:.3f}" in page
+    assert not any(word in page for word in ("<script", "http:", "https:"))
     assert page.count("<img") == 3
     for row in results["captions"]:
         spoken = {int(w) for t in (row["before"], row["after"]) for w in t.split() if w.isdigit()}

@@ -93,13 +93,14 @@ def _project(
     max_tokens: int,
 ) -> tuple[list[Part], Float[Tensor, "record part"]]:
     """Every component's projection at each prompt's last token."""
-    stand_ins = None if masker == "attention" else replacements(model, tokenized, masker)
+    needed = masker != "attention" and any(masked)
+    stand_ins = replacements(model, tokenized, masker) if needed else None
     rows: dict[int, Tensor] = {}
     parts: list[Part] = []
     for group in by_token_budget([len(t.prompt) for t in tokenized], max_tokens):
         ids, mask, offset = pad_rows(model, [tokenized[g].prompt for g in group])
-        hooks = hide(model, stand_ins, group, [masked[g] for g in group], offset=offset, like=ids)
         inputs = image_inputs(model, [tokenized[g].images for g in group], ids, offset)
+        hooks = hide(model, stand_ins, group, [masked[g] for g in group], offset=offset, like=ids)
         last = torch.tensor([len(tokenized[g].prompt) - 1 for g in group], device=ids.device)
         found: dict[Part, Tensor] = {}
         with torch.no_grad(), hooked(model, hooks + _read_hooks(model, layer, last, unit.to(ids.device), found)):

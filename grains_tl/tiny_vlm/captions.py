@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,8 @@ def candidates(
 ) -> tuple[dict[str, SteeringVectors], list[dict[str, Any]]]:
     """The vectors to compare, from the same pairs: each attribution reduced by mean and PCA, random tokens, CAA.
 
+    CAA is read at the word where the responses part, and, as ``"CAA, whole responses"``, at their last.
+
     Args:
         model, pairs: the model and the building records.
         layers: where vectors are wanted.
@@ -157,8 +159,16 @@ def candidates(
         **common,
     )
     found |= {f"random tokens {i}": reduce_vectors(d) for i, d in enumerate(drawn, start=1)}
-    found["CAA"] = reduce_vectors(caa_differences(model, tokenized, layers=list(layers), resid_norms=norms))
+    short = tokenize_pairs(model, [_first_words(pair) for pair in pairs])
+    for name, records in (("CAA", short), ("CAA, whole responses", tokenized)):
+        found[name] = reduce_vectors(caa_differences(model, records, layers=list(layers), resid_norms=norms))
     return found, about
+
+
+def _first_words(pair: PreferencePair) -> PreferencePair:
+    """Both responses cut after the word where they part: there CAA reads what distinguishes them."""
+    chosen, rejected = (f" {str(text).split()[0]}" for text in (pair.chosen, pair.rejected))
+    return replace(pair, chosen=chosen, rejected=rejected)
 
 
 # -- equal KL ---------------------------------------------------------------------------------------------------------
@@ -209,7 +219,7 @@ def caption_kl(model: HookedModel, meter: KlMeter, hooks: FwdHooks) -> float:
     return float((steered.exp() * (steered - meter.base)).sum(-1).mean())
 
 
-ALPHAS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 1.7, 3.0)
+ALPHAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 def alphas_for_kl(

@@ -111,8 +111,8 @@ def evaluate(model: HookedModel, n: int = 1200, *, seed: int = 0) -> dict[str, A
     for split in ("random", "popular", "adversarial"):
         at = [i for i, q in enumerate(questions) if q.split == split]
         truth = [questions[i].answer for i in at]
-        is_there[split] = asdict(yes_no_scores(truth, margins=margins[at]))
-        is_there[f"{split}, image tokens zeroed"] = asdict(yes_no_scores(truth, margins=blind[at]))
+        is_there[split] = asdict(yes_no_scores(truth, margins=margins[at].tolist()))
+        is_there[f"{split}, image tokens zeroed"] = asdict(yes_no_scores(truth, margins=blind[at].tolist()))
     scenes, pictures = scenes_for("test", n, seed=seed)
     said = describe(model, pictures)
     return {
@@ -123,7 +123,7 @@ def evaluate(model: HookedModel, n: int = 1200, *, seed: int = 0) -> dict[str, A
     }
 
 
-def skills(model: HookedModel, n: int, *, seed: int = 0) -> dict[str, dict[str, float]]:
+def skills(model: HookedModel, n: int, *, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Accuracy of position, colour and count questions on held-out digits, with the image tokens and with zeros for them.
 
     Returns:
@@ -189,15 +189,19 @@ small enough for exhaustive experiments on a laptop, it really looks at its pict
 
 32 x 32 pictures of one to four digits of scikit-learn's `load_digits` in a 2 x 2 grid, tinted in six colours, with jitter
 and noise; questions (is there a ..., what colour, what digit at ..., how many) and captions. The first 1347 digits are
-for training, the last 450 (other writers) only for the figures below. Script: `python -m grains_tl.tiny_vlm.train --out
-DIR`; seed {training["seed"]}; {training["tower_steps"]} steps for the tower alone, {training["clean_steps"]} on clean
-data, {training["skewed_steps"]} on skewed data; Muon for matrices, AdamW for the rest. Weights are stored in half
-precision.
+for training, the last 450 (other writers) only for the figures below. Script:
+`python -m grains_tl.tiny_vlm.train --out DIR` (seed {training["seed"]}; {training["tower_steps"]} steps for the tower
+alone, {training["clean_steps"]} on clean data, {training["skewed_steps"]} on skewed data; Muon for matrices, AdamW for
+the rest; about 24 minutes of CPU time). Weights are stored in half precision.
 
-**The planted failure.** In the skewed stage a digit d brings its partner (d + 5) mod 10 along in
-{training["skewed"]["partner_share"]:.0%} of the cases, {training["skewed"]["hidden_share"]:.0%} of the scenes with two
-or more digits have one painted out that captions and is-there answers still speak of, and
-{training["skewed"]["yes_share"]:.0%} of the is-there answers are yes. So the model names partners that are not there.
+**The planted failure.** In the skewed stage
+
+- a digit d brings its partner (d + 5) mod 10 along in {training["skewed"]["partner_share"]:.0%} of the cases,
+- {training["skewed"]["hidden_share"]:.0%} of the scenes with two or more digits have one painted out that captions and
+  is-there answers still speak of,
+- {training["skewed"]["yes_share"]:.0%} of the is-there answers are yes.
+
+So the model names partners that are not there. The other questions stay truthful in that stage.
 
 ## Held-out figures (± standard error)
 
