@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers as hf
+import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from grains_tl import models as gr_models
 
+hf: Any = transformers  # its configurations are typed by their generated signatures, which lack aliases
 SPECIAL = (
     "<pad> <bos> <eos> <unk> <image> <|vision_start|> <|image_pad|> <|vision_end|> <|video_pad|> <start_of_image> "
     "<image_soft_token> <end_of_image> <fake_token_around_image> <end_of_utterance> <global-img>"
@@ -25,7 +26,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{{ ' <eos> ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
 )
 D, LAYERS = 32, 3
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": len(WORDS),
     "hidden_size": D,
     "intermediate_size": 64,
@@ -39,7 +40,7 @@ TEXT = {
     "pad_token_id": ID["<pad>"],
     "tie_word_embeddings": False,
 }
-TOWER = {
+TOWER: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
