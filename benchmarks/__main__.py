@@ -1,6 +1,7 @@
 """All benchmarks, as one table and one JSON file: ``python -m benchmarks``.
 
-Everything that is compared is timed in one process with a fixed number of threads, taking turns; figures are medians.
+Everything that is compared is timed in one process with a fixed number of threads, taking turns; figures are medians, in
+CPU seconds (imports: seconds on the wall).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
     if "memory" in parts:
         figures["memory"], figures["imports"] = memory.memory(args.model), memory.imports()
         table += memory.rows(figures["memory"], figures["imports"])
-    print(f"{args.model}, {args.threads} threads, medians of {args.repeats}\n")
+    print(f"{args.model}, {args.threads} threads, medians of {args.repeats}, CPU seconds\n")
     print(markdown(table))
     Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -70,24 +70,28 @@ def matrix_rate(model: Any, tokens: int = 512, seconds: float = 1.0) -> float:
     """Floating-point operations a second of products of this model's shapes, the best of many."""
     d_model, d_mlp = int(model.cfg.d_model), int(getattr(model.cfg, "d_mlp", None) or 4 * model.cfg.d_model)
     a, b = torch.randn(tokens, d_model), torch.randn(d_model, d_mlp)
-    best, end = 1e9, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        started = time.perf_counter()
+    best, end = 1e9, time.process_time() + seconds
+    while time.process_time() < end:
+        started = time.process_time()
         for _ in range(10):
             torch.mm(a, b)
-        best = min(best, (time.perf_counter() - started) / 10)
+        best = min(best, (time.process_time() - started) / 10)
     return 2 * tokens * d_model * d_mlp / best
 
 
 def timed(jobs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds and last result of each job; the jobs take turns, so that a slow spell hits all of them."""
+    """Median CPU seconds and last result of each job.
+
+    CPU time of this process, not time on the wall: other work on the machine then hardly shows. The jobs take turns, so that
+    a slow spell hits all of them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     results: dict[str, Any] = {}
     for _ in range(repeats):
         for name, job in jobs.items():
-            started = time.perf_counter()
+            started = time.process_time()
             results[name] = job()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     return {name: median(found) for name, found in seconds.items()}, results
 
 

@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", choices=JOBS, required=True)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--records", type=int, default=16)
+    parser.add_argument("--records", type=int, default=4)
     args = parser.parse_args()
 
     import torch

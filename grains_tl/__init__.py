@@ -39,13 +39,17 @@ from grains_tl.generation import generate
 from grains_tl.groups import Grouped, group, select_groups
 from grains_tl.masking import Selection, mask_hook, select_tokens
 from grains_tl.models import load_model
+from grains_tl.patches import ImageSpan
 from grains_tl.pipeline import build_vectors
 from grains_tl.plotting import (
+    attribution_share,
+    plot_captions,
     plot_comparison,
     plot_controls,
     plot_cosines,
     plot_cost,
     plot_heatmap,
+    plot_image_attribution,
     plot_layers,
     plot_patching,
     plot_probes,
@@ -78,6 +82,7 @@ __all__ = [
     "Differences",
     "Grouped",
     "HeadVectors",
+    "ImageSpan",
     "MultipleChoice",
     "PreferencePair",
     "Selection",
@@ -88,6 +93,7 @@ __all__ = [
     "analysis",
     "attribute",
     "attribute_all",
+    "attribution_share",
     "baseline_draws",
     "baseline_vectors",
     "binary_accuracy",
@@ -125,11 +131,13 @@ __all__ = [
     "neutral_texts",
     "next_token_kl",
     "orthogonal_direction_vectors",
+    "plot_captions",
     "plot_comparison",
     "plot_controls",
     "plot_cosines",
     "plot_cost",
     "plot_heatmap",
+    "plot_image_attribution",
     "plot_layers",
     "plot_patching",
     "plot_probes",

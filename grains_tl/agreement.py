@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from grains_tl.attribution import Method, attribute_all
 from grains_tl.tokens import TokenizedPair, tokenize_pairs
@@ -92,8 +93,9 @@ def random_weights_check(
 ) -> pd.DataFrame:
     """Sanity check (arXiv 1810.03292): scores must change when the model's blocks are made random.
 
-    A method whose ranks survive does not explain what the model learned. Works on a deep copy; the given model is not
-    touched. Every weight matrix of a block is replaced by Gaussian noise of the same mean and spread.
+    A method whose ranks survive does not explain what the model learned. Every weight matrix of a block is exchanged for
+    Gaussian noise of the same mean and spread while the second scores are computed; the given weights themselves are not
+    written to, and are back in place afterwards, also after an error.
 
     Args:
         model, pairs: as in ``attribute``.
@@ -111,30 +113,36 @@ def random_weights_check(
     """
     tokenized = tokenize_pairs(model, pairs)
     chosen = range(int(model.cfg.n_layers)) if layers is None else layers
-    broken = randomised(model, chosen, seed)
     rows = []
     for method in methods:
-        real, other = (attribute_all(m, tokenized, method=method, **options) for m in (model, broken))
+        real = attribute_all(model, tokenized, method=method, **options)
+        with random_weights(model, chosen, seed):
+            other = attribute_all(model, tokenized, method=method, **options)
         values = np.array([rank_correlation(x, y) for x, y in zip(real, other, strict=True)])
         rows.append({"method": method, **_mean(values)})
     return pd.DataFrame(rows)
 
 
-def randomised(model: HookedModel, layers: Sequence[int] | range, seed: int) -> Any:
-    """A deep copy whose blocks have Gaussian weights of the same mean and standard deviation."""
-    found = copy.deepcopy(model)
+@contextmanager
+def random_weights(model: HookedModel, layers: Sequence[int] | range, seed: int) -> Iterator[None]:
+    """Inside, the matrices of these blocks are Gaussian noise of the same mean and standard deviation.
+
+    The parameters point at other storage meanwhile: nothing is copied back, so they return bit for bit.
+    """
     generator = torch.Generator().manual_seed(seed)
-    done: set[int] = set()
-    with torch.no_grad():
-        for layer in layers:
-            for parameter in found.blocks[layer].parameters():
-                # a bridge shows some tensors under two names
-                if parameter.ndim < 2 or parameter.data_ptr() in done:
-                    continue
-                done.add(parameter.data_ptr())
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.copy_(parameter.mean() + parameter.std() * noise)
-    return found
+    kept = [(p, p.data) for layer in layers for p in model.blocks[layer].parameters() if p.ndim >= 2]
+    noise: dict[int, Tensor] = {}
+    try:
+        for parameter, weight in kept:
+            # two parameters may share one storage: they get one noise
+            if weight.data_ptr() not in noise:
+                drawn = torch.randn(weight.shape, generator=generator).to(weight)
+                noise[weight.data_ptr()] = weight.mean() + weight.std() * drawn
+            parameter.data = noise[weight.data_ptr()]
+        yield
+    finally:
+        for parameter, weight in kept:
+            parameter.data = weight
 
 
 def _mean(values: np.ndarray) -> dict[str, float]:

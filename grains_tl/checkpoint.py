@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grains_tl.files import cannot_write, sealed_line, unsealed, write_atomically
 from grains_tl.models import model_identity, same_fingerprint
 from grains_tl.types import HookedModel
 
@@ -31,15 +32,20 @@ class Checkpoint:
         self.rows.update((key, list(values)) for key, values, _ in rows)
         if self.path is None:
             return
-        lines = [json.dumps({"key": key, **about, "values": list(values)}) + "\n" for key, values, about in rows]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        lines = [sealed_line({"key": key, **about, "values": list(values)}) for key, values, about in rows]
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            safe = "the results before are safe there, and the same call goes on from them"
+            raise cannot_write(error, self.path, safe) from error
 
 
 def open_checkpoint(path: str | Path | Checkpoint | None, model: HookedModel) -> Checkpoint:
     """Read a checkpoint, or begin one.
 
-    A run killed while writing leaves a torn last line: it is skipped, and closed off before the next one.
+    A run killed while writing leaves a torn last line: it is skipped, and closed off before the next one. A row whose
+    checksum does not fit is skipped too, and its result computed again.
 
     Args:
         path: the ``.jsonl`` file; ``None`` for none; an open checkpoint is handed back.
@@ -47,22 +53,22 @@ def open_checkpoint(path: str | Path | Checkpoint | None, model: HookedModel) ->
 
     Raises:
         ValueError: the file is no checkpoint, or one of another model; it is left as it is.
+        OSError: the file cannot be written; before anything runs.
     """
     if path is None or isinstance(path, Checkpoint):
         return path or Checkpoint()
     file, identity = Path(path), model_identity(model)
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""  # damaged rows are skipped
     first, _, rest = text.partition("\n")
     header = {"format": FORMAT, "version": FORMAT_VERSION, "model": identity}
     if not text or ("\n" not in text and json.dumps(header).startswith(text)):  # new, or killed in its first line
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        write_atomically(file, (json.dumps(header) + "\n").encode())
         return Checkpoint(file)
-    _require_same_model(file, _parsed(first), identity)
+    _require_same_model(file, unsealed(first) or {}, identity)
     if not text.endswith("\n"):
         with file.open("a", encoding="utf-8") as torn:
             torn.write("\n")
-    rows = [row for row in map(_parsed, rest.splitlines()) if "key" in row and "values" in row]
+    rows = [row for row in map(unsealed, rest.split("\n")) if row is not None and _is_result(row)]
     return Checkpoint(file, {row["key"]: row["values"] for row in rows})
 
 
@@ -76,12 +82,13 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _parsed(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return {}
-    return row if isinstance(row, dict) else {}
+def _is_result(row: dict[str, Any]) -> bool:
+    values = row.get("values")
+    return (
+        isinstance(row.get("key"), str)
+        and isinstance(values, list)
+        and all(isinstance(value, (int, float)) for value in values)
+    )
 
 
 def _require_same_model(file: Path, header: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -89,7 +96,9 @@ def _require_same_model(file: Path, header: dict[str, Any], identity: dict[str, 
         raise ValueError(f"{file} is no checkpoint of results (its first line says something else); give another path")
     if header.get("version") != FORMAT_VERSION:
         raise ValueError(f"{file} has version {header.get('version')}, this package writes {FORMAT_VERSION}")
-    made = header.get("model", {})
+    made = header.get("model")
+    if not isinstance(made, dict):
+        raise ValueError(f"{file} has a broken first line (no model in it); give another path, or delete the file")
     shape = [key for key in ("n_layers", "d_model", "n_heads", "d_vocab") if made.get(key) != identity[key]]
     if shape or not _same_numbers(made.get("fingerprint"), identity["fingerprint"]):
         different = ", ".join(f"{k}: {made.get(k)} -> {identity[k]}" for k in shape) or "the weights"

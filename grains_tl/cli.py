@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="steering vectors from preference pairs")
     build.add_argument("--out", required=True, help="file to write, e.g. vectors.safetensors")
-    build.add_argument("--top-k", type=int, default=4, help="tokens masked on each side (default 4)")
+    build.add_argument("--top-k", type=int, default=2, help="tokens masked on each side (default 2)")
     build.add_argument("--reduce", default="mean", choices=["mean", "svd", "pca"])
     build.add_argument("--readout", default="prompt_end", choices=["prompt_end", "response_end", "response_mean"])
     build.add_argument("--layers", type=_layers, help="e.g. 12,18 or 10-20; default all")

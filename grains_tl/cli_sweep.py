@@ -38,6 +38,7 @@ def add_sweep_options(
 def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[str | None], Any]) -> None:
     """Sweep on one part of the records, choose, report on the other."""
     from grains_tl.choosing import choose, report_choice, split_records
+    from grains_tl.files import write_atomically
     from grains_tl.processes import finish, launched
     from grains_tl.shared_sweep import shared_sweep
     from grains_tl.vectors import load_vectors
@@ -72,8 +73,7 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
     if checkpoint:
         print(f"results in {checkpoint}: {frame.attrs['from_checkpoint']} were there before")
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(args.out, index=False)
+        write_atomically(args.out, frame.to_csv(index=False).encode())
     if not (frame["alpha"] > 0).any():
         print("no cell is chosen: that needs positive alphas")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,8 @@ from grains_tl.types import PreferencePair
 
 FIELDS = ("prompt", "chosen", "rejected")
 BUNDLED = ("sentiment", "misconceptions")
+#: No record is longer; a file without line breaks is refused before it fills the memory.
+MAX_LINE = 2**25
 
 
 def load_pairs(
@@ -36,9 +39,13 @@ def load_pairs(
         Records in the order of the source; other columns are kept in ``meta``.
 
     Raises:
-        ValueError: no records, an empty field, ``chosen`` equal to ``rejected``; the message names the row (from 1).
+        ValueError: no records, an empty field, ``chosen`` equal to ``rejected``, a broken line or row, text that is not
+            UTF-8; the message names the row or line (from 1).
         KeyError: a missing column; the message lists the columns that are there.
         FileNotFoundError: the path does not exist.
+
+    Warns:
+        UserWarning: records that stand there twice; they are kept, and count twice.
 
     Example:
         >>> pairs = load_pairs([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
@@ -55,6 +62,7 @@ def load_pairs(
         pairs.append(row if isinstance(row, PreferencePair) else _pair(row, columns or {}, row_number))
     if not pairs:
         raise ValueError(f"no records in {_name(source)}; a list or file with at least one preference pair is needed")
+    _warn_of_repeats(pairs, source)
     return pairs
 
 
@@ -94,7 +102,7 @@ def read_rows(source: Any) -> Iterator[tuple[int, Any]]:
         elif suffix in (".jsonl", ".ndjson"):
             yield from _jsonl_rows(path)
         elif suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            rows = _json("".join(_lines(path)), str(path))
             if not isinstance(rows, list):
                 raise ValueError(f"{path} holds a {type(rows).__name__}; a list of records is needed")
             yield from enumerate(rows, start=1)
@@ -106,22 +114,92 @@ def read_rows(source: Any) -> Iterator[tuple[int, Any]]:
     yield from enumerate(source, start=1)
 
 
+def csv_cells(path: Path) -> Iterator[list[str]]:
+    """The rows of a csv file, empty ones left out.
+
+    Quotes must be closed and stand around whole cells: read leniently, one stray quote swallows the rows after it.
+
+    Raises:
+        ValueError: bad quoting, an overlong line or cell, text that is not UTF-8; the message names the line.
+    """
+    reader = csv.reader(_lines(path), strict=True)
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {reader.line_num}: bad csv ({error}); put cells with commas, quotes or line breaks between "
+                'double quotes, and write a quote inside them twice ("")'
+            ) from None
+        if cells:
+            yield cells
+
+
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from enumerate(csv.DictReader(file), start=1)
+    rows = csv_cells(path)
+    header = next(rows, [])
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}: the header names {twice} more than once; give every column its own name")
+    for number, cells in enumerate(rows, start=1):
+        if len(cells) > len(header):
+            raise ValueError(
+                f"{path}, row {number}: {len(cells)} cells under {len(header)} columns; put cells with commas in quotes"
+            )
+        yield number, dict(zip(header, [*cells, *[None] * (len(header) - len(cells))], strict=True))
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})"
-                ) from None
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield number, _json(line, f"{path}, line {number}")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a text file, ends included; none is read whole that is too long to be a record."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise ValueError(
+                        f"{path}, line {number}: longer than {MAX_LINE:,} characters; is every record on a line of its own?"
+                    )
+                yield line
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 after line {number} ({error.reason}); save the file as UTF-8 text"
+        ) from None
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at {place})") from None
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number with thousands of digits
+        raise ValueError(f"{where}: JSON that cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _warn_of_repeats(pairs: list[PreferencePair], source: Any) -> None:
+    first: dict[str, int] = {}
+    again = []
+    for number, pair in enumerate(pairs, start=1):
+        if pair.image is None:
+            key = repr((pair.prompt, pair.chosen, pair.rejected))
+            if first.setdefault(key, number) != number:
+                again.append(number)
+    if again:
+        warnings.warn(
+            f"{_name(source)}: {len(again)} of {len(pairs)} records repeat earlier ones (the first: record {again[0]}); "
+            "they count twice, and standard errors take them as independent",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _pair(row: Any, columns: Mapping[str, str], number: int) -> PreferencePair:

@@ -10,7 +10,8 @@ import torch
 
 from grains_tl.batches import image_inputs, pad_rows
 from grains_tl.images import ImageInputs
-from grains_tl.models import hooked, is_bridge
+from grains_tl.models import hooked, is_bridge, resid_post
+from grains_tl.readiness import finite_hook, require_eval
 from grains_tl.tokens import TokenRules, prompt_inputs, token_rules
 from grains_tl.types import FwdHooks, HookedModel, Text
 
@@ -44,7 +45,8 @@ def generate(
         The new text of each prompt, special tokens left out.
 
     Raises:
-        ValueError: no prompts, an empty or too long one, not as many images as prompts, or ``max_new_tokens < 1``.
+        ValueError: no prompts, an empty or too long one, not as many images as prompts, ``max_new_tokens < 1``, or a
+            model in train mode with dropout; during the run, NaN or inf after the last block.
 
     Example:
         >>> generate(model, ["The film was"], vectors.hooks(0.2, layers=[15]), max_new_tokens=10)  # doctest: +SKIP
@@ -59,6 +61,7 @@ def generate(
         raise ValueError(f"batch_size={batch_size}; at least 1 is needed")
     if temperature < 0:
         raise ValueError(f"temperature={temperature}; 0 (greedy) or a positive number")
+    require_eval(model)
     images = [None] * len(prompts) if images is None else list(images)
     if len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(images)} images; give one entry per prompt (None for none)")
@@ -90,9 +93,10 @@ def _continue(
     pictures = image_inputs(model, [images for _, images in rows], ids, offset)
     prompt_len = ids.shape[1]
     hooks = fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks
+    hooks = [*(hooks or []), *finite_hook(resid_post(int(model.cfg.n_layers) - 1))]
     rules = token_rules(model)
     sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
-    with torch.no_grad(), torch.random.fork_rng(), hooked(model, hooks or []):
+    with torch.no_grad(), torch.random.fork_rng(), hooked(model, hooks):
         torch.manual_seed(seed)
         if is_bridge(model):
             if sampling:

@@ -7,6 +7,7 @@ returns goes on to the model: what is left out (token types, sizes, grids) silen
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -23,6 +24,8 @@ from grains_tl.types import HookedModel, Message, Text
 
 #: Families that TransformerLens 3.9 runs wrongly on images (measured, tests/test_vision_families.py).
 NEEDS_TL4 = ("gemma3",)
+#: Larger pictures are refused: unpacked they take gigabytes, and every processor shrinks them anyway.
+MAX_PIXELS = 50_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,8 @@ def load_images(image: Any) -> tuple[Any, ...]:
             ``[3, height, width]``; integers 0 to 255, or floats 0 to 1), or a list of these.
 
     Raises:
-        ValueError: something else, an empty list, or values outside these ranges.
+        ValueError: something else, an empty list, values outside these ranges, a file that is no picture or is cut off,
+            or more than 50 megapixels.
         FileNotFoundError: no file at the path.
 
     Example:
@@ -78,25 +82,27 @@ def _load_image(image: Any) -> Any:
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _converted(image, "image")
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
             raise FileNotFoundError(
                 f"image {str(image)!r} is no file; give a path on this machine, or the picture itself"
             )
-        with Image.open(image) as file:
-            return file.convert("RGB")
+        return _read_file(Path(image))
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy()
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
         what = f"array of shape {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
         raise ValueError(f"image is {what}; a PIL image, a path, or an array [height, width, 3] is needed")
+    if not image.size:
+        raise ValueError(f"image has shape {image.shape}: no pixels; [height, width, 3] is needed")
     if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3, 4):
         image = image.transpose(1, 2, 0)
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     if image.ndim == 3 and image.shape[2] not in (3, 4):
         raise ValueError(f"image has shape {image.shape}; [height, width, 3] is needed")
+    _require_size(image.shape[1], image.shape[0], "image")
     low, high = float(image.min()), float(image.max())
     is_float = np.issubdtype(image.dtype, np.floating)
     if not (low >= 0 and high <= (1 if is_float else 255)):  # also refuses NaN
@@ -104,6 +110,39 @@ def _load_image(image: Any) -> Any:
         raise ValueError(f"image has values from {low:g} to {high:g}; {image.dtype} pixels go from {wanted}")
     pixels = (image * 255).round() if is_float else image
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+
+
+def _read_file(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        # Pillow warns of a large picture before we can refuse it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            file = Image.open(path)
+        with file:
+            return _converted(file, str(path))
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no picture that Pillow can read; give a png or jpeg file") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}; make the picture smaller first") from None
+
+
+def _converted(picture: Any, where: str) -> Any:
+    """As RGB; the size is in the header, so a bomb is refused before it is unpacked."""
+    _require_size(*picture.size, where)
+    try:
+        return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise for broken pixel data
+        raise ValueError(f"{where} is a picture that cannot be read to its end ({error}); save it again") from None
+
+
+def _require_size(width: int, height: int, where: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{where} has {width} x {height} = {width * height / 1e6:.0f} megapixels; at most {MAX_PIXELS / 1e6:.0f} are "
+            "read. Make it smaller first: no vision tower sees that many"
+        )
 
 
 def require_processor(model: HookedModel) -> Any:
@@ -116,8 +155,8 @@ def require_processor(model: HookedModel) -> Any:
     family = model.original_model.config.model_type  # type: ignore[attr-defined]
     if family in NEEDS_TL4 and int(metadata.version("transformer-lens").split(".")[0]) < 4:
         raise ValueError(
-            f"{family} computes something else with images in TransformerLens 3 (logits off by up to 0.1 and more, see "
-            "docs/vision-families.md); install TransformerLens 4, or leave the image out"
+            f"{family} computes something else with images in TransformerLens 3 (logits are off by as much as their "
+            "size, see docs/vision-families.md); install TransformerLens 4, or leave the image out"
         )
     processor = getattr(model, "processor", None)
     if processor is None:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from grains_tl.readiness import require_eval
 from grains_tl.types import FwdHooks, HookedModel
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -291,7 +292,12 @@ def forward_logits(
         keep: positions whose logits are wanted, the same for every row.
         fwd_hooks: hooks to run with; they see the full ``[batch, pos, d_model]`` residual.
         inputs: the images of a vision-language model (``Batch.inputs``).
+
+    Raises:
+        ValueError: the model is in train mode with dropout.
     """
+    _require_images(model, ids, inputs)
+    require_eval(model)
     with hooked(model, fwd_hooks or []):
         if is_bridge(model):
             # use_cache=False: a key-value cache would only cost memory here
@@ -303,6 +309,22 @@ def forward_logits(
         return model.unembed(model.ln_final(resid[:, keep]))  # type: ignore[attr-defined]
 
 
+def _require_images(model: HookedModel, ids: Int[Tensor, "batch pos"], inputs: Mapping[str, Tensor] | None) -> None:
+    """Image tokens without an image would run as placeholder embeddings, silently (the authors' code does that)."""
+    if not inputs and not torch.equal(ids, without_image_tokens(model, ids)):
+        raise ValueError(
+            "the ids hold image tokens, but no image came with them; pass the processor's tensors as inputs"
+        )
+
+
+def without_image_tokens(model: HookedModel, ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """The ids with the neighbouring id in place of image tokens, for made-up prompts."""
+    if not getattr(model.cfg, "is_multimodal", False):
+        return ids
+    token = getattr(model.original_model.config, "image_token_id", None)  # type: ignore[attr-defined]
+    return ids if token is None else torch.where(ids == token, ids - 1, ids)
+
+
 def model_identity(model: HookedModel) -> dict[str, Any]:
     """What ties results to a model: its name, its shape, and a fingerprint of what it computes.
 
@@ -310,7 +332,7 @@ def model_identity(model: HookedModel) -> dict[str, Any]:
     the embeddings in it; both survive a change of class and, within a tolerance, of dtype.
     """
     cfg = model.cfg
-    ids = torch.linspace(0, int(cfg.d_vocab) - 1, 6).long()[None].to(device_of(model))
+    ids = without_image_tokens(model, torch.linspace(0, int(cfg.d_vocab) - 1, 6).long()[None].to(device_of(model)))
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)
     with torch.no_grad():
         logprobs = forward_logits(model, ids, torch.ones_like(ids), last)[0, 0].float().log_softmax(-1)
@@ -352,6 +374,8 @@ def run_blocks(
 
     Stopping early saves the upper blocks and the unembedding; needs ``1 <= stop <= n_layers``.
     """
+    _require_images(model, ids, inputs)
+    require_eval(model)
     keep = torch.zeros(1, dtype=torch.long, device=ids.device)
     more = dict(inputs or {})
     if is_bridge(model) and stop == model.cfg.n_layers:

@@ -29,13 +29,14 @@ class Replacements:
 
     Attributes:
         text: ``[d_model]``, for every text token.
-        prompts: per record ``[pos, d_model]`` with stand-ins at its patches; ``None`` for a record without image.
+        prompts: per record the different stand-ins ``[kind, d_model]`` and which one each position gets ``[pos]`` (small:
+            a prompt may have thousands of patches); ``None`` for a record without image.
         originals: per record the unmasked embeddings, where neighbours are to be looked up.
         spans: per record the patch grids.
     """
 
     text: Float[Tensor, "d_model"]
-    prompts: tuple[Tensor | None, ...]
+    prompts: tuple[tuple[Tensor, Tensor] | None, ...]
     originals: tuple[Tensor | None, ...]
     spans: tuple[tuple[ImageSpan, ...], ...]
 
@@ -59,16 +60,18 @@ class Replacements:
         out = self.text.to(like.device).expand(*like.shape, -1).clone()
         masked = [()] * len(owner) if masked is None else masked
         for row, (record, hidden, start) in enumerate(zip(owner, masked, offset.tolist(), strict=True)):
-            prompt = self.prompts[record]
-            if prompt is not None:
-                prompt = self._with_neighbours(record, prompt, hidden)
+            if self.prompts[record] is not None:
+                prompt = self._with_neighbours(record, self.of(record), hidden)
                 out[row, start : start + len(prompt)] = prompt.to(out)
         return out
 
     def of(self, record: int) -> Float[Tensor, "*position d_model"]:
         """Stand-ins of one record on the CPU: ``[d_model]``, or ``[pos, d_model]`` with an image."""
-        prompt = self.prompts[record]
-        return self.text.cpu() if prompt is None else prompt
+        found = self.prompts[record]
+        if found is None:
+            return self.text.cpu()
+        kinds, which = found
+        return kinds[which]
 
     def _with_neighbours(
         self, record: int, prompt: Float[Tensor, "pos d_model"], masked: Sequence[int]
@@ -105,7 +108,7 @@ def replacements(
     """
     check_image_masker(image_masker)
     text = replacement_embedding(model, masker)
-    prompts: list[Tensor | None] = []
+    prompts: list[tuple[Tensor, Tensor] | None] = []
     originals: list[Tensor | None] = []
     for pair in tokenized:
         if pair.images is None:
@@ -182,17 +185,16 @@ def _stand_ins(
     found: Float[Tensor, "pos d_model"],
     text: Float[Tensor, "d_model"],
     how: ImageMasker,
-) -> Float[Tensor, "pos d_model"]:
-    out = text.float().expand_as(found).clone()
-    out[torch.tensor(pair.is_image)] = 0.0
-    if how == "zero":
-        return out
+) -> tuple[Float[Tensor, "kind d_model"], Int[Tensor, "pos"]]:
+    kinds = [text.float()[None], torch.zeros(1, len(text))]
+    which = torch.tensor(pair.is_image).long()
+    patches = sorted(images.patches)
     if how == "blurred_image":
-        soft = prompt_embeddings(model, pair, blurred(model, images))
-        places = sorted(images.patches)
-        out[places] = soft[places]
-        return out
-    for image in {span.image for span in images.spans}:
-        places = [p for s in images.spans if s.image == image for p in s.positions.flatten().tolist()]
-        out[places] = found[places].mean(0)
-    return out
+        kinds.append(prompt_embeddings(model, pair, blurred(model, images))[patches])
+        which[patches] = 2 + torch.arange(len(patches))
+    elif how != "zero":
+        for image in sorted({span.image for span in images.spans}):
+            places = [p for s in images.spans if s.image == image for p in s.positions.flatten().tolist()]
+            which[places] = len(kinds)
+            kinds.append(found[places].mean(0, keepdim=True))
+    return torch.cat(kinds), which

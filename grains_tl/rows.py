@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grains_tl.choices import MultipleChoice
-from grains_tl.data import read_rows
+from grains_tl.data import csv_cells, read_rows
 from grains_tl.prompts import Question, question_item
 
 MMLU_COLUMNS = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
@@ -99,8 +98,7 @@ def _mmlu_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     subject = path.stem
     for split in ("_dev", "_val", "_test"):
         subject = subject.removesuffix(split)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = [line for line in csv.reader(file) if line]
+    lines = list(csv_cells(path))
     if lines and [cell.strip().lower() for cell in lines[0]] == list(MMLU_COLUMNS):
         lines = lines[1:]
     for number, line in enumerate(lines, start=1):

@@ -192,7 +192,8 @@ def restart_logits(
     with hooked(model, later):
         resid = torch.stack([_edited(model, restart.resid[layer], hooks, here) for hooks in settings])
         row, pos, packing = batch.target_row, batch.keep[batch.target_keep], restart.packing
-        if packing is not None and packing.keeps(resid):
+        # a hook on a later block expects the batch's own rows and positions
+        if packing is not None and not later and packing.keeps(resid):
             final = _continue(model, restart, layer + 1, packing.pack(resid), packing.block_inputs, len(packing.row))
             row, pos = packing.to_row[row, pos], packing.to_pos[row, pos]
         else:

@@ -11,10 +11,19 @@ from torch import Tensor
 
 from grains_tl.batches import scoring_batch
 from grains_tl.masking import mask_hook
-from grains_tl.models import attribution_point, device_of, forward_logits, hooked, resid_post
+from grains_tl.models import (
+    attribution_point,
+    device_of,
+    forward_logits,
+    hooked,
+    is_bridge,
+    resid_post,
+    without_image_tokens,
+)
+from grains_tl.readiness import require_eval
 from grains_tl.scoring import batch_logprobs, prepare_restart
 from grains_tl.steering import steer_hook
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import TokenizedPair, token_rules
 from grains_tl.types import HookedModel
 
 # float32 round-off through some tens of layers; a wrong hook or a lost mask shows as 1e-1 and more
@@ -28,38 +37,54 @@ def check_model(model: HookedModel) -> pd.DataFrame:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
 
     Returns:
-        One row per check: ``check``, ``ok``, ``detail`` (what was measured, or the error). A failed row names what not
-        to rely on; nothing is raised.
+        One row per check: ``check``, ``ok``, ``detail`` (what was measured, or the error) and ``needed_for``: what not to
+        rely on where ``ok`` is False. Nothing is raised. A restart that is not exact costs time, not accuracy: sweeps
+        then run the whole model.
 
     Example:
         >>> check_model(model)                       # doctest: +SKIP
         >>> check_model(model).query("not ok")       # doctest: +SKIP
     """
-    checks: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-        ("hook points", lambda: _hook_points(model)),
-        ("logits at kept positions only", lambda: _kept_logits(model)),
-        ("residual parts sum up", lambda: _residual_sum(model)),
-        ("an edit at a layer changes nothing before it", lambda: _edit_is_local(model)),
-        ("steering at alpha 0 and after a run is bit-exact", lambda: _leaves_no_trace(model)),
-        ("gradients at the attribution point", lambda: _gradients(model)),
-        ("left padding equals right padding", lambda: _padding(model)),
-        ("restart from a cached residual", lambda: _restart(model)),
-        ("attention knock-out", lambda: _knock_out(model)),
+    checks: list[tuple[str, str, Callable[[], tuple[bool, str]]]] = [
+        ("eval mode", "anything", lambda: _eval_mode(model)),
+        ("tokenizer", "anything with text", lambda: _tokenizer(model)),
+        ("hook points", "attribution, steering", lambda: _hook_points(model)),
+        ("logits at kept positions only", "scoring", lambda: _kept_logits(model)),
+        ("residual parts sum up", "direct effects of heads and MLPs", lambda: _residual_sum(model)),
+        ("an edit at a layer changes nothing before it", "steering, patching", lambda: _edit_is_local(model)),
+        ("an edit at a position changes nothing before it", "scopes, masking", lambda: _edit_is_causal(model)),
+        ("steering at alpha 0 and after a run is bit-exact", "steering", lambda: _leaves_no_trace(model)),
+        ("gradients at the attribution point", "gradient methods", lambda: _gradients(model)),
+        ("left padding equals right padding", "batches", lambda: _padding(model)),
+        ("cached decoding equals uncached", "generation", lambda: _decoding(model)),
+        ("restart from a cached residual", "fast sweeps", lambda: _restart(model)),
+        ("attention knock-out", 'masker="attention"', lambda: _knock_out(model)),
     ]
     rows = []
-    for name, check in checks:
+    for name, needed_for, check in checks:
         try:
             ok, detail = check()
         except Exception as error:  # the table is the place for any failure of a new architecture
             ok, detail = False, f"{type(error).__name__}: {error}"
-        rows.append({"check": name, "ok": ok, "detail": detail})
+        rows.append({"check": name, "ok": ok, "detail": detail, "needed_for": needed_for})
     return pd.DataFrame(rows)
+
+
+def _eval_mode(model: HookedModel) -> tuple[bool, str]:
+    require_eval(model)
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]  # type: ignore[attr-defined]
+    return not bad, f"NaN or inf in {bad[:3]}" if bad else "no dropout, all weights finite"
+
+
+def _tokenizer(model: HookedModel) -> tuple[bool, str]:
+    return True, token_rules(model).describe()
 
 
 def _ids(model: HookedModel, n: int = 9) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     low = min(100, int(model.cfg.d_vocab) // 3)  # early ids are often special tokens
-    return torch.randint(low, int(model.cfg.d_vocab), (1, n), generator=generator).to(device_of(model))
+    ids = torch.randint(low, int(model.cfg.d_vocab), (1, n), generator=generator)
+    return without_image_tokens(model, ids.to(device_of(model)))
 
 
 def _record(model: HookedModel, n: int) -> TokenizedPair:
@@ -120,6 +145,39 @@ def _edit_is_local(model: HookedModel) -> tuple[bool, str]:
     before = all(torch.equal(base[resid_post(i)], seen[resid_post(i)]) for i in range(layer))
     after = not torch.equal(base[resid_post(layer)], seen[resid_post(layer)])
     return before and after, f"edited after layer {layer}"
+
+
+def _edit_is_causal(model: HookedModel) -> tuple[bool, str]:
+    ids = _ids(model)
+    at = ids.shape[1] // 2
+    here = torch.zeros_like(ids, dtype=torch.bool)
+    here[0, at] = True
+    edit = steer_hook(0, torch.ones(int(model.cfg.d_model)), 1.0, operator="add", positions=here)
+    _, base = _capture(model, [])
+    _, moved = _capture(model, [], edit)
+    before = (base[:, :at] - moved[:, :at]).abs().max().item()
+    after = (base[:, at:] - moved[:, at:]).abs().max().item()
+    return before < TOLERANCE < after, f"logits before move by up to {before:.1e}, from there on by {after:.2g}"
+
+
+def _decoding(model: HookedModel) -> tuple[bool, str]:
+    ids, n_new = _ids(model), 4
+    edit = steer_hook(0, torch.ones(int(model.cfg.d_model)), 1.0)
+    with torch.no_grad(), torch.random.fork_rng(), hooked(model, edit):
+        runs = [_greedy(model, ids, n_new, cache)[0, ids.shape[1] :].tolist() for cache in (True, False)]
+    return runs[0] == runs[1] and bool(runs[0]), f"steered greedy tokens {runs[0]} and {runs[1]}"
+
+
+def _greedy(model: HookedModel, ids: Tensor, n_new: int, cache: bool) -> Tensor:
+    if is_bridge(model):
+        inner = model.original_model  # type: ignore[attr-defined]
+        mask = torch.ones_like(ids)
+        return inner.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=n_new, do_sample=False, use_cache=cache
+        )
+    return model.generate(  # type: ignore[attr-defined]
+        ids, max_new_tokens=n_new, do_sample=False, use_past_kv_cache=cache, stop_at_eos=False, verbose=False
+    )
 
 
 def _leaves_no_trace(model: HookedModel) -> tuple[bool, str]:

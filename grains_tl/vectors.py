@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grains_tl.caching import Differences
+from grains_tl.files import write_atomically
 from grains_tl.models import model_identity, same_fingerprint
 from grains_tl.steering import Operator, Positions, steer_hook
 from grains_tl.types import FwdHooks, HookedModel
@@ -28,7 +28,8 @@ Reduce = Literal["mean", "svd", "pca"]
 Side = Literal["both", "toward_chosen"]
 
 FORMAT = "grains_tl.steering_vectors"
-FORMAT_VERSION = 1
+#: 1: without a checksum; still read. 2: with ``sha256`` over manifest and tensors.
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class SteeringVectors:
         ]  # NaN too
         if bad:
             raise ValueError(f"directions at layers {bad} are not unit vectors; use SteeringVectors.from_raw")
+        if len(set(self.layers)) < n or any(layer < 0 for layer in self.layers):
+            raise ValueError(f"layers {list(self.layers)}; each is a number from 0 and stands there once")
+        for name, sizes in (("magnitudes", self.magnitudes), ("resid_norms", self.resid_norms)):
+            if not bool(torch.isfinite(sizes).all()) or bool((sizes < 0).any()):
+                raise ValueError(f"{name} are {sizes.tolist()}; finite lengths are needed")
 
     @classmethod
     def from_raw(
@@ -210,8 +216,10 @@ class SteeringVectors:
             "magnitudes": self.magnitudes.contiguous(),
             "resid_norms": self.resid_norms.contiguous(),
         }
-        manifest = {**self.info, "layers": list(self.layers), "hook_point": "blocks.{layer}.hook_resid_post"}
-        header = {"format": FORMAT, "version": str(FORMAT_VERSION), "manifest": json.dumps(manifest)}
+        about = {**self.info, "layers": list(self.layers), "hook_point": "blocks.{layer}.hook_resid_post"}
+        manifest = json.dumps(about)
+        header = {"format": FORMAT, "version": str(FORMAT_VERSION), "manifest": manifest}
+        header["sha256"] = _digest(manifest, tensors)
         return write_atomically(path, save(tensors, metadata=header))
 
     def require_match(self, model: HookedModel) -> None:
@@ -249,7 +257,8 @@ def load_vectors(path: str | Path, model: HookedModel | None = None) -> Steering
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, a newer format version, broken shapes, or vectors of another model.
+        ValueError: not such a file, a newer format version, a checksum that does not fit, broken shapes, numbers that are
+            not finite, or vectors of another model.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -270,12 +279,16 @@ def load_vectors(path: str | Path, model: HookedModel | None = None) -> Steering
     wanted = {"directions", "magnitudes", "resid_norms"}
     if set(tensors) != wanted:
         raise ValueError(f"{file} holds the tensors {sorted(tensors)}; {sorted(wanted)} are needed")
+    if int(version) > 1 and header.get("sha256") != _digest(header.get("manifest", ""), tensors):
+        raise ValueError(f"{file} is damaged (its checksum does not fit what it holds); take a copy, or build it again")
     try:
         info = json.loads(header["manifest"])
+        if not isinstance(info.get("model", {}), dict):
+            raise ValueError("model is no mapping")
         layers = tuple(int(layer) for layer in info.pop("layers"))
         info.pop("hook_point", None)
         vectors = SteeringVectors(layers=layers, info=info, **{k: v.float() for k, v in tensors.items()})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file} has a broken manifest or tensors ({type(error).__name__}: {error})") from None
     if model is not None:
         vectors.require_match(model)
@@ -346,22 +359,13 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def write_atomically(path: str | Path, content: bytes) -> Path:
-    """Write beside the target and rename: a reader sees the old file or the new one, never half of it."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # a temporary file is private, a result is not
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
+def _digest(manifest: str, tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256(manifest.encode())
+    for name in sorted(tensors):
+        one = tensors[name]
+        found.update(f"{name}{one.dtype}{tuple(one.shape)}".encode())
+        found.update(one.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _first_singular(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, "d_model"]:

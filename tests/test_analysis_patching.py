@@ -322,3 +322,24 @@ def test_restart_layer() -> None:
     assert restart_layer([]) == -1
     assert restart_layer(["blocks.3.hook_resid_post", "blocks.3.hook_mlp_out"]) == 2
     assert restart_layer(["blocks.3.hook_out"]) == 2  # a bridge's own name for resid_post: below it, to be safe
+
+
+# Was a bug: restarted runs pack responses to one prompt into a row, and hooks on later blocks met rows and positions they
+# did not know: patches and scoped steering at a second layer were refused or went to other positions.
+@pytest.mark.parametrize("positions", ["last", "generated"])
+def test_hooks_on_later_blocks_see_the_rows_of_the_batch(
+    model: Any, vector: gr.SteeringVectors, positions: Any
+) -> None:
+    prompt = "question : was the film good and the room very warm but the soup cold ? answer :"
+    pair = gr.PreferencePair(
+        prompt=prompt, chosen=" it was good and we liked it", rejected=" no they hated it , very bad"
+    )
+    tokenized = gr.tokenize_pairs(model, [pair])
+
+    def hooks(batch: Any) -> Any:
+        return vector.hooks(0.5, [0, 1], positions=positions, prompt_len=batch.prompt_len)
+
+    _, found = gr.measure(model, tokenized, [gr.Setting(0, hooks)])
+    torch.testing.assert_close(found[0], gr.score_pairs(model, tokenized, hooks), atol=ATOL, rtol=0)
+    mlps = gr.analysis.patch(model, tokenized, vector.hooks(0.5, [0]), by="pos", layers=[1], progress=False)
+    assert mlps.pos.max() == 6 and mlps.effect.abs().max() > 10 * ATOL

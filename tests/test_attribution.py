@@ -56,8 +56,8 @@ class PolynomialModel:
         self.vector, self.matrix = torch.randn(6, generator=generator), torch.randn(6, 6, generator=generator) * 0.3
         self.power = power
         self.original_model = self  # makes it a bridge
-        self.hook_dict = {"hook_embed": None}
-        self.running: list[Callable[..., Any]] = []
+        self.hook_dict = {"hook_embed": None, "unembed.hook_in": None}
+        self.running: dict[str, Callable[..., Any]] = {}
 
     def parameters(self) -> Iterator[Tensor]:
         return iter([self.table])
@@ -67,21 +67,21 @@ class PolynomialModel:
 
     @contextmanager
     def hooks(self, fwd_hooks: Any) -> Iterator[None]:
-        self.running = [fn for _, fn in fwd_hooks]
+        self.running = dict(fwd_hooks)
         yield
-        self.running = []
+        self.running = {}
 
     def f(self, x: Tensor) -> Tensor:
         return ((x @ self.vector) ** self.power).sum(-1) + torch.einsum("bd,de,be->b", x[:, 0], self.matrix, x[:, -1])
 
-    def __call__(self, ids: Tensor, *, attention_mask: Tensor, logits_to_keep: Tensor, use_cache: bool) -> Tensor:
+    def __call__(self, ids: Tensor, *, attention_mask: Tensor, use_cache: bool) -> Tensor:
         x = self.embed(ids)
-        for fn in self.running:
-            x = fn(x, hook=None)
+        if "hook_embed" in self.running:
+            x = self.running["hook_embed"](x, hook=None)
         logits = torch.zeros(*ids.shape, 45)
         chosen, rejected = self.tokenizer("good bad")["input_ids"]
         logits[:, -1, chosen], logits[:, -1, rejected] = self.f(x) / 2, -self.f(x) / 2  # the softmax's sum cancels
-        return logits[:, logits_to_keep]
+        return self.running["unembed.hook_in"](logits, hook=None)
 
     def exact_scores(self, x: Tensor, start: Tensor) -> Tensor:
         """The path integral, term by term, with 64 nodes in float64: far more than a polynomial of this degree needs."""

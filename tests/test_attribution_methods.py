@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import captum.attr as captum
 import pytest
@@ -14,7 +14,7 @@ from oracles import embeddings, margin, relative_error
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.attribution import paths, samples
+from grains_tl.attribution import Method, paths, samples
 from grains_tl.attribution.baselines import Baselines, neutral_tokens
 from grains_tl.attribution.field import Run, Sample, in_order, real_inputs
 from grains_tl.attribution.paths import Ends, Scores
@@ -441,6 +441,34 @@ def tiny_model_bf16() -> Any:
     hf_model, tokenizer = tiny_hf().to(torch.bfloat16), tiny_tokenizer()
     gr_models._keep_tokenizer_as_is(tokenizer, "tiny")
     return gr_models._bridge(hf_model, tokenizer, "tiny").eval().requires_grad_(False)
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llava() -> Any:
+    from vision_families import FAMILIES
+    from vision_families import bridge as vision_bridge
+
+    return vision_bridge(FAMILIES[0])
+
+
+@pytest.mark.skipif(TL_MAJOR < 4, reason="vision-language models are exact on TransformerLens 4 only")
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_scores_text_and_patches(llava: Any, method: Any) -> None:
+    """A record with an image and one without, in one batch and alone; path methods start from the image's own mean patch."""
+    from vision_families import picture
+
+    prompt = "question : what is this ? answer :"
+    records = [gr.PreferencePair(prompt, " a cat", " a big dog", image) for image in (picture(0), None)]
+    found = gr.attribute_all(llava, gr.tokenize_pairs(llava, records), method=method, n_steps=9)
+    assert bool(found[0].is_image.any()) and not bool(found[1].is_image.any()) and found[0].spans
+    for record, a in zip(records, found, strict=True):
+        alone = gr.attribute(llava, record, method=method, n_steps=9)
+        assert a.scores.shape == (len(a.tokens),) and bool(torch.isfinite(a.scores).all())
+        assert relative_error(a.scores, alone.scores) < 5 * GRADIENT_RTOL
+    assert float(found[0].scores[found[0].is_image].abs().max()) > 0
 
 
 # -- baselines and options --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vision_families import FAMILIES, bridge, picture
+from vision_families import FAMILIES, bridge, build, picture
 
 import grains_tl as gr
 from grains_tl.images import ImageInputs, collate_images, load_images
@@ -138,10 +138,9 @@ def test_rows_of_fewer_tiles_are_filled_with_zeros() -> None:
 def attribution(scores: list[float], is_image: list[bool]) -> Attribution:
     n = len(scores)
     names = ["<image>" if i else f" w{p}" for p, i in enumerate(is_image)]
-    return Attribution(
-        torch.tensor(scores), names, torch.ones(n, dtype=torch.bool), torch.tensor(is_image), None, 1.0, None, "leave_one_out",
-        (ImageSpan(0, sum(is_image), 1, sum(is_image)),),
-    )  # fmt: skip
+    spans = (ImageSpan(0, sum(is_image), 1, sum(is_image)),)
+    flags, content = torch.tensor(is_image), torch.ones(n, dtype=torch.bool)
+    return Attribution(torch.tensor(scores), names, content, flags, None, 1.0, None, "leave_one_out", spans=spans)
 
 
 def test_words_and_patches_have_budgets_of_their_own() -> None:
@@ -205,6 +204,19 @@ def test_vectors_remember_the_images_and_resume(llava: Any, tmp_path: Path) -> N
         gr.build_vectors(llava, pairs, top_k=1, top_k_image=17, progress=False)
 
 
+def test_image_tokens_without_an_image_do_not_run(llava: Any) -> None:
+    from grains_tl.models import forward_logits, run_blocks
+
+    ids = torch.tensor([gr.tokenize_pairs(llava, [pair(picture(0))])[0].prompt])
+    for run in (
+        lambda: forward_logits(llava, ids, torch.ones_like(ids), torch.tensor([3])),
+        lambda: run_blocks(llava, ids, torch.ones_like(ids), 1),
+    ):
+        with pytest.raises(ValueError, match="no image came with them"):
+            run()
+    assert gr.check_model(llava).ok.all()
+
+
 def test_generation_wants_one_image_entry_per_prompt(llava: Any) -> None:
     with pytest.raises(ValueError, match="2 prompts but 1 images"):
         gr.generate(llava, [PROMPT] * 2, images=[picture(0)])
@@ -242,3 +254,14 @@ def test_captions_mark_what_is_absent() -> None:
     assert any("before: 1 of 2,  after: 0 of 2" in t.get_text() for ax in fig.axes for t in ax.texts)
     with pytest.raises(ValueError, match="one caption of each name"):
         plot_captions([picture(0)], {"before": ["a", "b"]}, [set()])
+
+
+def test_a_folder_with_a_vision_model_loads_with_its_processor(tmp_path: Path, llava: Any) -> None:
+    build(FAMILIES[0]).save_pretrained(tmp_path)
+    FAMILIES[0].processor().save_pretrained(tmp_path)
+    model = gr.load_model(str(tmp_path))
+    assert type(model.processor).__name__ == "LlavaProcessor"
+    tokenized = [gr.tokenize_pairs(m, [pair(picture(0))]) for m in (model, llava)]
+    assert tokenized[0][0].prompt == tokenized[1][0].prompt
+    scores = [gr.score_pairs(m, t) for m, t in zip((model, llava), tokenized, strict=True)]
+    assert torch.allclose(scores[0], scores[1], atol=1e-4)

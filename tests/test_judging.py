@@ -20,7 +20,7 @@ from torch import Tensor
 
 import grains_tl as gr
 from grains_tl import models as gr_models
-from grains_tl.agreement import random_attributions, randomised
+from grains_tl.agreement import random_attributions, random_weights
 from grains_tl.attribution.removal import values_without
 from grains_tl.cli import main
 from grains_tl.cli_compare import pretty
@@ -58,7 +58,7 @@ def test_words_sentences_and_spans() -> None:
     words = ["".join(TOKENS[p] for p in own) for own in groups_of(TOKENS, (), "word")]
     assert words == ["The", " waiter", " was", " rude", ".", " Every", " one", " left", "!", "\n", "Overall"]
     sentences = ["".join(TOKENS[p] for p in own) for own in groups_of(TOKENS, (), "sentence")]
-    assert sentences == ["The waiter was rude.", " Everyone left!".replace("Everyone", "Every one"), "\n", "Overall"]
+    assert sentences == ["The waiter was rude.", " Every one left!", "\n", "Overall"]
     assert groups_of(TOKENS, (), ["The waiter", (8, 10)])[:2] == [(0, 1, 2), (3,)]
     assert (8, 9) in groups_of(TOKENS, (), ["The waiter", (8, 10)])
 
@@ -117,10 +117,11 @@ def additive() -> SimpleNamespace:
     model: Any = PolynomialModel(1)
     model.matrix = torch.zeros(6, 6)
     records = [
-        gr.PreferencePair(p, " good", " bad") for p in ("film was cold but room warm", "we liked hotel and food")
+        gr.PreferencePair(p, " good", " bad") for p in ("film was cold but room warm", "we liked this hotel and food")
     ]
     tokenized = gr.tokenize_pairs(model, records)
     true = [gr.attribute(model, r, method="leave_one_out", masker="zero") for r in records]
+    assert len({len(t.prompt) for t in tokenized}) == 1  # this model reads f at the last place of a batch
     return SimpleNamespace(model=model, tokenized=tokenized, true=true)
 
 
@@ -192,7 +193,7 @@ def test_seeds_of_a_method_that_draws_nothing_agree(bridge: Any, pairs: list[gr.
     assert gr.seed_agreement(bridge, pairs, method="leave_one_out")["spearman"].tolist() == pytest.approx([1.0] * 3)
     few, many = (
         gr.seed_agreement(bridge, pairs, method="leave_k_out", seeds=(0, 1), n_steps=n, k=2)["spearman"][0]
-        for n in (4, 60)
+        for n in (3, 60)
     )
     assert few < many <= 1.0 and many > 0.8
     with pytest.raises(ValueError, match="two different"):
@@ -224,12 +225,17 @@ def planted() -> SimpleNamespace:
     hf = tiny_hf().train().requires_grad_(True)
     optimiser = torch.optim.Adam(hf.parameters(), lr=3e-3)
     yes, no = tokenizer("yes no")["input_ids"]
+    deciding = torch.tensor(tokenizer(" ".join(YES + NO))["input_ids"])
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        for step in range(150):
+        for step in range(250):
             batch = planted_prompts(48, seed=step)
             rows = tokenizer([t for t, _, _ in batch], padding=True, padding_side="left", return_tensors="pt")
-            logits = hf(rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, -1, [yes, no]]
+            embeds = hf.get_input_embeddings()(rows["input_ids"])
+            # some words are blank already in training, so that a blank is nothing strange and says nothing
+            blank = (torch.rand(rows["input_ids"].shape) < 0.2) & ~torch.isin(rows["input_ids"], deciding)
+            embeds = torch.where(blank[..., None], hf.get_input_embeddings().weight.mean(0), embeds)
+            logits = hf(inputs_embeds=embeds, attention_mask=rows["attention_mask"]).logits[:, -1, [yes, no]]
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor([0 if y else 1 for _, _, y in batch]))
             optimiser.zero_grad()
             loss.backward()
@@ -271,15 +277,18 @@ def test_scores_change_when_the_weights_are_random(planted: Any) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_randomised_weights_keep_mean_and_spread(bridge: Any) -> None:
-    found = randomised(bridge, [1], seed=0)
-    old, new = (dict(m.blocks[1].named_parameters()) for m in (bridge, found))
+def test_random_weights_keep_mean_and_spread_and_go_away(bridge: Any) -> None:
+    old = {name: p.clone() for name, p in bridge.blocks[1].named_parameters()}
+    other = [p.clone() for p in bridge.blocks[0].parameters()]
+    with pytest.raises(KeyboardInterrupt), random_weights(bridge, [1], seed=0):
+        new = {name: p.clone() for name, p in bridge.blocks[1].named_parameters()}
+        assert all(torch.equal(a, b) for a, b in zip(bridge.blocks[0].parameters(), other, strict=True))
+        raise KeyboardInterrupt
     changed = [name for name in old if not torch.equal(old[name], new[name])]
-    assert changed and all(old[name].ndim >= 2 for name in changed)
+    assert changed and all((old[name].ndim >= 2) == (name in changed) for name in old)
     for name in changed:
         assert float(new[name].std()) == pytest.approx(float(old[name].std()), rel=0.15)
-    untouched = zip(bridge.blocks[0].parameters(), found.blocks[0].parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in untouched)
+    assert all(torch.equal(p, old[name]) for name, p in bridge.blocks[1].named_parameters())
 
 
 def test_comparison_tells_the_right_method_from_chance(planted: Any) -> None:
@@ -352,6 +361,7 @@ def test_comparison_plot_has_a_panel_for_each_measure() -> None:
     fig = gr.plot_comparison(table())
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["deletion area, nats", "effect of the vector, nats"]
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["a<b>", "$x$", "random_tokens"]
+    assert not any(t.get_parse_math() for t in fig.axes[0].get_yticklabels())
     assert gr.plotting.figure_png(fig)[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="deletion_area"):
         gr.plot_comparison(table()[["method", "relative_gap"]])
@@ -363,6 +373,7 @@ def test_printed_numbers_have_intervals() -> None:
     assert rows["median gap / |f(x) - f(x')|"].tolist() == ["1.2 %", "-", "-"]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_compare_attributions_from_the_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

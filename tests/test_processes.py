@@ -53,7 +53,7 @@ def test_mean_of_sums_is_the_mean(
     assert len(summed.toward_chosen) == -(-4 // chunk)
     a, b = gr.reduce_vectors(whole), gr.reduce_vectors(summed)
     torch.testing.assert_close(a.raw, b.raw, atol=ATOL, rtol=0)
-    torch.testing.assert_close(a.resid_norms, b.resid_norms, atol=0, rtol=0)
+    torch.testing.assert_close(a.resid_norms, b.resid_norms, atol=ATOL, rtol=0)
 
 
 def test_more_processes_than_records_are_refused(bridge: Any, pairs: list[gr.PreferencePair]) -> None:

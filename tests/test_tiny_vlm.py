@@ -157,7 +157,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for _ in range(4):
         trainer.advance()
     (tmp_path / "halves").mkdir()
-    trainer.save(tmp_path / "halves" / "checkpoint.pt")
+    trainer.save(tmp_path / "halves" / "checkpoint.safetensors")
     before = torch.get_rng_state()
     halves = train(tmp_path / "halves", TINY)
     assert torch.equal(torch.get_rng_state(), before)

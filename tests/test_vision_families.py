@@ -25,7 +25,7 @@ PROMPT = "question : what is this ? answer :"
 CHOSEN, REJECTED = " a cat", " a big dog"
 #: Largest difference from Hugging Face in logits of size 1 to 10. TransformerLens 3.9: see docs/vision-families.md.
 TOLERANCE = 1e-4 if TL_MAJOR >= 4 else 5e-4
-#: Wrong on images in TransformerLens 3.9: logits differ by up to 0.4 from Hugging Face.
+#: Wrong on images in TransformerLens 3.9: logits differ by up to 6 from Hugging Face.
 REFUSED = ("Gemma 3",)
 
 

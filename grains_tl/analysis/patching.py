@@ -100,7 +100,8 @@ def patch(
         steering: hooks of the steered run, ``vectors.hooks(0.2, [15])``, or a function ``Batch -> hooks``.
         component: what to exchange; with ``by="layer"`` or ``"all"`` several can be exchanged together.
         by: one site per ``"layer"``, per ``"head"`` (component ``"z"``), per layer and ``"pos"``, or ``"all"`` layers
-        at once. layers: default those that the steering can reach.
+            at once.
+        layers: default those that the steering can reach.
         into: see above.
         method: ``"exact"`` runs the model once per site. ``"gradient"`` is attribution patching (arXiv 2310.10348):
             (other - own activation) . gradient of the margin, all sites from one backward pass; ``compare_patching``
@@ -117,8 +118,8 @@ def patch(
         steering on those records, ``n`` records that have the position.
 
     Raises:
-        ValueError: unknown options, layers or combinations; KeyError: a hook point the model lacks. Before anything
-        runs.
+        ValueError: unknown options, layers or combinations, before anything runs.
+        KeyError: a hook point that the model lacks.
 
     Example:
         >>> heads = patch(model, tokenized, vectors.hooks(0.2, [15]), component="z", by="head")   # doctest: +SKIP

@@ -101,7 +101,7 @@ def _margins_and_next(
     last = batch.offset + batch.prompt_len - 1
     targets = batch.keep[batch.target_keep]
     keep = torch.cat([targets, last]).unique()
-    logits = forward_logits(model, batch.ids, batch.attention_mask, keep, fwd_hooks)
+    logits = forward_logits(model, batch.ids, batch.attention_mask, keep, fwd_hooks, batch.inputs)
     scored = logits[batch.target_row, torch.searchsorted(keep, targets)]
     weighted = token_logprobs(scored, batch.target_id) * batch.target_weight
     flat = weighted.new_zeros(2 * batch.n_records).index_add(0, batch.target_slot, weighted)

@@ -34,8 +34,8 @@ def load_sae(release: str, sae_id: str, *, device: str = "cpu") -> tuple[Any, in
         ``(sae, layer)``; ``sae.W_dec`` ``[d_sae, d_model]`` is the decoder that the functions here take.
 
     Raises:
-        ImportError: SAELens is not installed (extra ``sae``). ValueError: an SAE that does not sit on the residual
-        stream.
+        ImportError: SAELens is not installed (extra ``sae``).
+        ValueError: an SAE that does not sit on the residual stream.
 
     Example:
         >>> sae, layer = load_sae("gpt2-small-res-jb", "blocks.8.hook_resid_pre")      # doctest: +SKIP

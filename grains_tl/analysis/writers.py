@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from grains_tl.batches import by_token_budget, pad_rows
+from grains_tl.batches import by_token_budget, image_inputs, pad_rows
 from grains_tl.evaluate import mean_and_se
-from grains_tl.masking import Masker, Selection, mask_hook, replacement_embedding
+from grains_tl.masking import Masker, Selection
 from grains_tl.models import hooked, resid_post, run_blocks
+from grains_tl.replacements import hide, replacements
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
@@ -92,19 +93,18 @@ def _project(
     max_tokens: int,
 ) -> tuple[list[Part], Float[Tensor, "record part"]]:
     """Every component's projection at each prompt's last token."""
-    replacement = None if masker == "attention" else replacement_embedding(model, masker)
+    needed = masker != "attention" and any(masked)
+    stand_ins = replacements(model, tokenized, masker) if needed else None
     rows: dict[int, Tensor] = {}
     parts: list[Part] = []
     for group in by_token_budget([len(t.prompt) for t in tokenized], max_tokens):
-        ids, mask, _ = pad_rows(model, [tokenized[g].prompt for g in group])
-        hidden = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
-        for place, g in enumerate(group):
-            hidden[place, list(masked[g])] = True
-        hooks = mask_hook(model, hidden, masker, replacement) if bool(hidden.any()) else []
+        ids, mask, offset = pad_rows(model, [tokenized[g].prompt for g in group])
+        inputs = image_inputs(model, [tokenized[g].images for g in group], ids, offset)
+        hooks = hide(model, stand_ins, group, [masked[g] for g in group], offset=offset, like=ids)
         last = torch.tensor([len(tokenized[g].prompt) - 1 for g in group], device=ids.device)
         found: dict[Part, Tensor] = {}
         with torch.no_grad(), hooked(model, hooks + _read_hooks(model, layer, last, unit.to(ids.device), found)):
-            run_blocks(model, ids, mask, stop=layer + 1)
+            run_blocks(model, ids, mask, layer + 1, inputs)
         parts, values = _with_rest(found)
         rows.update(zip(group, values.cpu(), strict=True))
     return parts, torch.stack([rows[i] for i in range(len(tokenized))])

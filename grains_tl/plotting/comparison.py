@@ -46,6 +46,8 @@ def plot_comparison(frame: pd.DataFrame) -> Any:
         for ax, name in zip(axes, shown, strict=True):
             _panel(ax, data, name, places)
         axes[0].set_yticks(places, [shortened(m, 32) for m in data["method"]])
+        for label in axes[0].get_yticklabels():
+            label.set_parse_math(False)  # names are drawn as they stand
         axes[0].set_ylim(-0.6, len(data) - 0.4)
     return fig
 

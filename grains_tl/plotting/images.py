@@ -291,12 +291,12 @@ def plot_captions(
         page.set(xlim=(0, width), ylim=(height, 0))
         page.axis("off")
         y = margin
-        for row, (texts, lines) in enumerate(drawn):
+        for row, (own, lines) in enumerate(drawn):
             ax = fig.add_axes((margin / width, 1 - (y + side) / height, side / width, side / height))
             ax.imshow(np.asarray(pictures[row]), interpolation="nearest")
             ax.axis("off")
             below = y
-            for name, words in texts.items():
+            for name, words in own.items():
                 page.text(
                     2 * margin + side, below + line / 2, shortened(name, 22), va="center", color=GREY, parse_math=False
                 )
@@ -306,11 +306,10 @@ def plot_captions(
                     _draw_caption_word(page, word, spot, line, _bare(word) in wrong[row])
                 below += n_lines * line + 0.08
             y += heights[row]
-        counts = [
-            f"{shortened(name, 22)}: {sum(any(_bare(w) in bad for w in t.split()) for t, bad in zip(texts, wrong, strict=True))}"
-            f" of {len(pictures)}"
-            for name, texts in captions.items()
-        ]
+        counts = []
+        for name, texts in captions.items():
+            n = sum(any(_bare(w) in bad for w in text.split()) for text, bad in zip(texts, wrong, strict=True))
+            counts.append(f"{shortened(name, 22)}: {n} of {len(pictures)}")
         note = "captions that name something absent (red, underlined):  " + ",  ".join(counts)
         page.text(margin, height - 0.2, note, va="center", fontsize=8.5, color="#333333", parse_math=False)
     return fig

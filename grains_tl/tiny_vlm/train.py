@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from grains_tl.tiny_vlm.model import N_IMAGE, build_model, save_tiny_vlm
 from grains_tl.tiny_vlm.scenes import COLOURS, Kind, Scene, SceneRule, ask, make_scenes, render, vocabulary
+from grains_tl.tiny_vlm.state_file import load_state, save_state
 
 #: One training row: the image, then segments that see the image and themselves, but not each other.
 SEGMENTS = (14, 14, 16, 31)  # is-there, is-there, another question, caption; the longest of each
@@ -208,9 +209,7 @@ class Trainer:
             "heads": self.heads.state_dict(),
             "optimizers": [o.state_dict() for o in self._all_optimizers()],
         }
-        fresh = path.with_suffix(".new")
-        torch.save(state, fresh)
-        fresh.replace(path)
+        save_state(path, state)
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -218,8 +217,8 @@ class Trainer:
         Raises:
             ValueError: it was made with another configuration.
         """
-        state = torch.load(path, weights_only=True)
-        if state["config"] != asdict(self.config):
+        state = load_state(path)
+        if state["config"] != json.loads(json.dumps(asdict(self.config))):  # tuples come back as lists
             raise ValueError(f"{path} was made with another configuration; use another folder, or the same settings")
         self.step = state["step"]
         self.rng.bit_generator.state = state["rng"]
@@ -263,13 +262,13 @@ def train(out: str | Path, config: TrainConfig | None = None, *, log_every: int 
     """Train, or go on training, and write the model folder, the configuration and the losses into ``out``.
 
     Args:
-        out: folder; a ``checkpoint.pt`` in it is taken up.
+        out: folder; a ``checkpoint.safetensors`` in it is taken up.
         config: settings; the default is how the bundled weights were made.
         log_every: steps between two lines of ``losses.jsonl``.
     """
     config, out = config or TrainConfig(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint, trainer = out / "checkpoint.pt", Trainer(config)
+    checkpoint, trainer = out / "checkpoint.safetensors", Trainer(config)
     if checkpoint.exists():
         trainer.restore(checkpoint)
     started = time.perf_counter()

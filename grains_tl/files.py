@@ -1,0 +1,74 @@
+"""Files that others rely on: written whole or not at all, with a checksum of what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: str | Path, content: bytes) -> Path:
+    """Write beside the target and rename: a reader sees the old file or the new one, never half of it.
+
+    Raises:
+        OSError: no space, no permission, ...: naming the target; what stood there before is unchanged.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # a temporary file is private, a result is not
+        os.replace(temporary, target)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(error, target, "what stood there before is unchanged") from error
+        raise
+    return target
+
+
+def cannot_write(error: OSError, path: Path, safe: str) -> OSError:
+    """The same kind of error, saying which file, what is safe, and what to do."""
+    reason = error.strerror or str(error)
+    return type(error)(error.errno, f"{reason}: cannot write; {safe}. Make room or give another path", str(path))
+
+
+def sealed_line(row: Mapping[str, Any]) -> str:
+    """A row of a jsonl file with its checksum, line end included.
+
+    Example:
+        >>> unsealed(sealed_line({"key": "a", "values": [1.0]}))
+        {'key': 'a', 'values': [1.0]}
+    """
+    return json.dumps({**row, "crc": _crc(row)}) + "\n"
+
+
+def unsealed(line: str) -> dict[str, Any] | None:
+    """The row of one line; ``None`` if it is torn or damaged. Rows of older files have no checksum and pass.
+
+    Example:
+        >>> unsealed(sealed_line({"values": [1.5]}).replace("1.5", "1.7")) is None
+        True
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    crc = row.pop("crc", None)
+    return row if crc is None or crc == _crc(row) else None
+
+
+def _crc(row: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row).encode())
