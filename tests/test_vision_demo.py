@@ -21,7 +21,7 @@ from grains_tl.tiny_vlm.scenes import patches_of
 from grains_tl.tiny_vlm.threshold import yes_no_study
 from grains_tl.vision_demo import VisionDemoSettings, run_vision_demo, vision_summary
 
-NORM = 100.0
+NORM = 300.0
 SMALL = VisionDemoSettings(
     n_build=4,
     n_choose=12,
@@ -98,7 +98,7 @@ def test_kl_is_that_of_the_plain_model(vlm: Any, choose: cp.Captioned) -> None:
 
 def test_alphas_give_the_kl_that_was_asked_for(vlm: Any, choose: cp.Captioned) -> None:
     meter, vectors = cp.kl_meter(vlm, choose, n=8), some_vectors()
-    wanted = (0.02, 0.1, 1e6)
+    wanted = (0.005, 0.02, 1e6)
     alphas = cp.alphas_for_kl(vlm, meter, vectors, 1, wanted)
     found = [cp.caption_kl(vlm, meter, vectors.hooks(a, [1])) for a in alphas[:2]]
     assert found == pytest.approx(list(wanted[:2]), rel=0.35)
@@ -108,16 +108,17 @@ def test_alphas_give_the_kl_that_was_asked_for(vlm: Any, choose: cp.Captioned) -
 def test_tuning_chooses_on_one_set_and_measures_on_the_other(vlm: Any, choose: cp.Captioned) -> None:
     test = cp.caption_split(vlm, "test", 12)
     meter, vectors = cp.kl_meter(vlm, choose, n=8), some_vectors()
-    rows = cp.tune_and_test(vlm, vectors, choose=choose, test=test, meter=meter, kls=(0.02, 0.2), layers=(1, 2))
-    assert [r["kl"] for r in rows] == [0.02, 0.2] and sum(r["free"] for r in rows) == 1
+    rows = cp.tune_and_test(vlm, vectors, choose=choose, test=test, meter=meter, kls=(0.005, 0.02), layers=(1, 2))
+    assert [r["kl"] for r in rows] == [0.005, 0.02] and sum(r["free"] for r in rows) == 1
     for row in rows:
         hooks = vectors.hooks(row["alpha"], [row["layer"]])
         again = cp.caption_scenes(vlm, test.scenes, test.pictures, hooks).scores
         assert (again.hallucinating, again.coverage) == (row["hallucinating"], row["coverage"])
         other = 3 - row["layer"]
         alpha = cp.alphas_for_kl(vlm, meter, vectors, other, [row["kl"]])[0]
-        rival = cp.caption_scenes(vlm, choose.scenes, choose.pictures, vectors.hooks(alpha, [other])).scores.f1
-        assert row["choose_f1"] >= rival
+        if math.isfinite(alpha):  # a layer that cannot reach this KL is no rival
+            rival = cp.caption_scenes(vlm, choose.scenes, choose.pictures, vectors.hooks(alpha, [other])).scores.f1
+            assert row["choose_f1"] >= rival
 
 
 def test_occlusion_is_the_fall_of_the_margin(vlm: Any) -> None:
