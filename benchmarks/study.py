@@ -139,15 +139,15 @@ def run_set(model: Any, name: str, data: Path | None, out: Path) -> dict[str, An
             model, build, selections, layers=[layer], resid_norms=here.resid_norms, n_draws=N_DRAWS, progress=True
         )
     )
-    one = {label: vectors[label].at([layer]) for label in dict.fromkeys([DEFAULT, "caa", winner])}
+    same_layer = {label: vectors[label].at([layer]) for label in dict.fromkeys([DEFAULT, "caa", winner])}
     compared = gr.compare_with_controls(
         model,
         choose,
         test,
-        one,
+        same_layer,
         {
             "random tokens": drawn,
-            "random directions": gr.random_direction_vectors(one[DEFAULT], n_draws=N_DRAWS),
+            "random directions": gr.random_direction_vectors(same_layer[DEFAULT], n_draws=N_DRAWS),
             DEFAULT: gr.bootstrap_vectors(here, n_draws=N_DRAWS),
         },
         name=DEFAULT,

@@ -172,7 +172,7 @@ def export_hf(
         layers, alpha, operator: as in ``steps``.
 
     Raises:
-        ValueError: a ``HookedTransformer``, vectors of another model, an architecture without such a bias, logits that
+        ValueError: a ``HookedTransformer``, a vision-language model, vectors of another model, an architecture without such a bias, logits that
             differ (a norm after the MLP, a scaled residual), or whatever ``steps`` refuses.
 
     Example:
@@ -182,6 +182,8 @@ def export_hf(
     rows = steps(vectors, alpha, layers, operator=operator)
     if not is_bridge(model):
         raise ValueError("a HookedTransformer holds no Hugging Face model; load it as a bridge (kind='bridge')")
+    if getattr(model.cfg, "is_multimodal", False):
+        raise ValueError("only text models can be exported as a checkpoint; export gguf or vllm, or use hooks")
     target = Path(folder)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; name a new folder")

@@ -130,7 +130,8 @@ def _read_file(path: Path) -> Any:
 
 def _converted(picture: Any, where: str) -> Any:
     """As RGB; the size is in the header, so a bomb is refused before it is unpacked."""
-    _require_size(*picture.size, where)
+    width, height = picture.size
+    _require_size(width, height, where)
     try:
         return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise for broken pixel data

@@ -157,7 +157,8 @@ def vision_summary(results: Mapping[str, Any]) -> str:
 def _false_yes(
     model: HookedModel, questions: Sequence[YesNoQuestion], settings: VisionDemoSettings
 ) -> tuple[dict[str, Any], list[tuple[YesNoQuestion, Attribution]]]:
-    shares, shown = {}, []
+    shares: dict[str, Any] = {}
+    shown: list[tuple[YesNoQuestion, Attribution]] = []
     for method, n_steps in settings.methods:
         attributions = yes_attributions(model, questions, method, n_steps=n_steps)
         shares[method] = partner_share(model, questions, attributions)

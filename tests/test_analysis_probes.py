@@ -191,7 +191,7 @@ def test_a_centre_is_kept() -> None:
 
 def test_from_layer_takes_one_direction_out_everywhere(model: Any) -> None:
     v = random_vectors()
-    seen = {}
+    seen: dict[int, Any] = {}
 
     def keep(layer: int) -> Any:
         return (f"blocks.{layer}.hook_resid_post", lambda act, hook: seen.__setitem__(layer, act @ v.directions[1]))

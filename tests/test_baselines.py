@@ -317,6 +317,7 @@ def test_heads_see_the_images() -> None:
     for t in toks:
         for response in (t.chosen, t.rejected):
             with torch.no_grad():
+                assert t.images is not None
                 hf(torch.tensor([t.prompt + response]), pixel_values=t.images.inputs["pixel_values"])
     handle.remove()
     assert torch.allclose(found.flatten(0, 1)[:, 0], torch.stack(kept), atol=ATOL)

@@ -34,7 +34,7 @@ MMHAL = [
         "model_answer": "",
     }
 ]
-MMMU = [
+MMMU: list[dict[str, Any]] = [
     {
         "id": "validation_Accounting_1",
         "question": "<image 1> Which year has the larger income?",

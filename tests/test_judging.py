@@ -232,11 +232,15 @@ def planted() -> SimpleNamespace:
             batch = planted_prompts(48, seed=step)
             rows = tokenizer([t for t, _, _ in batch], padding=True, padding_side="left", return_tensors="pt")
             embeds = hf.get_input_embeddings()(rows["input_ids"])
-            # some words are blank already in training, so that a blank is nothing strange and says nothing
-            blank = (torch.rand(rows["input_ids"].shape) < 0.2) & ~torch.isin(rows["input_ids"], deciding)
+            # some words are blank already in training, so that a blank is nothing strange and says nothing; where the
+            # deciding word itself is blank, both answers are as good: no answer is the default one
+            decides, unknown = torch.isin(rows["input_ids"], deciding), torch.rand(len(batch)) < 0.3
+            blank = torch.where(decides, unknown[:, None], torch.rand(decides.shape) < 0.2)
             embeds = torch.where(blank[..., None], hf.get_input_embeddings().weight.mean(0), embeds)
             logits = hf(inputs_embeds=embeds, attention_mask=rows["attention_mask"]).logits[:, -1, [yes, no]]
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor([0 if y else 1 for _, _, y in batch]))
+            is_yes = torch.tensor([float(y) for _, _, y in batch])
+            p_yes = torch.where(unknown, 0.5, is_yes)
+            loss = torch.nn.functional.cross_entropy(logits, torch.stack([p_yes, 1 - p_yes], dim=-1))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -244,7 +248,7 @@ def planted() -> SimpleNamespace:
     model = gr_models._bridge(hf.eval().requires_grad_(False), tokenizer, "planted").eval().requires_grad_(False)
     test = planted_prompts(40, seed=10_000)
     records = [gr.PreferencePair(t, *((" yes", " no") if y else (" no", " yes"))) for t, _, y in test]
-    return SimpleNamespace(model=model, pairs=records, places=[at for _, at, _ in test], loss=float(loss))
+    return SimpleNamespace(model=model, pairs=records, places=[at for _, at, _ in test])
 
 
 def share_first(found: list[gr.Attribution], places: list[int]) -> float:
@@ -259,8 +263,9 @@ def share_first(found: list[gr.Attribution], places: list[int]) -> float:
 )
 def test_the_planted_word_comes_first(planted: Any, options: dict[str, Any]) -> None:
     """The default method, where leave-one-out finds it too; and those that converge to an answer of their own."""
-    assert planted.loss < 0.05
     tokenized = gr.tokenize_pairs(planted.model, planted.pairs)
+    logprobs = gr.score_pairs(planted.model, tokenized)
+    assert bool((logprobs[:, 0] - logprobs[:, 1] > 1).all())  # it has learned the task
     one_out = gr.attribute_all(planted.model, tokenized, method="leave_one_out")
     assert share_first(one_out, planted.places) >= 0.9
     assert share_first(gr.attribute_all(planted.model, tokenized, **options), planted.places) >= 0.9

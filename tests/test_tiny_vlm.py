@@ -89,11 +89,11 @@ def test_preferences(unchecked: None) -> None:
     for pair in pairs:
         shown, absent = pair.meta["digits"], pair.meta["absent"]
         assert len(absent) == 1 and tv.partner(absent[0]) in shown and absent[0] not in shown
-        assert pair.prompt.startswith("<image> question : describe the picture . answer :")
-        assert pair.chosen.split()[0] != pair.rejected.split()[0]
+        assert str(pair.prompt).startswith("<image> question : describe the picture . answer :")
+        assert str(pair.chosen).split()[0] != str(pair.rejected).split()[0]
     whole = tv.caption_pairs("build", 20, part_at=False)
-    assert [p.prompt + p.chosen for p in pairs] == [p.prompt + p.chosen for p in whole]
-    assert [p.prompt + p.rejected for p in pairs] == [p.prompt + p.rejected for p in whole]
+    assert [f"{p.prompt}{p.chosen}" for p in pairs] == [f"{p.prompt}{p.chosen}" for p in whole]
+    assert [f"{p.prompt}{p.rejected}" for p in pairs] == [f"{p.prompt}{p.rejected}" for p in whole]
     other = tv.scenes_for("choose", 20)[0]
     assert not set(tv.scenes_for("build", 20)[0]) & set(other)
     with pytest.raises(ValueError, match="no split 'dev'"):

@@ -99,7 +99,7 @@ def expected(
     means = [0.0] * len(x)
     for b in range(max(len(own) for own in starts)):
         found = values_at(field, [own[b % len(own)] for own in starts])
-        for record, own in enumerate(starts):
-            if b < len(own):
-                means[record] += found[record] * len(range(b, n_samples, len(own))) / n_samples
+        for record, of_record in enumerate(starts):
+            if b < len(of_record):
+                means[record] += found[record] * len(range(b, n_samples, len(of_record))) / n_samples
     return [complete(s, values[r], means[r], n_samples) for r, s in enumerate(scores)]

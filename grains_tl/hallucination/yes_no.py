@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,7 @@ def yes_no_scores(
     m = None if margins is None else np.asarray(margins, dtype=float)
     if m is not None and not np.isfinite(m).all():
         raise ValueError("some margins are not finite; the model's log-probabilities are broken for those questions")
-    yes = np.asarray(said, dtype=bool) if said is not None else m > 0  # type: ignore[operator]
+    yes: Any = np.asarray(said, dtype=bool) if said is not None else np.asarray(margins, dtype=float) > 0
     if not len(y) or len(yes) != len(y) or (m is not None and len(m) != len(y)):
         margin_count = "no" if m is None else len(m)
         raise ValueError(f"{len(y)} true answers, {len(yes)} given ones, {margin_count} margins; one each is needed")
@@ -109,7 +110,7 @@ def yes_no_table(
     rows = []
     for split in dict.fromkeys(splits):
         at = [i for i, s in enumerate(splits) if s == split]
-        part = [None if x is None else [x[i] for i in at] for x in (said, margins)]
+        part: list[Any] = [None if x is None else [x[i] for i in at] for x in (said, margins)]
         rows.append({"split": split, **asdict(yes_no_scores([truth[i] for i in at], part[0], part[1]))})
     return pd.DataFrame(rows)
 

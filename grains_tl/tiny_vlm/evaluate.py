@@ -132,7 +132,7 @@ def skills(model: HookedModel, n: int, *, seed: int = 0) -> dict[str, dict[str, 
     """
     scenes, pictures = scenes_for("test", n, seed=seed)
     rng = np.random.default_rng(seed)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for kind in OTHER_KINDS:
         asked = [ask(rng, scene, kind) for scene in scenes]
         texts, answers = [question_text(q) for q, _ in asked], [a for _, a in asked]

@@ -244,7 +244,9 @@ def _packing() -> tuple[Int[Tensor, "pos"], Bool[Tensor, "1 1 pos pos"], Int[Ten
 
 def _parameter_groups(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """Hidden matrices (for Muon), vectors, and embedding-like tables."""
-    matrices, vectors, tables = [], [], []
+    matrices: list[Any] = []
+    vectors: list[Any] = []
+    tables: list[Any] = []
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed" not in name and "lm_head" not in name:
             matrices.append(parameter)
