@@ -14,7 +14,7 @@ from vision_families import FAMILIES, bridge, build, picture
 import grains_tl as gr
 from grains_tl.images import ImageInputs, collate_images, load_images
 from grains_tl.patches import ImageSpan
-from grains_tl.plotting.images import attribution_share, plot_captions, plot_image_attribution
+from grains_tl.plotting import attribution_share, plot_captions, plot_image_attribution
 from grains_tl.replacements import prompt_embeddings, replacements
 from grains_tl.types import Attribution
 

@@ -7,9 +7,10 @@ text or markup.
 """
 
 from grains_tl.plotting.analysis import plot_cosines, plot_patching, plot_probes
+from grains_tl.plotting.captions import plot_captions
 from grains_tl.plotting.comparison import plot_comparison
 from grains_tl.plotting.effects import plot_controls, plot_layers
-from grains_tl.plotting.images import attribution_share, plot_captions, plot_image_attribution
+from grains_tl.plotting.images import attribution_share, plot_image_attribution
 from grains_tl.plotting.style import figure_png
 from grains_tl.plotting.sweeps import plot_cost, plot_heatmap, plot_records, plot_token_logprobs
 from grains_tl.plotting.tokens import plot_tokens, show_tokens

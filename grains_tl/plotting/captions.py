@@ -1,0 +1,92 @@
+"""Images with captions before and after, what is not there marked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from grains_tl.images import load_images
+from grains_tl.plotting.style import GREY, REJECTED, figure, shortened, style, text_widths, wrapped
+
+
+def plot_captions(
+    images: Sequence[Any],
+    captions: Mapping[str, Sequence[str]],
+    absent: Sequence[Collection[str]],
+    *,
+    width: float = 9.0,
+) -> Any:
+    """Images with their captions, words for what is not there in red and underlined.
+
+    Args:
+        images: one per row.
+        captions: by name (``"unsteered"``, ``"steered"``, ...), one text per image.
+        absent: for every image the words that would be wrong; compared without case and punctuation.
+        width: of the figure, inches.
+
+    Returns:
+        A matplotlib ``Figure``; each name counts its marked captions.
+
+    Raises:
+        ValueError: nothing to draw, or lengths that do not agree.
+
+    Example:
+        >>> fig = plot_captions([np.zeros((8, 8))], {"before": ["a cat and a dog ."]}, [{"dog"}])
+    """
+    pictures = [load_images(image)[0] for image in images]
+    lengths = {"images": len(pictures), "absent": len(absent)} | {name: len(texts) for name, texts in captions.items()}
+    if not pictures or not captions or len(set(lengths.values())) != 1:
+        raise ValueError(f"one caption of each name and one set of absent words per image are needed, got {lengths}")
+    wrong = [{_bare(word) for word in words} for words in absent]
+    side, margin, line, label = 0.95, 0.2, 0.24, 1.6
+    with style():
+        drawn = []
+        for row in range(len(pictures)):
+            texts = {name: texts[row].split() for name, texts in captions.items()}
+            room = width - side - label - 4 * margin
+            lines = {name: wrapped(words, text_widths(words), room) for name, words in texts.items()}
+            drawn.append((texts, lines))
+        heights = [max(side, sum(line * n + 0.08 for _, n in lines.values())) + margin for _, lines in drawn]
+        height = sum(heights) + 2 * margin + 0.1
+        fig = figure(width, height)
+        page = fig.add_axes((0, 0, 1, 1))
+        page.set(xlim=(0, width), ylim=(height, 0))
+        page.axis("off")
+        y = margin
+        for row, (own, lines) in enumerate(drawn):
+            ax = fig.add_axes((margin / width, 1 - (y + side) / height, side / width, side / height))
+            ax.imshow(np.asarray(pictures[row]), interpolation="nearest")
+            ax.axis("off")
+            below = y
+            for name, words in own.items():
+                page.text(
+                    2 * margin + side, below + line / 2, shortened(name, 22), va="center", color=GREY, parse_math=False
+                )
+                places, n_lines = lines[name]
+                for word, (at, left, wide) in zip(words, places, strict=True):
+                    spot = (3 * margin + side + label + left, below + at * line, wide)
+                    _draw_caption_word(page, word, spot, line, _bare(word) in wrong[row])
+                below += n_lines * line + 0.08
+            y += heights[row]
+        counts = []
+        for name, given in captions.items():
+            n = sum(any(_bare(w) in bad for w in text.split()) for text, bad in zip(given, wrong, strict=True))
+            counts.append(f"{shortened(name, 22)}: {n} of {len(pictures)}")
+        note = "captions that name something absent (red, underlined):  " + ",  ".join(counts)
+        page.text(margin, height - 0.2, note, va="center", fontsize=8.5, color="#333333", parse_math=False)
+    return fig
+
+
+def _bare(word: str) -> str:
+    return "".join(c for c in word.lower() if c.isalnum())
+
+
+def _draw_caption_word(page: Any, word: str, spot: tuple[float, float, float], line: float, is_wrong: bool) -> None:
+    x, y, wide = spot
+    ink = REJECTED if is_wrong else "black"
+    page.text(x + wide / 2, y + line / 2, word, ha="center", va="center_baseline", color=ink, parse_math=False,
+              fontweight="bold" if is_wrong else "normal")  # fmt: skip
+    if is_wrong:
+        page.plot([x + 0.06, x + wide - 0.06], [y + line - 0.02] * 2, color=REJECTED, lw=1.4)
