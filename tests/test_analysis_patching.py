@@ -49,7 +49,7 @@ def test_the_planted_head_is_named(planted: Any, into: Any, method: Any) -> None
     first = heads.nlargest(1, "effect").iloc[0]
     assert (first.layer, first["head"]) == (LAYER, HEAD)
     layers = gr.analysis.patch(planted, tokenized, steering, component="attn_out", **options).set_index("layer").share
-    assert int(layers.idxmax()) == LAYER and layers.drop(LAYER).abs().max() < 0.1
+    assert layers.idxmax() == LAYER and layers.drop(LAYER).abs().max() < 0.1
     assert heads.share.abs().nlargest(2).iloc[1] < 0.1
     if (method, into) != (
         "gradient",
