@@ -238,7 +238,8 @@ def test_the_parts_add_up_and_are_those_of_the_cache(model: Any, pairs: list[gr.
         wanted.setdefault(("embed", -1, -1), []).append(float(cache["blocks.0.hook_resid_pre"][0, -1] @ u))
         whole.append(float(cache["blocks.1.hook_resid_post"][0, -1] @ u))
     for row in table[table.kind != "rest"].itertuples():
-        values = wanted.pop((str(row.kind), int(row.layer), int(row.head)))  # type: ignore[call-overload]
+        part: Any = (row.kind, row.layer, row.head)
+        values = wanted.pop(part)
         assert row.projection == pytest.approx(np.mean(values), abs=1e-4)
         assert row.se == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5, abs=1e-4)
     assert not wanted
