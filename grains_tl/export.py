@@ -172,8 +172,8 @@ def export_hf(
         layers, alpha, operator: as in ``steps``.
 
     Raises:
-        ValueError: a ``HookedTransformer``, a vision-language model, vectors of another model, an architecture without such a bias, logits that
-            differ (a norm after the MLP, a scaled residual), or whatever ``steps`` refuses.
+        ValueError: a ``HookedTransformer``, a vision-language model, vectors of another model, an architecture without such
+            a bias, logits that differ (a norm after the MLP, a scaled residual), or whatever ``steps`` refuses.
 
     Example:
         >>> export_hf(model, vectors, "steered", layers=[21], alpha=0.2)             # doctest: +SKIP
