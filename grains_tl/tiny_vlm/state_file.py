@@ -1,4 +1,4 @@
-"""A training state in one safetensors file: tensors as they are, everything else as JSON in the header. Nothing runs on load."""
+"""A training state in one safetensors file: tensors as they are, the rest as JSON in the header; nothing runs on load."""
 
 from __future__ import annotations
 
