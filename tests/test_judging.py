@@ -297,7 +297,7 @@ def test_random_weights_keep_mean_and_spread_and_go_away(bridge: Any) -> None:
 
 
 def test_comparison_tells_the_right_method_from_chance(planted: Any) -> None:
-    frame = compare_attributions(
+    frame: Any = compare_attributions(
         planted.model,
         planted.pairs[:10],
         methods={"LOO": {"method": "leave_one_out"}, "IG": {"method": "integrated_gradients", "n_steps": 64}},
