@@ -15,14 +15,15 @@ def growth(model: Any, *, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> dict[str, di
 
     Leave-one-out runs a prompt once per token, so it is quadratic in the length; integrated gradients are linear.
     """
-    base = gr.load_bundled("sentiment", "build")[:4]
+    records = gr.load_bundled("sentiment", "build")
+    base = records[:4]
     ig: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 4}
 
     def longer(times: int) -> list[gr.PreferencePair]:
         return [replace(p, prompt=" ".join([str(p.prompt)] * times)) for p in base]
 
     tasks: dict[str, Any] = {
-        "records": lambda n: (base * n, ig),
+        "records": lambda n: (records[: 4 * n], ig),  # distinct ones
         "steps": lambda n: (base, {**ig, "n_steps": 4 * n}),
         "prompt length": lambda n: (longer(n), ig),
         "prompt length, leave-one-out": lambda n: (longer(n)[:1], {}),

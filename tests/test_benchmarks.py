@@ -51,7 +51,7 @@ def test_steering_and_sweep(small: object) -> None:
 def test_growth(small: object) -> None:
     found = growth.growth(small, sizes=(1, 2, 4))
     for name in ("records", "steps", "prompt length"):
-        assert 0.3 < found[name]["operations"] < 1.2  # no faster than linearly; what does not grow lowers the exponent
+        assert found[name]["operations"] < 1.2  # no faster than linearly; what does not grow lowers the exponent
     assert found["prompt length, leave-one-out"]["operations"] > 1.6
 
 
