@@ -72,6 +72,7 @@ def variants(
 ) -> tuple[dict[str, gr.SteeringVectors], gr.Differences, list[gr.Selection]]:
     """One vector per choice of the recipe, the differences behind the default, and its selections."""
     chosen = [gr.select_tokens(a, 3) for a in attributions["leave_one_out"]]
+    spared = [gr.select_tokens(a, 3, spare_end=True) for a in attributions["leave_one_out"]]
 
     def differences(selections: list[gr.Selection], **options: Any) -> gr.Differences:
         return gr.collect_differences(model, build, selections, layers=LAYERS, **options)
@@ -84,6 +85,7 @@ def variants(
         "reduction: toward chosen only": gr.reduce_vectors(default, side="toward_chosen"),
         "masker: end-of-text, the paper's": gr.reduce_vectors(differences(chosen, masker="eos")),
         "masker: attention knock-out": gr.reduce_vectors(differences(chosen, masker="attention")),
+        "selection: last prompt token spared": gr.reduce_vectors(differences(spared)),
         "read-out: last response token": gr.reduce_vectors(differences(chosen, readout="response_end")),
         "read-out: mean of the response": gr.reduce_vectors(differences(chosen, readout="response_mean")),
     }

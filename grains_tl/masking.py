@@ -28,7 +28,9 @@ class Selection:
     toward_rejected: tuple[int, ...]
 
 
-def select_tokens(attribution: Attribution, top_k: int, top_k_image: int | None = None) -> Selection:
+def select_tokens(
+    attribution: Attribution, top_k: int, top_k_image: int | None = None, *, spare_end: bool = False
+) -> Selection:
     """The ``top_k`` content tokens with the largest positive score, and with the most negative one.
 
     Fewer come back where fewer have that sign (paper section 3: I+ and I-). Special and template tokens are never chosen.
@@ -37,6 +39,8 @@ def select_tokens(attribution: Attribution, top_k: int, top_k_image: int | None 
         attribution: scores of one record.
         top_k: tokens on each side; with ``top_k_image`` text tokens alone (0 for none).
         top_k_image: patches on each side, chosen apart from the text; ``None`` lets both compete for ``top_k``.
+        spare_end: never choose the prompt's last token, where ``readout="prompt_end"`` reads the residual: masking it
+            replaces what is read. Notebook 03 shows what that does.
 
     Raises:
         ValueError: nothing to choose (``top_k`` and ``top_k_image`` not positive).
@@ -49,6 +53,8 @@ def select_tokens(attribution: Attribution, top_k: int, top_k_image: int | None 
     """
     check_budget(top_k, top_k_image)
     scores = torch.where(attribution.content, attribution.scores.nan_to_num(0.0), torch.zeros(()))
+    if spare_end:
+        scores = torch.cat([scores[:-1], torch.zeros(1)])
     order = scores.argsort(descending=True, stable=True).tolist()
     up = _first([i for i in order if scores[i] > 0], attribution.is_image, top_k, top_k_image)
     down = _first([i for i in reversed(order) if scores[i] < 0], attribution.is_image, top_k, top_k_image)

@@ -42,7 +42,8 @@ class Packing:
         """Whether nothing is lost: hooks may have told apart rows that share their prompt."""
         row, pos, to_row, to_pos = (x.to(resid.device) for x in (self.row, self.pos, self.to_row, self.to_pos))
         back, real = resid[:, row, pos][:, to_row, to_pos], to_pos >= 0
-        return torch.allclose(back[:, real], resid[:, real], rtol=1e-3, atol=1e-4 * float(resid[:, real].abs().max()))
+        largest = float(resid[:, real].nan_to_num().abs().max())
+        return torch.allclose(back[:, real], resid[:, real], rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
 
 
 def pack_batch(batch: Batch, block_inputs: BlockInputs) -> Packing | None:

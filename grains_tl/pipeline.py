@@ -51,6 +51,7 @@ def build_vectors(
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
+    spare_end: bool = False,
     group_by: GroupBy | None = None,
     method_options: Mapping[str, Any] | None = None,
     max_tokens: int = MAX_TOKENS,
@@ -76,6 +77,7 @@ def build_vectors(
         layers: which layers, default all.
         masker: what replaces a masked token, in leave-one-out and in caching; ``image_masker`` the same for patches.
         readout: where the residual is read.
+        spare_end: keep the prompt's last token out of the selection, as in ``select_tokens``; for tokens, not for groups.
         group_by: choose ``"word"``, ``"sentence"`` or spans (see ``group``) instead of tokens; ``top_k`` then counts those.
         method_options: further arguments of ``attribute``: ``nodes``, ``layer``, ``noise``, ``k``, ``seed``.
         max_tokens: token budget of one pass.
@@ -106,6 +108,8 @@ def build_vectors(
     check_reduction(reduce, side, len(records))
     check_readout(readout)
     check_top_k(tokenized, top_k, top_k_image, group_by)
+    if spare_end and group_by is not None:
+        raise ValueError(f"spare_end is for single tokens and group_by={group_by!r} for groups; choose one of them")
     check_image_masker(image_masker)
     if masker != "attention":
         replacement_embedding(model, masker)  # refuses an unknown masker now rather than after the attributions
@@ -126,7 +130,7 @@ def build_vectors(
     )
     attributions = processes.gather_shares(mine)
     _warn_of_gaps(attributions, method)
-    selections = [select(a, top_k, top_k_image, group_by) for a in attributions]
+    selections = [select(a, top_k, top_k_image, group_by, spare_end) for a in attributions]
     differences = shared_differences(
         model,
         tokenized,
@@ -145,6 +149,7 @@ def build_vectors(
         "top_k": top_k,
         "top_k_image": top_k_image,
         "group_by": group_by,
+        "spare_end": spare_end,
         "reduce": reduce,
         "side": side,
         "readout": readout,
@@ -155,11 +160,15 @@ def build_vectors(
 
 
 def select(
-    attribution: Attribution, top_k: int, top_k_image: int | None = None, group_by: GroupBy | None = None
+    attribution: Attribution,
+    top_k: int,
+    top_k_image: int | None = None,
+    group_by: GroupBy | None = None,
+    spare_end: bool = False,
 ) -> Selection:
     """``select_tokens``, or the tokens of the ``top_k`` words, sentences or spans with the largest scores."""
     if group_by is None:
-        return select_tokens(attribution, top_k, top_k_image)
+        return select_tokens(attribution, top_k, top_k_image, spare_end=spare_end)
     return select_groups(group(attribution, by=group_by), top_k)
 
 

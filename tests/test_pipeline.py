@@ -107,6 +107,24 @@ def test_vectors_by_hand(model: Any, hf: Any, pairs: list[gr.PreferencePair], ma
     torch.testing.assert_close(found.raw, wanted, atol=RESID_RTOL * float(wanted.abs().max()), rtol=0)
 
 
+def test_the_end_can_be_spared(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    """Masking the position that is read replaces the residual that is read."""
+    ends = [t.n_content for t in gr.tokenize_pairs(bridge, pairs)]
+    assert [bool(t.content[-1]) for t in gr.tokenize_pairs(bridge, pairs)] == [True] * 4
+    for pair, n in zip(pairs, ends, strict=True):
+        a = gr.attribute(bridge, pair)
+        plain, spared = gr.select_tokens(a, n), gr.select_tokens(a, n, spare_end=True)
+        last = len(a.tokens) - 1
+        assert last in plain.toward_chosen + plain.toward_rejected
+        assert [i for i in plain.toward_chosen if i != last] == list(spared.toward_chosen)
+        assert [i for i in plain.toward_rejected if i != last] == list(spared.toward_rejected)
+    one, two = (gr.build_vectors(bridge, pairs, top_k=3, spare_end=s, progress=False) for s in (False, True))
+    assert one.info["spare_end"] is False and two.info["spare_end"] is True
+    assert not torch.allclose(one.raw, two.raw)
+    with pytest.raises(ValueError, match="spare_end is for single tokens"):
+        gr.build_vectors(bridge, pairs, top_k=1, spare_end=True, group_by="word", progress=False)
+
+
 def test_knocked_out_tokens_do_not_matter(model: Any, pairs: list[gr.PreferencePair]) -> None:
     """With attention knock-out the masked token's own content cannot reach the read-out position."""
     tokenized = gr.tokenize_pairs(model, pairs)
