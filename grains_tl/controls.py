@@ -133,6 +133,7 @@ def random_token_differences(
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
+    spare_end: bool = False,
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
 ) -> list[Differences]:
@@ -148,6 +149,7 @@ def random_token_differences(
         n_draws: number of draws; the whole prompts are run once for all of them.
         seed: of the draws.
         masker, image_masker, readout, max_tokens: as in ``collect_differences``.
+        spare_end: as in ``select_tokens``; give it what the selections were made with.
         progress: show a bar over draws.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -161,7 +163,9 @@ def random_token_differences(
     }
     return [
         Differences(
-            *mask_at_random(model, tokenized, selections, whole, generator, **common), tuple(layers), resid_norms
+            *mask_at_random(model, tokenized, selections, whole, generator, spare_end=spare_end, **common),
+            tuple(layers),
+            resid_norms,
         )
         for _ in tqdm(range(n_draws), desc="random tokens", unit="draw", disable=not progress)
     ]
@@ -173,6 +177,8 @@ def mask_at_random(
     selections: Sequence[Selection],
     whole: Float[Tensor, "record layer d_model"],
     generator: torch.Generator,
+    *,
+    spare_end: bool = False,
     **options: Any,
 ) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "record layer d_model"]]:
     """One draw of ``random_token_differences``: d+ and d- of random tokens, given the read-out of the whole prompts.
@@ -181,9 +187,14 @@ def mask_at_random(
         model, tokenized, selections: as there.
         whole: ``read_out`` of the unmasked prompts with the same ``options``.
         generator: of the draw.
+        spare_end: leave the prompt's last token alone.
         options: passed to ``read_out``: ``layers``, ``masker``, ``readout``, ``max_tokens``.
     """
-    drawn = [random_selection(t.content, s, generator, t.is_image) for t, s in zip(tokenized, selections, strict=True)]
+    contents = [[*t.content[:-1], t.content[-1] and not spare_end] for t in tokenized]
+    drawn = [
+        random_selection(content, s, generator, t.is_image)
+        for content, t, s in zip(contents, tokenized, selections, strict=True)
+    ]
     # both sides of all records in the same full batches
     positions = [*(s.toward_chosen for s in drawn), *(s.toward_rejected for s in drawn)]
     both = read_out(model, [*tokenized, *tokenized], positions, **options)

@@ -45,7 +45,7 @@ ABOUT = {
 
 #: At most so many records of a set: whole sentences as responses cost several times as much as single words.
 AT_MOST = {
-    "sentiment": {"build": 88, "choose": 24, "test": 104, "draws": 36},
+    "sentiment": {"build": 64, "choose": 24, "test": 104, "draws": 36},
     "misconceptions": {"build": 36, "choose": 12, "test": 40, "draws": 20},
 }
 
@@ -66,18 +66,19 @@ class DemoSettings:
         max_kl: nats, mean KL of the next-token distribution on the choosing split.
         top_k: tokens masked on each side.
         masker: what replaces a masked token.
+        spare_end: keep the prompt's last token, where the residual is read, out of the selections.
         seed: of all draws and of the choice of records.
     """
 
     sets: tuple[str, ...] = ("sentiment", "misconceptions")
-    n_build: int = 88
+    n_build: int = 64
     n_choose: int = 24
     n_test: int = 104
     n_test_draws: int = 36
     n_draws: int = 20
     methods: tuple[tuple[Method, int], ...] = (
         ("leave_one_out", 1),
-        ("integrated_gradients", 8),
+        ("integrated_gradients", 32),
         ("gradient_x_input", 1),
     )
     layers: tuple[int, ...] = (6, 9, 12, 15, 18, 21, 24, 27)
@@ -86,6 +87,7 @@ class DemoSettings:
     max_kl: float = 0.5
     top_k: int = 3
     masker: Masker = "mean_embedding"
+    spare_end: bool = True
     seed: int = 0
 
 
@@ -96,7 +98,7 @@ QUICK = DemoSettings(
     n_test=16,
     n_test_draws=8,
     n_draws=20,
-    methods=(("leave_one_out", 1), ("integrated_gradients", 4)),
+    methods=(("leave_one_out", 1), ("integrated_gradients", 16)),
     layers=(12, 18, 24),
 )
 
@@ -192,7 +194,10 @@ def _run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: 
     check_top_k(tokens[0], settings.top_k)
     _say(progress, f"{name}: attribution of {len(build)} records")
     attributions, seconds = _attribute(model, tokens[0], settings, checkpoint, progress)
-    selections = {m: [select_tokens(a, settings.top_k) for a in found] for m, found in attributions.items()}
+    selections = {
+        m: [select_tokens(a, settings.top_k, spare_end=settings.spare_end) for a in found]
+        for m, found in attributions.items()
+    }
     layers = [layer for layer in settings.layers if layer < model.cfg.n_layers]
     differences = {
         method: collect_differences(model, tokens[0], chosen, layers=layers, masker=settings.masker, progress=progress)
@@ -265,7 +270,6 @@ def _attribute(
         options = {
             "method": method,
             "n_steps": n_steps,
-            "baseline": "zero",
             "objective": "sum",
             "masker": settings.masker,
         }
@@ -335,6 +339,7 @@ def _draws(
         layers=[layer],
         resid_norms=own.resid_norms,
         masker=settings.masker,
+        spare_end=settings.spare_end,
         progress=progress,
         n_draws=n_draws,
         seed=seed,

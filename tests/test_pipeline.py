@@ -121,6 +121,24 @@ def test_the_end_can_be_spared(bridge: Any, pairs: list[gr.PreferencePair]) -> N
     one, two = (gr.build_vectors(bridge, pairs, top_k=3, spare_end=s, progress=False) for s in (False, True))
     assert one.info["spare_end"] is False and two.info["spare_end"] is True
     assert not torch.allclose(one.raw, two.raw)
+    tokenized = gr.tokenize_pairs(bridge, pairs)
+    last_masked: list[bool] = []
+
+    def note(model: Any, rows: Any, masked: Any, **options: Any) -> Any:
+        last_masked.extend(len(t.prompt) - 1 in m for t, m in zip(rows, masked, strict=True))
+        return torch.zeros(len(rows), 1, 32)
+
+    selections = [gr.select_tokens(gr.attribute(bridge, p), 3) for p in pairs]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            "grains_tl.controls.read_out", lambda m, rows, masked=None, **o: note(m, rows, masked or [()] * len(rows))
+        )
+        for spare in (True, False):
+            last_masked.clear()
+            gr.random_token_differences(
+                bridge, tokenized, selections, layers=[1], resid_norms=torch.ones(1), n_draws=5, spare_end=spare
+            )
+            assert any(last_masked) == (not spare)
     with pytest.raises(ValueError, match="spare_end is for single tokens"):
         gr.build_vectors(bridge, pairs, top_k=1, spare_end=True, group_by="word", progress=False)
 
