@@ -153,4 +153,8 @@ def survive(n: int, folder: Path, *, seed: int = 0, stages: tuple[str, ...] = tu
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(survive(int(sys.argv[1]), Path(scratch) / "kills")))
+        print(
+            json.dumps(
+                survive(int(sys.argv[1]), Path(scratch) / "kills", seed=int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+            )
+        )
