@@ -14,7 +14,8 @@ from grains_tl.models import model_identity, same_fingerprint
 from grains_tl.types import HookedModel
 
 FORMAT = "grains_tl.results"
-FORMAT_VERSION = 1
+#: 1: rows without a checksum; still read. 2: every row has its ``crc``.
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,12 @@ def open_checkpoint(path: str | Path | Checkpoint | None, model: HookedModel) ->
     if not text or ("\n" not in text and json.dumps(header).startswith(text)):  # new, or killed in its first line
         write_atomically(file, (json.dumps(header) + "\n").encode())
         return Checkpoint(file)
-    _require_same_model(file, unsealed(first) or {}, identity)
+    _require_same_model(file, header := unsealed(first, needs_crc=False) or {}, identity)
     if not text.endswith("\n"):
         with file.open("a", encoding="utf-8") as torn:
             torn.write("\n")
-    rows = [row for row in map(unsealed, rest.split("\n")) if row is not None and _is_result(row)]
+    lines = (unsealed(line, needs_crc=header["version"] > 1) for line in rest.split("\n"))
+    rows = [row for row in lines if row is not None and _is_result(row)]
     return Checkpoint(file, {row["key"]: row["values"] for row in rows})
 
 
@@ -94,8 +96,8 @@ def _is_result(row: dict[str, Any]) -> bool:
 def _require_same_model(file: Path, header: dict[str, Any], identity: dict[str, Any]) -> None:
     if header.get("format") != FORMAT:
         raise ValueError(f"{file} is no checkpoint of results (its first line says something else); give another path")
-    if header.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{file} has version {header.get('version')}, this package writes {FORMAT_VERSION}")
+    if header.get("version") not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(f"{file} has version {header.get('version')}, this package reads up to {FORMAT_VERSION}")
     made = header.get("model")
     if not isinstance(made, dict):
         raise ValueError(f"{file} has a broken first line (no model in it); give another path, or delete the file")

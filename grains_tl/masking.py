@@ -145,6 +145,7 @@ def mask_hook(
         >>> logits = model.run_with_hooks(ids, fwd_hooks=hooks)          # doctest: +SKIP
     """
     if how == "attention":
+        _require_knock_out(model)
         return [(f"blocks.{layer}.attn.hook_attn_scores", _knock_out(masked)) for layer in range(model.cfg.n_layers)]
     vector = replacement_embedding(model, how) if replacement is None else replacement
 
@@ -153,6 +154,16 @@ def mask_hook(
         return torch.where(masked.to(act.device)[..., None], vector.to(act), act)
 
     return [(attribution_point(model), hook_fn)]
+
+
+def _require_knock_out(model: HookedModel) -> None:
+    """Refuse attention whose scores the hooks see but cannot change (Qwen-VL, measured: ``check_model``)."""
+    kind = type(getattr(model.blocks[0], "attn", None)).__name__
+    if getattr(model.cfg, "is_multimodal", False) and kind == "AttentionBridge":
+        raise ValueError(
+            "masker='attention' would change nothing on this model: TransformerLens shows its attention scores, but does not "
+            "take them back; use another masker, 'mean_embedding' for instance"
+        )
 
 
 def _knock_out(masked: Bool[Tensor, "batch pos"]) -> Any:

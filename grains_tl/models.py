@@ -266,7 +266,13 @@ def require_hook_names(model: HookedModel, fwd_hooks: FwdHooks) -> None:
 
 @contextmanager
 def hooked(model: HookedModel, fwd_hooks: FwdHooks) -> Iterator[None]:
-    """``model.hooks`` with the names checked first; hooks are gone afterwards, whatever happens inside."""
+    """``model.hooks`` for a run that can be trusted; hooks are gone afterwards, whatever happens inside.
+
+    Raises:
+        KeyError: a hook name that the model does not have.
+        ValueError: the model is in train mode with dropout.
+    """
+    require_eval(model)
     require_hook_names(model, fwd_hooks)
     if not fwd_hooks:
         yield
@@ -292,12 +298,8 @@ def forward_logits(
         keep: positions whose logits are wanted, the same for every row.
         fwd_hooks: hooks to run with; they see the full ``[batch, pos, d_model]`` residual.
         inputs: the images of a vision-language model (``Batch.inputs``).
-
-    Raises:
-        ValueError: the model is in train mode with dropout.
     """
     _require_images(model, ids, inputs)
-    require_eval(model)
     with hooked(model, fwd_hooks or []):
         if is_bridge(model):
             # use_cache=False: a key-value cache would only cost memory here
@@ -375,7 +377,6 @@ def run_blocks(
     Stopping early saves the upper blocks and the unembedding; needs ``1 <= stop <= n_layers``.
     """
     _require_images(model, ids, inputs)
-    require_eval(model)
     keep = torch.zeros(1, dtype=torch.long, device=ids.device)
     more = dict(inputs or {})
     if is_bridge(model) and stop == model.cfg.n_layers:

@@ -87,6 +87,11 @@ def _ids(model: HookedModel, n: int = 9) -> Tensor:
     return without_image_tokens(model, ids.to(device_of(model)))
 
 
+def _direction(model: HookedModel) -> Tensor:
+    """Any direction but one that a LayerNorm takes out again, as it does with equal numbers."""
+    return torch.randn(int(model.cfg.d_model), generator=torch.Generator().manual_seed(0))
+
+
 def _record(model: HookedModel, n: int) -> TokenizedPair:
     ids = _ids(model, n + 5)[0].tolist()
     chosen, rejected = tuple(ids[n : n + 2]), tuple(ids[n + 2 : n + 5])
@@ -140,7 +145,7 @@ def _residual_sum(model: HookedModel) -> tuple[bool, str]:
 def _edit_is_local(model: HookedModel) -> tuple[bool, str]:
     layer = int(model.cfg.n_layers) // 2
     base, _ = _capture(model, _all_layers(model))
-    edit = steer_hook(layer, torch.ones(int(model.cfg.d_model)), 1.0, operator="add")
+    edit = steer_hook(layer, _direction(model), 1.0, operator="add")
     seen, _ = _capture(model, _all_layers(model), edit)
     before = all(torch.equal(base[resid_post(i)], seen[resid_post(i)]) for i in range(layer))
     after = not torch.equal(base[resid_post(layer)], seen[resid_post(layer)])
@@ -152,7 +157,7 @@ def _edit_is_causal(model: HookedModel) -> tuple[bool, str]:
     at = ids.shape[1] // 2
     here = torch.zeros_like(ids, dtype=torch.bool)
     here[0, at] = True
-    edit = steer_hook(0, torch.ones(int(model.cfg.d_model)), 1.0, operator="add", positions=here)
+    edit = steer_hook(0, _direction(model), 1.0, operator="add", positions=here)
     _, base = _capture(model, [])
     _, moved = _capture(model, [], edit)
     before = (base[:, :at] - moved[:, :at]).abs().max().item()
@@ -162,7 +167,7 @@ def _edit_is_causal(model: HookedModel) -> tuple[bool, str]:
 
 def _decoding(model: HookedModel) -> tuple[bool, str]:
     ids, n_new = _ids(model), 4
-    edit = steer_hook(0, torch.ones(int(model.cfg.d_model)), 1.0)
+    edit = steer_hook(0, _direction(model), 1.0)
     with torch.no_grad(), torch.random.fork_rng(), hooked(model, edit):
         runs = [_greedy(model, ids, n_new, cache)[0, ids.shape[1] :].tolist() for cache in (True, False)]
     return runs[0] == runs[1] and bool(runs[0]), f"steered greedy tokens {runs[0]} and {runs[1]}"
@@ -181,7 +186,7 @@ def _greedy(model: HookedModel, ids: Tensor, n_new: int, cache: bool) -> Tensor:
 
 
 def _leaves_no_trace(model: HookedModel) -> tuple[bool, str]:
-    unit = torch.ones(int(model.cfg.d_model))
+    unit = _direction(model)
     _, base = _capture(model, [])
     _, zero = _capture(model, [], steer_hook(0, unit, 0.0))
     _, moved = _capture(model, [], steer_hook(0, unit, 50.0))

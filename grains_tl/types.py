@@ -71,6 +71,7 @@ class PreferencePair:
             value = getattr(self, name)
             if not isinstance(value, (str, list, tuple)):
                 raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; text or a list of messages is needed")
+            _require_messages(name, value)
             if plain_text(value).strip() == "":
                 raise ValueError(f"{name} is empty ({value!r}); a preference record needs some text in it")
         if self.chosen == self.rejected:
@@ -131,6 +132,17 @@ class Attribution:
         top = ", ".join(f"{self.tokens[i]!r} {self.scores[i]:+.2f}" for i in order)
         gap = "none" if self.gap is None else f"{self.gap:+.2f} nats"
         return f"{self.method}: f(x) = {self.objective:+.2f} nats, gap {gap}; largest: {top}"
+
+
+def _require_messages(name: str, value: Any) -> None:
+    """Refuse lists that are no conversation."""
+    wanted = 'a list of messages {"role": ..., "content": text or a list of parts} is needed'
+    for message in () if isinstance(value, str) else value:
+        content = message.get("content", "") if isinstance(message, Mapping) else None
+        if isinstance(content, str):
+            continue
+        if not isinstance(content, (list, tuple)) or not all(isinstance(part, Mapping) for part in content):
+            raise ValueError(f"{name} has {message!r} in it; {wanted}")
 
 
 def plain_text(text: Text) -> str:

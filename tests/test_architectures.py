@@ -47,4 +47,4 @@ def test_text_families(family: str, kind: str) -> None:
 @pytest.mark.parametrize("family", vision_families.FAMILIES, ids=lambda f: f.name)
 def test_vision_families(family: vision_families.Family) -> None:
     frame = gr.check_model(vision_families.bridge(family))
-    assert set(frame.query("not ok")["check"]) == said(family.name, "bridge"), frame.to_string()
+    assert set(frame.query("not ok")["check"]) == said(f"{family.name} (vision)", "bridge"), frame.to_string()

@@ -222,6 +222,17 @@ def test_damaged_checkpoints_of_builds(
         torch.testing.assert_close(a.scores, b.scores, equal_nan=True)
 
 
+def test_checkpoints_of_version_1_are_still_read(tmp_path: Path, bridge: Any) -> None:
+    path = tmp_path / "c.jsonl"
+    open_checkpoint(path, bridge)
+    header = json.loads(path.read_text())
+    assert header["version"] == 2
+    path.write_text(json.dumps({**header, "version": 1}) + '\n{"key": "a", "values": [1.0]}\n')
+    assert open_checkpoint(path, bridge).rows == {"a": [1.0]}
+    path.write_text(json.dumps(header) + '\n{"key": "a", "values": [1.0]}\n')
+    assert open_checkpoint(path, bridge).rows == {}
+
+
 # -- training state ----------------------------------------------------------------------------------------------------
 
 
