@@ -87,7 +87,7 @@ class DemoSettings:
     max_kl: float = 0.5
     top_k: int = 3
     masker: Masker = "mean_embedding"
-    spare_end: bool = True
+    spare_end: bool = False
     seed: int = 0
 
 
