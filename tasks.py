@@ -20,10 +20,11 @@ TORCH = "torch==2.13.0"
 TRANSFORMER_LENS = {4: "transformer-lens>=4,<5", 3: "transformer-lens>=3.9,<4"}
 
 
-def run(*command: str | Path) -> None:
+def run(*command: str | Path, **env: str) -> None:
     """Run a command in the project's folder and stop at the first failure."""
     print("+", *command, flush=True)
-    subprocess.run([str(c) for c in command], check=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
+    subprocess.run([str(c) for c in command], check=True, cwd=ROOT, env=env)
 
 
 def environment(major: int, extras: str) -> Path:
@@ -56,7 +57,8 @@ def test(majors: list[int]) -> None:
             run(python, "-m", "ruff", "format", "--check", ".")
             run(python, "-m", "mypy")
             run(python, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", "out/site")
-        run(python, "-m", "pytest", "-q", "--durations=5")
+        # two processes of one thread each: two threads that wait for each other are slower
+        run(python, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations=10", OMP_NUM_THREADS="1")
 
 
 def main() -> None:
