@@ -161,7 +161,7 @@ def _require_knock_out(model: HookedModel) -> None:
     kind = type(getattr(model.blocks[0], "attn", None)).__name__
     if getattr(model.cfg, "is_multimodal", False) and kind == "AttentionBridge":
         raise ValueError(
-            "masker='attention' would change nothing on this model: TransformerLens shows its attention scores, but does "
+            "masker='attention' would change nothing on this model: TransformerLens shows its attention scores but does "
             "not take them back; use another masker, 'mean_embedding' for instance"
         )
 
