@@ -69,7 +69,7 @@ def open_checkpoint(path: str | Path | Checkpoint | None, model: HookedModel) ->
     if not text.endswith("\n"):
         with file.open("a", encoding="utf-8") as torn:
             torn.write("\n")
-    lines = (unsealed(line, needs_crc=header["version"] > 1) for line in rest.split("\n"))
+    lines = (unsealed(line, needs_crc=header.get("version") != 1) for line in rest.split("\n"))
     rows = [row for row in lines if row is not None and _is_result(row)]
     return Checkpoint(file, {row["key"]: row["values"] for row in rows})
 

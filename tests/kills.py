@@ -68,7 +68,7 @@ def write(model: Any, folder: Path) -> None:
     """A report, several times over: a reader must find a whole one at any moment."""
     from test_report import fake_set
 
-    report.secrets.token_urlsafe = lambda n: "nonce"  # type: ignore[attr-defined]  # the one thing that differs each time
+    setattr(report.secrets, "token_urlsafe", lambda n: "nonce")  # noqa: B010  # the one thing that differs each time
     results = {"settings": {"model": "tiny"}, "versions": {}, "seconds": 1.0, "sets": [fake_set()]}
     for _ in range(2):
         report.write_report(results, folder)
@@ -109,8 +109,8 @@ def same(stage: str, a: Path, b: Path) -> bool:
         one, two = pd.read_csv(a / name), pd.read_csv(b / name)
         numbers = one.select_dtypes("number").columns
         return list(one) == list(two) and bool(np.allclose(one[numbers], two[numbers], atol=1e-4, equal_nan=True))
-    one, two = (re.sub(rb"circuits-vis-[0-9a-f-]+", b"", (folder / name).read_bytes()) for folder in (a, b))
-    return one == two  # but for the random names of the widgets
+    pages = [re.sub(rb"circuits-vis-[0-9a-f-]+", b"", (folder / name).read_bytes()) for folder in (a, b)]
+    return pages[0] == pages[1]  # but for the random names of the widgets
 
 
 def finished(folder: Path, stage: str) -> int:

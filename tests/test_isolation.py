@@ -114,12 +114,12 @@ def test_two_models_in_two_threads(pairs: list[gr.PreferencePair]) -> None:
 def test_global_random_states_are_left_alone(model: Any, pairs: list[gr.PreferencePair]) -> None:
     """Python's own state is not asked here: the run-time type checks of these tests draw from it."""
     torch.manual_seed(5), np.random.seed(5)  # noqa: NPY002
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist()  # noqa: NPY002
     built = gr.build_vectors(model, pairs, top_k=1, progress=False)
     gr.generate(model, PROMPT, built.hooks(0.2, [1]), temperature=1.0, max_new_tokens=3)
     gr.sweep(model, built, pairs, layers=[1], progress=False)
     gr.check_model(model)
-    after = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    after = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist()  # noqa: NPY002
     assert torch.equal(before[0], after[0]) and before[1] == after[1]
 
 
