@@ -52,6 +52,7 @@ class PolynomialModel:
         self.tokenizer = tiny_tokenizer()
         self.cfg = SimpleNamespace(n_ctx=64, d_model=6, d_vocab=45, n_layers=1)
         self.blocks: list[Any] = []
+        self.training = False
         self.table = torch.randn(45, 6, generator=generator) * 0.3
         self.vector, self.matrix = torch.randn(6, generator=generator), torch.randn(6, 6, generator=generator) * 0.3
         self.power = power
