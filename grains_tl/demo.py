@@ -45,8 +45,8 @@ ABOUT = {
 
 #: At most so many records of a set: whole sentences as responses cost several times as much as single words.
 AT_MOST = {
-    "sentiment": {"build": 64, "choose": 24, "test": 104, "draws": 36},
-    "misconceptions": {"build": 36, "choose": 12, "test": 40, "draws": 20},
+    "sentiment": {"build": 56, "choose": 24, "test": 104, "draws": 36},
+    "misconceptions": {"build": 28, "choose": 12, "test": 40, "draws": 20},
 }
 
 
@@ -71,14 +71,14 @@ class DemoSettings:
     """
 
     sets: tuple[str, ...] = ("sentiment", "misconceptions")
-    n_build: int = 64
+    n_build: int = 56
     n_choose: int = 24
     n_test: int = 104
     n_test_draws: int = 36
     n_draws: int = 20
     methods: tuple[tuple[Method, int], ...] = (
         ("leave_one_out", 1),
-        ("integrated_gradients", 32),
+        ("integrated_gradients", 16),
         ("gradient_x_input", 1),
     )
     layers: tuple[int, ...] = (6, 9, 12, 15, 18, 21, 24, 27)
