@@ -98,7 +98,7 @@ QUICK = DemoSettings(
     n_test=16,
     n_test_draws=8,
     n_draws=20,
-    methods=(("leave_one_out", 1), ("integrated_gradients", 16)),
+    methods=(("leave_one_out", 1), ("gradient_x_input", 1)),
     layers=(12, 18, 24),
 )
 
