@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grains_tl.batches import Batch, batch_of, by_token_budget
-from grains_tl.scoring import MAX_TOKENS, HooksForBatch, batch_logprobs
+from grains_tl.scoring import MAX_TOKENS, HooksForBatch, batch_logprobs, hooks_for
 from grains_tl.tokens import tokenize_responses
 from grains_tl.types import HookedModel, PreferencePair, Text, plain_text
 
@@ -189,7 +189,7 @@ def score_choices(
     out = torch.full((len(tokenized), max(len(t.choices) for t in tokenized)), -torch.inf)
     with torch.no_grad(), tqdm(total=len(tokenized), desc="score", unit="question", disable=not progress) as bar:
         for slots, batch in choice_batches(model, tokenized, max_tokens=max_tokens):
-            hooks = fwd_hooks(batch) if callable(fwd_hooks) else fwd_hooks
+            hooks = hooks_for(fwd_hooks, batch)
             logprobs = batch_logprobs(model, batch, hooks).flatten().cpu()
             where = torch.tensor(slots)
             out[where[:, 0], where[:, 1]] = logprobs[: len(slots)].float()

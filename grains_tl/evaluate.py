@@ -18,6 +18,7 @@ from grains_tl.scoring import (
     MAX_TOKENS,
     HooksForBatch,
     Restart,
+    hooks_for,
     prepare_restart,
     restart_many,
     score_batches,
@@ -118,11 +119,7 @@ def shared_passes(
     """
     size = _room(restart.batch, max_tokens) if restart.tiles else 1
     for layer in sorted({s.layer for s in settings}):
-        made = {
-            i: s.hooks(restart.batch) if callable(s.hooks) else s.hooks
-            for i, s in enumerate(settings)
-            if s.layer == layer
-        }
+        made = {i: hooks_for(s.hooks, restart.batch) for i, s in enumerate(settings) if s.layer == layer}
         idle = [i for i, hooks in made.items() if not hooks]
         alone = [i for i, hooks in made.items() if any(name != resid_post(layer) for name, _ in hooks)]
         shared = [i for i in made if i not in idle and i not in alone]
@@ -193,7 +190,7 @@ def next_token_kl(
     out = torch.zeros(len(tokenized))
     with torch.no_grad():
         for group, batch in score_batches(model, tokenized, max_tokens=max_tokens):
-            hooks = fwd_hooks(batch) if callable(fwd_hooks) else fwd_hooks
+            hooks = hooks_for(fwd_hooks, batch)
             last = batch.offset + batch.prompt_len - 1
             keep, place = last.unique(return_inverse=True)
             rows = torch.arange(len(last), device=last.device)

@@ -13,7 +13,7 @@ from grains_tl.batches import batch_of, by_token_budget
 from grains_tl.generation import generate
 from grains_tl.models import forward_logits
 from grains_tl.objectives import token_logprobs
-from grains_tl.scoring import MAX_TOKENS, HooksForBatch
+from grains_tl.scoring import MAX_TOKENS, HooksForBatch, hooks_for
 from grains_tl.tokens import common_prefix, text_ids, token_rules
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -195,7 +195,7 @@ def _score(
                 prompt_lens.append(start + 1)
             rows = [inputs[i] for i in group]
             batch = batch_of(model, rows, range(len(group)), prompt_lens, targets, len(group))
-            hooks = fwd_hooks(batch) if callable(fwd_hooks) else fwd_hooks
+            hooks = hooks_for(fwd_hooks, batch)
             logits = forward_logits(model, batch.ids, batch.attention_mask, batch.keep, hooks)
             logits = logits[batch.target_row, batch.target_keep]
             logprobs = token_logprobs(logits, batch.target_id).double()

@@ -8,7 +8,7 @@ import torch
 from grains_tl.batches import batch_of
 from grains_tl.models import forward_logits
 from grains_tl.objectives import token_logprobs
-from grains_tl.scoring import HooksForBatch
+from grains_tl.scoring import HooksForBatch, hooks_for
 from grains_tl.tokens import tokenize_responses
 from grains_tl.types import HookedModel, Text
 
@@ -38,7 +38,7 @@ def response_logprobs(
     batch = batch_of(model, [ids + answer[:-1]], [0], [len(ids)], targets, 1)
     columns: dict[str, list[float]] = {}
     with torch.no_grad():
-        for name, hooks in (("before", None), ("after", fwd_hooks(batch) if callable(fwd_hooks) else fwd_hooks)):
+        for name, hooks in (("before", None), ("after", hooks_for(fwd_hooks, batch))):
             logits = forward_logits(model, batch.ids, batch.attention_mask, batch.keep, hooks)
             columns[name] = token_logprobs(logits[batch.target_row, batch.target_keep], batch.target_id).tolist()
     return pd.DataFrame({"token": [model.tokenizer.decode([i]) for i in answer], **columns})

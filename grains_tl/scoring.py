@@ -30,9 +30,14 @@ HooksForBatch = FwdHooks | Callable[[Batch], FwdHooks]
 MAX_TOKENS = 512
 
 
+def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
+    """The hooks of a batch: as given, or as the given function makes them."""
+    return list(hooks(batch)) if callable(hooks) else list(hooks or [])
+
+
 def batch_logprobs(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None) -> Float[Tensor, "record 2"]:
     """Weighted log-likelihood of chosen (0) and rejected (1) for each record of a batch, nats; differentiable."""
-    return _gather(target_logits(model, batch, fwd_hooks), batch)
+    return gather_logprobs(target_logits(model, batch, fwd_hooks), batch)
 
 
 def score_batches(
@@ -72,13 +77,14 @@ def score_pairs(
     out = torch.zeros(len(tokenized), 2)
     with torch.no_grad(), tqdm(total=len(tokenized), desc="score", unit="record", disable=not progress) as bar:
         for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):
-            hooks = fwd_hooks(batch) if callable(fwd_hooks) else fwd_hooks
+            hooks = hooks_for(fwd_hooks, batch)
             out[group] = batch_logprobs(model, batch, hooks).cpu()
             bar.update(len(group))
     return out
 
 
-def _gather(target_logits: Float[Tensor, "target vocab"], batch: Batch) -> Float[Tensor, "record 2"]:
+def gather_logprobs(target_logits: Float[Tensor, "target vocab"], batch: Batch) -> Float[Tensor, "record 2"]:
+    """Weighted log-likelihoods of both responses from the logits of every target."""
     weighted = token_logprobs(target_logits, batch.target_id) * batch.target_weight
     flat = torch.zeros(2 * batch.n_records, dtype=weighted.dtype, device=weighted.device)
     return flat.index_add(0, batch.target_slot, weighted).view(batch.n_records, 2)
@@ -164,7 +170,7 @@ def restart_logprobs(
     Runs the blocks after ``layer`` and unembeds the scored positions alone.
     """
     with torch.no_grad():
-        return _gather(restart_logits(model, restart, layer, [fwd_hooks])[0], restart.batch)
+        return gather_logprobs(restart_logits(model, restart, layer, [fwd_hooks])[0], restart.batch)
 
 
 def restart_many(
@@ -172,7 +178,7 @@ def restart_many(
 ) -> Float[Tensor, "setting record 2"]:
     """``restart_logprobs`` of several hooks in one pass: the batch is continued in as many copies."""
     with torch.no_grad():
-        return torch.stack([_gather(x, restart.batch) for x in restart_logits(model, restart, layer, settings)])
+        return torch.stack([gather_logprobs(x, restart.batch) for x in restart_logits(model, restart, layer, settings)])
 
 
 def restart_logits(

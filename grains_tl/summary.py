@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from scipy import stats
 
 from grains_tl.effects import SETTING
-from grains_tl.uncertainty import resampled_means
+from grains_tl.uncertainty import resampled_means, standard_error
 
 #: What ``verdict`` can say; see ``summarize``.
 STEERS, NO_EFFECT, WRONG_WAY, TOO_FEW = "steers", "no effect", "wrong way", "too few records"
@@ -92,17 +91,20 @@ def _effect(group: pd.DataFrame, level: float, seed: int) -> dict[str, Any]:
     if main.empty:
         main = drawn.groupby("record", as_index=False).mean(numeric_only=True)
     change, n = main["change"].to_numpy(), len(main)
-    effect, se = float(change.mean()), _se(change)
+    effect, se = float(change.mean()), standard_error(change)
     reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * se if n > 1 and se > 0 else (0.0 if n > 1 else np.nan)
     row: dict[str, Any] = {"effect": effect, "effect_se": se, "low": effect - reach, "high": effect + reach}
     row["verdict"] = verdict(row["low"], row["high"], float(group["alpha"].iloc[0]))
     if "change_token" in main:
-        row |= {"effect_token": main["change_token"].mean(), "effect_token_se": _se(main["change_token"].to_numpy())}
+        row |= {
+            "effect_token": main["change_token"].mean(),
+            "effect_token_se": standard_error(main["change_token"].to_numpy()),
+        }
     row |= {name: main[name].mean() for name in ("win", "wrong_way", "margin", "base_margin") if name in main}
     for name, column in (("accuracy", "correct"), ("mc1", "mc1"), ("mc2", "mc2")):
         if column in main:
             before, after = (main[c].to_numpy(dtype=float) for c in (f"base_{column}", column))
-            row |= {f"base_{name}": before.mean(), name: after.mean(), f"{name}_se": _se(after - before)}
+            row |= {f"base_{name}": before.mean(), name: after.mean(), f"{name}_se": standard_error(after - before)}
     row["n"] = n
     if not drawn.empty:
         per_draw = drawn.pivot(index="draw", columns="record", values="change").to_numpy()
@@ -113,10 +115,6 @@ def _effect(group: pd.DataFrame, level: float, seed: int) -> dict[str, Any]:
     return row
 
 
-def _se(values: NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
-
-
 def _cost(group: pd.DataFrame) -> dict[str, float]:
     """Means over tokens; the standard error is that of a ratio over texts."""
     main = group[group["draw"] < 0] if (group["draw"] < 0).any() else group
@@ -125,7 +123,7 @@ def _cost(group: pd.DataFrame) -> dict[str, float]:
     residual = weight * (main["kl"].to_numpy() - kl) / weight.mean()
     return {
         "kl": float(kl),
-        "kl_se": _se(residual),
+        "kl_se": standard_error(residual),
         "base_perplexity": float(np.exp(base)),
         "perplexity": float(np.exp(nll)),
         "agreement": float(same),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
@@ -49,3 +52,9 @@ def resampled_means(effects: Float[Tensor, "draw record"], *, seed: int = 0, n: 
     values = effects.double().numpy()
     records = rng.integers(0, values.shape[1], (n, values.shape[1]))
     return np.array([values[i][r].mean() for i, r in zip(rng.integers(0, len(values), n), records, strict=True)])
+
+
+def standard_error(values: Sequence[float] | np.ndarray) -> float:
+    """Standard error of a mean; NaN for fewer than two values."""
+    x = np.asarray(values, dtype=float)
+    return float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan

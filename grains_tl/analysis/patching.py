@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grains_tl.analysis.runs import batch_runner, hooks_for
+from grains_tl.analysis.runs import batch_runner
 from grains_tl.analysis.sites import By, Component, Site, act_name, check_options, positions, site_table, sites_for
 from grains_tl.batches import Batch
 from grains_tl.evaluate import margins
 from grains_tl.models import require_hook_names
 from grains_tl.objectives import Objective
-from grains_tl.scoring import MAX_TOKENS, HooksForBatch, batch_logprobs, score_batches
+from grains_tl.scoring import MAX_TOKENS, HooksForBatch, batch_logprobs, hooks_for, score_batches
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 

@@ -13,11 +13,13 @@ from tqdm.auto import tqdm
 from grains_tl.batches import Batch
 from grains_tl.evaluate import margins
 from grains_tl.models import forward_logits, resid_post
-from grains_tl.objectives import Objective, token_logprobs
+from grains_tl.objectives import Objective
 from grains_tl.scoring import (
     MAX_TOKENS,
     HooksForBatch,
     batch_logprobs,
+    gather_logprobs,
+    hooks_for,
     prepare_restart,
     restart_logprobs,
     score_batches,
@@ -27,11 +29,6 @@ from grains_tl.types import FwdHooks, HookedModel
 
 #: Hooks -> margins ``[record]`` of one batch, nats.
 RunBatch = Callable[[FwdHooks], Tensor]
-
-
-def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
-    """The hooks of a batch: as given, or as the given function makes them."""
-    return list(hooks(batch)) if callable(hooks) else list(hooks or [])
 
 
 def batch_runner(model: HookedModel, batch: Batch, names: Sequence[str]) -> RunBatch:
@@ -103,8 +100,6 @@ def _margins_and_next(
     keep = torch.cat([targets, last]).unique()
     logits = forward_logits(model, batch.ids, batch.attention_mask, keep, fwd_hooks, batch.inputs)
     scored = logits[batch.target_row, torch.searchsorted(keep, targets)]
-    weighted = token_logprobs(scored, batch.target_id) * batch.target_weight
-    flat = weighted.new_zeros(2 * batch.n_records).index_add(0, batch.target_slot, weighted)
     row = torch.arange(len(last), device=last.device)
     following = logits[row, torch.searchsorted(keep, last)].float().log_softmax(-1)
-    return margins(flat.view(-1, 2)).cpu(), following
+    return margins(gather_logprobs(scored, batch)).cpu(), following

@@ -13,6 +13,8 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl.uncertainty import standard_error
+
 
 @dataclass(frozen=True)
 class YesNoScores:
@@ -144,12 +146,6 @@ def preference_win_rate(logprobs: Float[Tensor, "record 2"]) -> tuple[float, flo
         raise ValueError("no records; at least one preference pair is needed")
     wins = ((logprobs[:, 0] - logprobs[:, 1]).sign().double() / 2 + 0.5).cpu().numpy()
     return float(wins.mean()), standard_error(wins)
-
-
-def standard_error(values: Sequence[float] | np.ndarray) -> float:
-    """Standard error of a mean; NaN for fewer than two values."""
-    x = np.asarray(values, dtype=float)
-    return float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
 
 
 def as_rows(scores: Mapping[str, YesNoScores]) -> pd.DataFrame:

@@ -18,13 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl.hallucination.captions import caption_hallucination
-from grains_tl.hallucination.yes_no import standard_error, yes_no_scores
+from grains_tl.hallucination.yes_no import yes_no_scores
 from grains_tl.masking import mask_hook
 from grains_tl.models import hooked
 from grains_tl.tiny_vlm.model import question_text
 from grains_tl.tiny_vlm.preferences import scenes_for, yes_no_questions
 from grains_tl.tiny_vlm.scenes import QUESTIONS, Kind, Scene, ask, caption, mentioned, partner
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.uncertainty import standard_error
 
 BATCH = 250
 OTHER_KINDS: tuple[Kind, ...] = ("position", "colour", "count")

@@ -13,7 +13,6 @@ from torch import Tensor
 from grains_tl.attribution import Method, attribute_all
 from grains_tl.evaluate import margins
 from grains_tl.hallucination.readers import YesNoQuestion
-from grains_tl.hallucination.yes_no import standard_error
 from grains_tl.replacements import ImageMasker, hide, replacements
 from grains_tl.scoring import MAX_TOKENS, batch_logprobs, score_batches
 from grains_tl.tiny_vlm.evaluate import answer_logprobs, yes_margins
@@ -22,6 +21,7 @@ from grains_tl.tiny_vlm.preferences import yes_no_questions
 from grains_tl.tiny_vlm.scenes import partner, patches_of
 from grains_tl.tokens import tokenize_pairs
 from grains_tl.types import Attribution, FwdHooks, HookedModel, PreferencePair
+from grains_tl.uncertainty import standard_error
 
 #: Position of the first image token in a prompt (after BOS).
 FIRST_PATCH = 1
