@@ -203,7 +203,7 @@ def test_seeds_of_a_method_that_draws_nothing_agree(bridge: Any, pairs: list[gr.
 # -- a planted word ---------------------------------------------------------------------------------------------------
 
 YES, NO = ("great", "good", "liked"), ("awful", "bad", "hated")
-FILLER = "a film food hotel was is warm soup room and but it this that we they cold one two".split()
+FILLER = "a film food hotel was is warm soup room and but it this that we cold one two".split()
 
 
 def planted_prompts(n: int, seed: int) -> list[tuple[str, int, bool]]:
@@ -276,15 +276,15 @@ def test_the_planted_word_comes_first_where_f_is_known(options: dict[str, Any]) 
     answers = [(" good", " bad") if yes else (" bad", " good") for _, _, yes in prompts]
     pairs = [gr.PreferencePair(t, *a) for (t, _, _), a in zip(prompts, answers, strict=True)]
     found = [gr.attribute(model, pair, **options) for pair in pairs]
-    assert share_first(found, [at for _, at, _ in prompts]) >= 0.8  # 17 of 20, the same three missing for every method
+    assert share_first(found, [at for _, at, _ in prompts]) == 1.0
 
 
 def test_the_default_finds_the_word_a_trained_model_uses(planted: Any) -> None:
-    """33 of 40 when this was written, against 1 in 10 by chance."""
+    """Leave-one-out is exact here; 1 in 10 by chance."""
     tokenized = gr.tokenize_pairs(planted.model, planted.pairs)
     logprobs = gr.score_pairs(planted.model, tokenized)
     assert bool((logprobs[:, 0] - logprobs[:, 1] > 1).all())  # it has learned the task
-    assert share_first(gr.attribute_all(planted.model, tokenized), planted.places) > 0.7
+    assert share_first(gr.attribute_all(planted.model, tokenized), planted.places) >= 0.9
 
 
 def test_scores_change_when_the_weights_are_random(planted: Any) -> None:
