@@ -4,92 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
-from grains_tl.attribution import Method
-from grains_tl.caching import Differences, collect_differences
-from grains_tl.comparison import RANDOM_TOKENS, SIGN_TUNED, Comparison, compare_with_controls
-from grains_tl.controls import (
-    bootstrap_vectors,
-    caa_differences,
-    random_direction_vectors,
-    random_token_differences,
-    random_token_vectors,
-)
-from grains_tl.data import load_bundled
-from grains_tl.evaluate import effects, mean_and_se, next_token_kl
-from grains_tl.generation import generate
-from grains_tl.masking import Masker, Selection, select_tokens
-from grains_tl.pipeline import attribute_records, check_top_k
+from grains_tl.demo_set import DemoSettings, run_set
 from grains_tl.plotting import figure_png, plot_controls, plot_layers
 from grains_tl.report import write_report
-from grains_tl.tokens import TokenizedPair, token_rules, tokenize_pairs
-from grains_tl.types import Attribution, HookedModel, PreferencePair
-from grains_tl.vectors import SteeringVectors, package_versions, reduce_vectors, write_atomically
-
-ABOUT = {
-    "sentiment": "Mixed reviews: one good and one bad detail, then the verdict. Chosen is a favourable completion, "
-    "rejected an unfavourable one. Built on restaurants, hotels, cafes and travel; tested on films, phones, clothes "
-    "and courses.",
-    "misconceptions": "Questions with a popular wrong answer. Chosen is the correct sentence, rejected the "
-    "misconception. Built on biology, the body, physics and food; tested on space, history, language and technology.",
-}
-
-
-#: At most so many records of a set: whole sentences as responses cost several times as much as single words.
-AT_MOST = {
-    "sentiment": {"build": 56, "choose": 24, "test": 104, "draws": 36},
-    "misconceptions": {"build": 28, "choose": 12, "test": 40, "draws": 20},
-}
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """How large the demo is.
-
-    Attributes:
-        sets: which bundled preference sets.
-        n_build, n_choose, n_test: records per split (at most ``AT_MOST``).
-        n_test_draws: test records the many draws are measured on.
-        n_draws: random directions, random-token maskings and bootstrap resamples, each.
-        methods: attributions to compare, with their number of path steps.
-        layers: candidate layers of the sweep.
-        alpha: step of the sweep and of the comparison, fraction of the layer's typical residual norm.
-        alphas: candidates for the continuations; the largest whose KL stays under ``max_kl`` is used.
-        max_kl: nats, mean KL of the next-token distribution on the choosing split.
-        top_k: tokens masked on each side.
-        masker: what replaces a masked token.
-        spare_end: keep the prompt's last token, where the residual is read, out of the selections.
-        seed: of all draws and of the choice of records.
-    """
-
-    sets: tuple[str, ...] = ("sentiment", "misconceptions")
-    n_build: int = 56
-    n_choose: int = 24
-    n_test: int = 104
-    n_test_draws: int = 36
-    n_draws: int = 20
-    methods: tuple[tuple[Method, int], ...] = (
-        ("leave_one_out", 1),
-        ("integrated_gradients", 16),
-        ("gradient_x_input", 1),
-    )
-    layers: tuple[int, ...] = (6, 9, 12, 15, 18, 21, 24, 27)
-    alpha: float = 0.2
-    alphas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
-    max_kl: float = 0.5
-    top_k: int = 3
-    masker: Masker = "mean_embedding"
-    spare_end: bool = False
-    seed: int = 0
-
+from grains_tl.tokens import token_rules
+from grains_tl.types import HookedModel
+from grains_tl.vectors import package_versions, write_atomically
 
 QUICK = DemoSettings(
     sets=("sentiment",),
@@ -98,6 +25,8 @@ QUICK = DemoSettings(
     n_test=16,
     n_test_draws=8,
     n_draws=20,
+    controls=("random direction",),
+    n_cost=0,
     methods=(("leave_one_out", 1), ("gradient_x_input", 1)),
     layers=(12, 18, 24),
 )
@@ -138,7 +67,7 @@ def run_demo(
         "sets": [],
     }
     for name in settings.sets:
-        found = _run_set(model, name, settings, checkpoint, progress)
+        found = run_set(model, name, settings, checkpoint, progress)
         results["sets"].append(found)
         results["seconds"] = round(time.perf_counter() - started, 1)
         # after every set, so that a finished one is never lost
@@ -178,235 +107,3 @@ def summary(results: dict[str, Any]) -> str:
             lines.append(f"alpha {row['alpha']:+.1f}  ...{row['prompt'][-30:]!r} -> {row['text']!r}")
         lines.append(f"VERDICT {found['verdict']}")
     return "\n".join(lines)
-
-
-# -- one preference set -----------------------------------------------------------------------------------------------
-
-
-def _run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: Path, progress: bool) -> dict[str, Any]:
-    limit = AT_MOST[name]
-    n_draw_records = min(settings.n_test_draws, settings.n_test, limit["draws"])
-    build, choose, test = (
-        _pick(load_bundled(name, split), min(n, limit[split]), settings.seed)
-        for split, n in (("build", settings.n_build), ("choose", settings.n_choose), ("test", settings.n_test))
-    )
-    tokens = [tokenize_pairs(model, part) for part in (build, choose, test)]
-    check_top_k(tokens[0], settings.top_k)
-    _say(progress, f"{name}: attribution of {len(build)} records")
-    attributions, seconds = _attribute(model, tokens[0], settings, checkpoint, progress)
-    selections = {
-        m: [select_tokens(a, settings.top_k, spare_end=settings.spare_end) for a in found]
-        for m, found in attributions.items()
-    }
-    layers = [layer for layer in settings.layers if layer < model.cfg.n_layers]
-    differences = {
-        method: collect_differences(model, tokens[0], chosen, layers=layers, masker=settings.masker, progress=progress)
-        for method, chosen in selections.items()
-    }
-    norms = next(iter(differences.values())).resid_norms
-    differences["CAA"] = caa_differences(model, tokens[0], layers=layers, resid_norms=norms)
-
-    _say(progress, f"{name}: layer sweep on {len(choose)} records of the choosing split")
-    sweep = _sweep(model, tokens[1], differences, settings, progress)
-    method, layer = _best(sweep, list(selections))
-    vectors = {m: reduce_vectors(d).at([layer]) for m, d in differences.items()}
-    alpha = _largest_alpha(model, tokens[1], vectors[method], layer, settings)
-
-    _say(progress, f"{name}: {method} at layer {layer}; controls and test split")
-    draws = _draws(model, tokens[0], selections[method], differences, method, layer, settings, progress)
-    compared = compare_with_controls(
-        model,
-        tokens[1],
-        tokens[2],
-        vectors,
-        draws,
-        name=method,
-        alpha=settings.alpha,
-        n_test_draws=n_draw_records,
-        seed=settings.seed,
-        progress=progress,
-    )
-    base, base_se = mean_and_se(compared.base)
-    return {
-        "name": name,
-        "about": ABOUT[name],
-        "n": {
-            "build": len(build),
-            "choose": len(choose),
-            "test": len(test),
-            "test_for_draws": n_draw_records,
-        },
-        "base": {
-            "margin": base.item(),
-            "margin_se": base_se.item(),
-            "accuracy": (compared.base > 0).float().mean().item(),
-        },
-        "tokens": [_token_row(attributions[m][i], build[i]) for i in range(min(2, len(build))) for m in attributions],
-        "attribution": [
-            {"method": m, "median_relative_gap": _median_gap(found), "seconds": seconds[m], "n": len(found)}
-            for m, found in attributions.items()
-        ],
-        "sweep": _records(sweep),
-        "chosen": {"method": method, "layer": layer, "alpha": alpha},
-        "table": _records(compared.table),
-        "draws": compared.draws,
-        "continuations": _continuations(model, test, vectors[method], layer, alpha),
-        "verdict": _verdict(compared, method, layer, settings.alpha),
-    }
-
-
-def _pick(pairs: list[PreferencePair], n: int, seed: int) -> list[PreferencePair]:
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [pairs[i] for i in order[:n]]
-
-
-def _attribute(
-    model: HookedModel, tokenized: Sequence[TokenizedPair], settings: DemoSettings, checkpoint: Path, progress: bool
-) -> tuple[dict[str, list[Attribution]], dict[str, float]]:
-    found: dict[str, list[Attribution]] = {}
-    seconds: dict[str, float] = {}
-    for method, n_steps in settings.methods:
-        started = time.perf_counter()
-        options = {
-            "method": method,
-            "n_steps": n_steps,
-            "objective": "sum",
-            "masker": settings.masker,
-        }
-        found[method] = attribute_records(model, tokenized, options, progress=progress, checkpoint=checkpoint)
-        seconds[method] = round(time.perf_counter() - started, 1)
-    return found, seconds
-
-
-def _sweep(
-    model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
-    differences: dict[str, Differences],
-    settings: DemoSettings,
-    progress: bool,
-) -> pd.DataFrame:
-    grid = [(name, layer) for name in differences for layer in differences[name].layers]
-    reduced = {name: reduce_vectors(d) for name, d in differences.items()}
-    vectors = [reduced[name].at([layer]) for name, layer in grid]
-    _, found = effects(model, tokenized, vectors, settings.alpha, progress=progress)
-
-    mean, se = mean_and_se(found)
-    return pd.DataFrame(
-        [
-            {"vector": name, "layer": layer, "alpha": settings.alpha, "effect": m, "se": s, "n": len(tokenized)}
-            for (name, layer), m, s in zip(grid, mean.tolist(), se.tolist(), strict=True)
-        ]
-    )
-
-
-def _best(sweep: pd.DataFrame, methods: list[str]) -> tuple[str, int]:
-    """Attribution method and layer with the largest effect on the choosing split."""
-    own = sweep[sweep["vector"].isin(methods)]
-    row = own.sort_values("effect").iloc[-1]
-    return str(row["vector"]), int(row["layer"])
-
-
-def _largest_alpha(
-    model: HookedModel, tokenized: Sequence[TokenizedPair], vectors: SteeringVectors, layer: int, settings: DemoSettings
-) -> float:
-    best = min(settings.alphas)
-    for alpha in sorted(settings.alphas):
-        kl = max(
-            next_token_kl(model, tokenized, vectors.hooks(sign * alpha, [layer])).mean().item() for sign in (1, -1)
-        )
-        if kl > settings.max_kl:
-            break
-        best = alpha
-    return best
-
-
-def _draws(
-    model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
-    selections: Sequence[Selection],
-    differences: dict[str, Differences],
-    method: str,
-    layer: int,
-    settings: DemoSettings,
-    progress: bool,
-) -> dict[str, list[SteeringVectors]]:
-    """Vectors that show the spread: over chance directions, over chance tokens, over building records."""
-    own, n_draws, seed = differences[method].at([layer]), settings.n_draws, settings.seed
-    random = random_token_differences(
-        model,
-        tokenized,
-        selections,
-        layers=[layer],
-        resid_norms=own.resid_norms,
-        masker=settings.masker,
-        spare_end=settings.spare_end,
-        progress=progress,
-        n_draws=n_draws,
-        seed=seed,
-    )
-    return {
-        RANDOM_TOKENS: random_token_vectors(random, seed=seed),
-        "random direction": random_direction_vectors(reduce_vectors(own), n_draws=n_draws, seed=seed),
-        method: bootstrap_vectors(own, n_draws=n_draws, seed=seed),
-        "CAA": bootstrap_vectors(differences["CAA"].at([layer]), n_draws=n_draws, seed=seed),
-    }
-
-
-def _verdict(found: Comparison, method: str, layer: int, alpha: float) -> str:
-    def say(name: str) -> str:
-        c = found.against[name]
-        yes = c["low"] > 0 and c["beaten"] >= 0.95 * c["n_draws"]
-        return (
-            f"{'yes' if yes else 'no'}, by {c['difference']:+.2f} nats (95 % interval {c['low']:+.2f} to "
-            f"{c['high']:+.2f}; above {c['beaten']:.0f} of {c['n_draws']:.0f} draws)"
-        )
-
-    caa = found.table.set_index("vector")["effect"]["CAA"]
-    return "\n".join(
-        [
-            f"attribution beats random tokens: {say(RANDOM_TOKENS)}",
-            f"random tokens, sign tuned on the choosing split: {say(SIGN_TUNED)}",
-            f"random directions: {say('random direction')}",
-            f"attribution by {method}, layer {layer}, alpha {alpha}; CAA at the same size: {caa:+.2f} nats",
-        ]
-    )
-
-
-def _token_row(a: Attribution, pair: PreferencePair) -> dict[str, Any]:
-    return {
-        "method": a.method,
-        "tokens": a.tokens,
-        "scores": a.scores.nan_to_num(0.0).tolist(),
-        "content": a.content.tolist(),
-        "objective": a.objective,
-        "baseline_objective": a.baseline_objective,
-        "gap": a.gap,
-        "chosen": str(pair.chosen),
-        "rejected": str(pair.rejected),
-    }
-
-
-def _median_gap(attributions: Sequence[Attribution]) -> float | None:
-    gaps = [a.relative_gap for a in attributions if a.relative_gap is not None]
-    return float(np.median(gaps)) if gaps else None
-
-
-def _continuations(
-    model: HookedModel, test: Sequence[PreferencePair], vectors: SteeringVectors, layer: int, alpha: float
-) -> list[dict[str, Any]]:
-    prompts = [str(p.prompt) for p in test[:3]]
-    rows = []
-    for a in (-alpha, 0.0, alpha):
-        texts = generate(model, prompts, vectors.hooks(a, [layer]), max_new_tokens=20)
-        rows += [{"prompt": p, "alpha": a, "text": t} for p, t in zip(prompts, texts, strict=True)]
-    return sorted(rows, key=lambda r: (prompts.index(r["prompt"]), r["alpha"]))
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of a table; missing numbers as ``None``, because NaN is no JSON."""
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")  # type: ignore[return-value]
-
-
-def _say(progress: bool, text: str) -> None:
-    if progress:
-        print(text, flush=True)

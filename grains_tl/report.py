@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from grains_tl.plotting import figure_png, plot_controls, plot_layers, plot_tokens, show_tokens
+from grains_tl.plotting import figure_png, plot_controls, plot_cost, plot_layers, plot_tokens, show_tokens
 from grains_tl.types import Attribution
 from grains_tl.vectors import write_atomically
 
@@ -161,6 +161,7 @@ on {_number(n.get("test_for_draws"), "d")} of them)."""
 effect, se, low and high in nats.</p>
 {_control_plot(one["table"], one["draws"])}
 {_control_table(one["table"])}
+{_at_equal_cost(one.get("cost"))}
 <h3>Continuations</h3>
 {_continuations(one["continuations"])}
 """
@@ -260,6 +261,34 @@ def _control_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     )
     return _table(heads, cells, numbers=(1, 2, 3, 4, 6, 7, 8), kind="controls") if rows else ""
+
+
+def _at_equal_cost(cost: Mapping[str, Any] | None) -> str:
+    """Effect against KL, where it was measured."""
+    if not cost:
+        return ""
+    curve = pd.DataFrame(list(cost["curve"])).dropna(subset=["alpha", "effect", "kl"])
+    if curve.empty:
+        return _nothing("No costs were measured.")
+    picture = _image(plot_cost(curve), "Effect of each vector against its KL")
+    heads = ("vector", "layer", "alpha", "effect", "se", "low", "high", "minus CAA", "low", "high", "records")
+    cells = (
+        (
+            _text(row["vector"]),
+            _number(row["layer"], "d"),
+            _number(row["alpha"], ".3f"),
+            *(_signed(row["effect"]), _number(row["se"]), _signed(row["low"]), _signed(row["high"])),
+            *(_signed(row[f"difference{end}"]) for end in ("", "_low", "_high")),
+            _number(row["n"], "d"),
+        )
+        for row in cost["at_kl"]
+    )
+    return f"""<h3>At equal cost</h3>
+<p>Each vector at the layer that was best for it on the records for choosing. The cost is the KL of the steered from the
+unsteered model on neutral text. The table reads the curves at {_number(cost["kl"], "g")} nats per token. An effect here is
+the change of the margin by +alpha alone, so that it is not the same as above.</p>
+<figure>{picture}<figcaption>Effect on test records against its cost, one point per alpha.</figcaption></figure>
+{_table(heads, cells, numbers=range(1, 11))}"""
 
 
 def _continuations(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -85,6 +85,24 @@ def fake_set(name: str = "sentiment", sign: float = 1.0, seed: int = 0) -> dict[
             for v, e in VECTORS.items()
         ],
         "draws": draws,
+        "cost": {
+            "kl": 0.05,
+            "curve": [
+                {
+                    **{"vector": v, "positions": "all", "layer": 18, "alpha": a, "kl": a**2, "kl_se": a**2 / 8},
+                    **{"effect": sign * 9 * a * VECTORS[v], "effect_se": 0.1},
+                }
+                for v in ("leave_one_out", "caa")
+                for a in (0.1, 0.2, 0.3)
+            ],
+            "at_kl": [
+                {
+                    **{"vector": v, "layer": 18, "alpha": 0.22, "effect": sign * 2 * VECTORS[v], "se": 0.1, "n": 24},
+                    **{"low": 0.4, "high": 0.9, "difference": 0.3, "difference_low": -0.1, "difference_high": None},
+                }
+                for v in ("leave_one_out", "caa")
+            ],
+        },
         "continuations": [
             {"prompt": prompt, "alpha": -0.2, "text": " a disappointment. We paid a lot and slept badly, and the"},
             {"prompt": prompt, "alpha": 0.0, "text": " fine. We would stay again if the price were right.\n\nThe"},
@@ -184,7 +202,7 @@ def test_one_widget_per_set_and_stills_for_all_examples(results: dict[str, Any])
     scripts = [a for t, a in page.elements if t == "script"]
     assert len(scripts) == 2 and all(a.get("nonce") for a in scripts)
     images = [a for t, a in page.elements if t == "img"]
-    assert len(images) == 2 * (len(PROMPTS) + 2) and all(a.get("alt") for a in images)
+    assert len(images) == 2 * (len(PROMPTS) + 3) and all(a.get("alt") for a in images)
 
 
 def test_data_cannot_act(results: dict[str, Any]) -> None:

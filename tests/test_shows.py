@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 
 import grains_tl as gr
 from grains_tl.cli import main, side_by_side
-from grains_tl.demo import QUICK, run_demo, summary
+from grains_tl.demo import QUICK, DemoSettings, run_demo, summary
 
 ROOT = Path(__file__).parent.parent
 TRUTHFULQA = ROOT.parent / "shared/data/truthfulqa/truthfulqa_half.csv"
@@ -123,14 +123,17 @@ def test_build_then_steer_on_truthfulqa(
 
 @pytest.mark.real
 def test_demo_finds_its_way_from_records_to_verdict(smollm2: SimpleNamespace, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    tiny = replace(
-        QUICK, n_build=4, n_choose=3, n_test=4, n_test_draws=3, n_draws=3, layers=(18, 24), methods=QUICK.methods[:1]
+    tiny = DemoSettings(
+        sets=("sentiment",),
+        **{"n_build": 4, "n_choose": 3, "n_test": 4, "n_test_draws": 3, "n_draws": 3, "n_cost": 3, "n_neutral": 2},
+        layers=(18, 24),
+        methods=QUICK.methods[:1],
     )
     results = run_demo(smollm2.bridge, tmp_path, tiny, progress=False)
+    assert {"random direction", "orthogonal direction", "shuffled labels"} < set(results["sets"][0]["draws"])
+    assert [row["vector"] for row in results["sets"][0]["cost"]["at_kl"]] == ["leave_one_out", "CAA"]
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
-    assert "attribution beats random tokens" in summary(results)
+    assert "attribution beats random tokens" in summary(results) and "better than CAA" in summary(results)
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert not (tmp_path / "attributions.partial.jsonl").exists()
 
