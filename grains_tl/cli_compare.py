@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import base64
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +22,6 @@ SHOWN = {
     "effect": "effect of the vector",
     "kl": "its KL",
 }
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 NOTE = (
     "Nats. Each value with its 95 % interval over records (1.96 standard errors). Larger is better for areas, falls, rises "
     "and effects. random_tokens: as many content tokens drawn by chance, mean over draws. Leave-one-out is favoured where "
@@ -142,29 +139,26 @@ def _cell(name: str, value: Any, se: float | None) -> str:
 
 def write_page(table: Any, folder: Path, about: dict[str, Any]) -> Path:
     """``comparison.csv`` and ``comparison.html`` (one file, no network) of a table with a column ``set``."""
-    from grains_tl.plotting import figure_png, plot_comparison
-    from grains_tl.report import CSS
+    from grains_tl.pages import image, page, text
+    from grains_tl.plotting import plot_comparison
     from grains_tl.vectors import write_atomically
 
     sections = []
     for name, frame in table.groupby("set", sort=False):
-        picture = base64.b64encode(figure_png(plot_comparison(frame))).decode()
+        picture = image(plot_comparison(frame), f"methods compared on {name}")
         sections.append(
-            f"<h2>{escape(str(name))}</h2><p>{int(frame['n'].iloc[0])} records</p>"
-            f'<figure><img alt="methods compared on {escape(str(name))}" src="data:image/png;base64,{picture}"></figure>'
+            f"<h2>{text(name)}</h2><p>{int(frame['n'].iloc[0])} records</p><figure>{picture}</figure>"
             f'<div class="wide">{pretty(frame).to_html(index=False, border=0, escape=True)}</div>'
         )
     said = "; ".join(f"{key} {value}" for key, value in about.items())
-    page = (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>Attribution methods compared</title><style>{CSS}</style></head><body>"
-        f'<h1>Attribution methods compared</h1><p class="note">{escape(said)}</p><p>{escape(NOTE)}</p>'
-        f"{''.join(sections)}</body></html>"
+    body = (
+        f'<h1>Attribution methods compared</h1><p class="note">{text(said)}</p><p>{text(NOTE)}</p>{"".join(sections)}'
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "comparison.csv", table.to_csv(index=False).encode())
-    return write_atomically(folder / "comparison.html", page.encode("utf-8", "backslashreplace"))
+    return write_atomically(
+        folder / "comparison.html", page("Attribution methods compared", body).encode("utf-8", "backslashreplace")
+    )
 
 
 def _methods(args: argparse.Namespace) -> Sequence[Any]:

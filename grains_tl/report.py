@@ -5,58 +5,25 @@ Everything that comes from data is escaped, and the page's own policy lets no sc
 
 from __future__ import annotations
 
-import base64
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from grains_tl.plotting import figure_png, plot_controls, plot_cost, plot_layers, plot_tokens, show_tokens
+from grains_tl.pages import DASH, count, image, nothing, number, page, percent, settings_table, signed, table, text
+from grains_tl.plotting import plot_controls, plot_cost, plot_layers, plot_tokens, show_tokens
 from grains_tl.types import Attribution
 from grains_tl.vectors import write_atomically
 
-DASH = "\N{EN DASH}"
 KEYS = ("settings", "versions", "seconds", "sets")
 SET_KEYS = (
     *("name", "about", "n", "base", "tokens", "attribution", "sweep", "chosen"),
     *("table", "draws", "continuations", "verdict"),
 )
-CSS = """
-:root { color-scheme: light; }
-body { max-width: 900px; margin: 2.5rem auto; padding: 0 1.2rem; background: #fff; color: #1a1a1a;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; }
-h2 { font-size: 1.35rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 2px solid #ddd; }
-h3 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
-p, ul, dl { margin: .5rem 0 1rem; }
-a { color: #1f5a96; }
-.verdicts { border-left: 4px solid #4477aa; background: #f5f7fa; padding: .7rem 1.1rem; margin: 1.2rem 0; }
-.verdict, .verdicts p { white-space: pre-line; }
-.verdicts p { margin: .35rem 0; font-size: 1.05rem; }
-.note { color: #555; font-size: .9rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.2rem; }
-dt { font-weight: 600; } dd { margin: 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; margin: .4rem 0 1rem; }
-th, td { padding: .32rem .7rem; border-bottom: 1px solid #e2e2e2; text-align: left; vertical-align: top; }
-thead th { border-bottom: 2px solid #999; font-weight: 600; vertical-align: bottom; }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-thead .number { white-space: normal; }
-.controls th, .controls td { padding-left: .5rem; padding-right: .5rem; }
-.controls td:nth-child(6) { min-width: 10rem; }
-.settings td { overflow-wrap: anywhere; }
-.continuations { width: 100%; table-layout: fixed; }
-.continuations td { white-space: pre-wrap; overflow-wrap: anywhere; }
-.continuations .prompt { background: #f5f7fa; font-weight: 600; }
-figure { margin: 1rem 0 1.4rem; }
-figcaption { color: #444; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-img { max-width: 100%; height: auto; display: block; }
-"""
 
 
 def write_report(results: dict[str, Any], folder: str | Path) -> Path:
@@ -82,36 +49,22 @@ def report_html(results: Mapping[str, Any]) -> str:
     _require(results, KEYS, "results")
     for i, one in enumerate(results["sets"]):
         _require(one, SET_KEYS, f"results['sets'][{i}]")
-    nonce = secrets.token_urlsafe(16)
-    # only scripts that carry this run's nonce are run: a second lock behind the escaping
-    policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data:"
+    nonce = secrets.token_urlsafe(16)  # only scripts that carry it are run: a second lock behind the escaping
     model = results["settings"].get("model")
     sets = results["sets"]
     verdicts = "".join(
-        f'<p><a href="#set-{i}">{_text(one["name"])}</a>\n{_text(one["verdict"])}</p>' for i, one in enumerate(sets)
+        f'<p><a href="#set-{i}">{text(one["name"])}</a>\n{text(one["verdict"])}</p>' for i, one in enumerate(sets)
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>grains_tl report</title>
-<style>{CSS}</style>
-</head>
-<body>
-<h1>Attribution and steering: what was found</h1>
-<p class="note">grains_tl report{"" if model is None else f" on {_text(model)}"}; {_count(len(sets), "record set")}</p>
+    body = f"""<h1>Attribution and steering: what was found</h1>
+<p class="note">grains_tl report{"" if model is None else f" on {text(model)}"}; {count(len(sets), "record set")}</p>
 <div class="verdicts">{verdicts or "<p>No record set was run.</p>"}</div>
 {_how_to_read()}
 {"".join(_set_section(one, i, results["settings"], nonce) for i, one in enumerate(sets))}
 <h2 id="settings">Settings and versions</h2>
-<p>The run took {_number(results["seconds"], ".0f")} seconds.</p>
-{_settings_table(results["settings"])}
-{_settings_table(results["versions"])}
-</body>
-</html>
-"""
+<p>The run took {number(results["seconds"], ".0f")} seconds.</p>
+{settings_table(results["settings"])}
+{settings_table(results["versions"])}"""
+    return page("grains_tl report", body, nonce=nonce)
 
 
 def _how_to_read() -> str:
@@ -141,15 +94,15 @@ def _set_section(one: Mapping[str, Any], index: int, settings: Mapping[str, Any]
     # where a run compares at a fixed alpha, the chosen one is that of the continuations alone
     fixed = settings.get("alpha")
     alpha = fixed if isinstance(fixed, int | float) else chosen.get("alpha")
-    size = f"""Vectors are built from {_number(n.get("build"), "d")} records; layer and alpha are chosen on
-{_number(n.get("choose"), "d")} others; effects are measured on {_number(n.get("test"), "d")} test records (single draws
-on {_number(n.get("test_for_draws"), "d")} of them)."""
-    start = f"""Unsteered, the mean margin on test records is {_signed(base.get("margin"))} &plusmn;
-{_number(base.get("margin_se"))} nats (se) and {_percent(base.get("accuracy"))} of the margins are positive."""
+    size = f"""Vectors are built from {number(n.get("build"), "d")} records; layer and alpha are chosen on
+{number(n.get("choose"), "d")} others; effects are measured on {number(n.get("test"), "d")} test records (single draws
+on {number(n.get("test_for_draws"), "d")} of them)."""
+    start = f"""Unsteered, the mean margin on test records is {signed(base.get("margin"))} &plusmn;
+{number(base.get("margin_se"))} nats (se) and {percent(base.get("accuracy"))} of the margins are positive."""
     return f"""
-<h2 id="set-{index}">{_text(one["name"])}</h2>
-<p>{_text(one["about"])}</p>
-<p class="verdict">{_text(one["verdict"])}</p>
+<h2 id="set-{index}">{text(one["name"])}</h2>
+<p>{text(one["about"])}</p>
+<p class="verdict">{text(one["verdict"])}</p>
 <p>{size} {start}</p>
 <h3>Which tokens cause it</h3>
 {_token_pictures(one["tokens"], nonce)}
@@ -157,7 +110,7 @@ on {_number(n.get("test_for_draws"), "d")} of them)."""
 <h3>Where steering works</h3>
 {_layer_plot(one["sweep"], chosen.get("layer"), alpha)}
 <h3>Against controls</h3>
-<p>Effects at layer {_number(chosen.get("layer"), "d")} with alpha {_number(alpha, "g")}, on test records;
+<p>Effects at layer {number(chosen.get("layer"), "d")} with alpha {number(alpha, "g")}, on test records;
 effect, se, low and high in nats.</p>
 {_control_plot(one["table"], one["draws"])}
 {_control_table(one["table"])}
@@ -170,21 +123,21 @@ effect, se, low and high in nats.</p>
 def _token_pictures(examples: Sequence[Mapping[str, Any]], nonce: str) -> str:
     """The first example interactive (1.3 MB of script), with its still picture until the script runs; others still."""
     if not examples:
-        return _nothing("No example records were kept.")
+        return nothing("No example records were kept.")
     parts = []
     for i, example in enumerate(examples):
         attribution = _attribution(example)
-        chosen, rejected = (_text(str(example[side]).strip()) for side in ("chosen", "rejected"))
+        chosen, rejected = (text(str(example[side]).strip()) for side in ("chosen", "rejected"))
         caption = f"chosen: &ldquo;{chosen}&rdquo;, rejected: &ldquo;{rejected}&rdquo;"
-        picture = _image(plot_tokens(attribution), "Tokens of an example prompt, coloured by their scores in nats")
+        picture = image(plot_tokens(attribution), "Tokens of an example prompt, coloured by their scores in nats")
         if i == 0:
             shown = show_tokens(attribution).local_src
             picture = shown.replace("></div>", f">{picture}</div>", 1).replace(
                 "<script crossorigin", f'<script nonce="{nonce}"', 1
             )
-            gap = "none" if example["gap"] is None else f"{_signed(example['gap'])} nats"
+            gap = "none" if example["gap"] is None else f"{signed(example['gap'])} nats"
             caption = (
-                f"{_text(example['method'])}: f(x) = {_signed(example['objective'])} nats, completeness gap {gap}; "
+                f"{text(example['method'])}: f(x) = {signed(example['objective'])} nats, completeness gap {gap}; "
                 f"{caption}. Blue pushes toward chosen, red toward rejected; point at a token for its score in nats."
             )
         parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
@@ -211,33 +164,33 @@ def _attribution(example: Mapping[str, Any]) -> Attribution:
 def _attribution_table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = (
         (
-            _text(row["method"]),
-            "none" if row["median_relative_gap"] is None else _number(row["median_relative_gap"], ".3f"),
-            _number(row["n"], "d"),
-            _number(row["seconds"], ".1f"),
+            text(row["method"]),
+            "none" if row["median_relative_gap"] is None else number(row["median_relative_gap"], ".3f"),
+            number(row["n"], "d"),
+            number(row["seconds"], ".1f"),
         )
         for row in rows
     )
-    return _table(("method", "median relative gap", "records", "seconds"), cells, numbers=(1, 2, 3)) if rows else ""
+    return table(("method", "median relative gap", "records", "seconds"), cells, numbers=(1, 2, 3)) if rows else ""
 
 
 def _layer_plot(sweep: Sequence[Mapping[str, Any]], layer: int | None, wanted: float | None) -> str:
     """One alpha of the sweep: the wanted one, or else the nearest that was tried."""
     frame = pd.DataFrame(list(sweep))
     if not len(frame):
-        return _nothing("No layers were swept.")
+        return nothing("No layers were swept.")
     alpha = min(set(frame["alpha"]), key=lambda a: (abs(a - (a if wanted is None else wanted)), -abs(a)))
     tried = frame[frame["alpha"] == alpha]
-    caption = f"Effect over layers at alpha {_number(alpha, 'g')} on the records for choosing"
-    caption += "." if tried["n"].isna().all() else f" (n = {_number(tried['n'].max(), 'd')})."
+    caption = f"Effect over layers at alpha {number(alpha, 'g')} on the records for choosing"
+    caption += "." if tried["n"].isna().all() else f" (n = {number(tried['n'].max(), 'd')})."
     figure = plot_layers(tried, layer)
-    return f"<figure>{_image(figure, 'Effect over layers')}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{image(figure, 'Effect over layers')}<figcaption>{caption}</figcaption></figure>"
 
 
 def _control_plot(table: Sequence[Mapping[str, Any]], draws: Mapping[str, Sequence[Any]]) -> str:
     if not table:
-        return _nothing("No vectors were measured.")
-    picture = _image(plot_controls(pd.DataFrame(list(table)), draws), "Effect of each vector with its interval")
+        return nothing("No vectors were measured.")
+    picture = image(plot_controls(pd.DataFrame(list(table)), draws), "Effect of each vector with its interval")
     caption = (
         "Large dot and bar: effect and interval; small dots: single draws (bootstrap resamples, or random controls)."
     )
@@ -248,19 +201,19 @@ def _control_table(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = ("vector", "effect", "se", "low", "high", "interval", "draws", "records", "p, random tokens")
     cells = (
         (
-            _text(row["vector"]),
-            _signed(row["effect"]),
-            _number(row["se"]),
-            _signed(row["low"]),
-            _signed(row["high"]),
-            _text(row["interval"]),
-            _number(row["n_draws"], "d"),
-            _number(row["n"], "d"),
-            _number(row["p_random_tokens"], ".3f"),
+            text(row["vector"]),
+            signed(row["effect"]),
+            number(row["se"]),
+            signed(row["low"]),
+            signed(row["high"]),
+            text(row["interval"]),
+            number(row["n_draws"], "d"),
+            number(row["n"], "d"),
+            number(row["p_random_tokens"], ".3f"),
         )
         for row in rows
     )
-    return _table(heads, cells, numbers=(1, 2, 3, 4, 6, 7, 8), kind="controls") if rows else ""
+    return table(heads, cells, numbers=(1, 2, 3, 4, 6, 7, 8), kind="controls") if rows else ""
 
 
 def _at_equal_cost(cost: Mapping[str, Any] | None) -> str:
@@ -269,100 +222,44 @@ def _at_equal_cost(cost: Mapping[str, Any] | None) -> str:
         return ""
     curve = pd.DataFrame(list(cost["curve"])).dropna(subset=["alpha", "effect", "kl"])
     if curve.empty:
-        return _nothing("No costs were measured.")
-    picture = _image(plot_cost(curve), "Effect of each vector against its KL")
+        return nothing("No costs were measured.")
+    picture = image(plot_cost(curve), "Effect of each vector against its KL")
     heads = ("vector", "layer", "alpha", "effect", "se", "low", "high", "minus CAA", "low", "high", "records")
     cells = (
         (
-            _text(row["vector"]),
-            _number(row["layer"], "d"),
-            _number(row["alpha"], ".3f"),
-            *(_signed(row["effect"]), _number(row["se"]), _signed(row["low"]), _signed(row["high"])),
-            *(_signed(row[f"difference{end}"]) for end in ("", "_low", "_high")),
-            _number(row["n"], "d"),
+            text(row["vector"]),
+            number(row["layer"], "d"),
+            number(row["alpha"], ".3f"),
+            *(signed(row["effect"]), number(row["se"]), signed(row["low"]), signed(row["high"])),
+            *(signed(row[f"difference{end}"]) for end in ("", "_low", "_high")),
+            number(row["n"], "d"),
         )
         for row in cost["at_kl"]
     )
     return f"""<h3>At equal cost</h3>
 <p>Each vector at the layer that was best for it on the records for choosing. The cost is the KL of the steered from the
-unsteered model on neutral text. The table reads the curves at {_number(cost["kl"], "g")} nats per token. An effect here is
+unsteered model on neutral text. The table reads the curves at {number(cost["kl"], "g")} nats per token. An effect here is
 the change of the margin by +alpha alone, so that it is not the same as above.</p>
 <figure>{picture}<figcaption>Effect on test records against its cost, one point per alpha.</figcaption></figure>
-{_table(heads, cells, numbers=range(1, 11))}"""
+{table(heads, cells, numbers=range(1, 11))}"""
 
 
 def _continuations(rows: Sequence[Mapping[str, Any]]) -> str:
     """Texts of one prompt side by side, alphas from low to high."""
     if not rows:
-        return _nothing("No continuations were kept.")
+        return nothing("No continuations were kept.")
     alphas = sorted({float(row["alpha"]) for row in rows})
     texts: dict[str, dict[float, list[str]]] = {}
     for row in rows:
         texts.setdefault(str(row["prompt"]), {}).setdefault(float(row["alpha"]), []).append(str(row["text"]).strip())
-    head = "".join(f"<th>alpha {_number(a, '+g') if a else '0 (unsteered)'}</th>" for a in alphas)
+    head = "".join(f"<th>alpha {number(a, '+g') if a else '0 (unsteered)'}</th>" for a in alphas)
     body = ""
     for prompt, found in texts.items():
-        body += f'<tr><td class="prompt" colspan="{len(alphas)}">{_text(prompt)}</td></tr>'
+        body += f'<tr><td class="prompt" colspan="{len(alphas)}">{text(prompt)}</td></tr>'
         cells = ("\n".join(found.get(a, [DASH])) for a in alphas)
-        body += f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>"
-    table = f'<table class="continuations"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="wide">{table}</div>'
-
-
-def _settings_table(values: Mapping[str, Any]) -> str:
-    cells = ((_text(name), _text(DASH if _missing(value) else value)) for name, value in values.items())
-    return _table(("", ""), cells, kind="settings") if values else ""
-
-
-def _table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = (), kind: str = "numbers"
-) -> str:
-    """A table of cells that are HTML already; the columns ``numbers`` are right-aligned."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        marks = [' class="number"' if i in numbers else "" for i in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag}{m}>{c}</{tag}>" for c, m in zip(cells, marks, strict=True)) + "</tr>"
-
-    head = f"<thead>{line(heads, 'th')}</thead>" if any(heads) else ""
-    body = "\n".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
-
-
-def _image(figure: Any, description: str) -> str:
-    width = round(figure.get_figwidth() * 96)
-    data = base64.b64encode(figure_png(figure)).decode()
-    return f'<img width="{width}" alt="{escape(description)}" src="data:image/png;base64,{data}">'
-
-
-def _nothing(sentence: str) -> str:
-    return f'<p class="note">{sentence}</p>'
-
-
-def _text(value: Any) -> str:
-    return escape(str(value))
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
-
-
-def _number(value: Any, spec: str = ".2f") -> str:
-    """A number as HTML: a real minus sign, a dash where there is none."""
-    if _missing(value):
-        return DASH
-    return format(int(value) if spec == "d" else value, spec).replace("-", "&minus;")
-
-
-def _signed(value: Any) -> str:
-    return _number(value, "+.2f")
-
-
-def _percent(value: Any) -> str:
-    return DASH if _missing(value) else f"{100 * value:.0f} %"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+        body += f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}</tr>"
+    whole = f'<table class="continuations"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="wide">{whole}</div>'
 
 
 def _require(mapping: Mapping[str, Any], keys: Sequence[str], where: str) -> None:

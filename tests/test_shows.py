@@ -125,7 +125,13 @@ def test_build_then_steer_on_truthfulqa(
 def test_demo_finds_its_way_from_records_to_verdict(smollm2: SimpleNamespace, tmp_path: Path) -> None:
     tiny = DemoSettings(
         sets=("sentiment",),
-        **{"n_build": 4, "n_choose": 3, "n_test": 4, "n_test_draws": 3, "n_draws": 3, "n_cost": 3, "n_neutral": 2},
+        n_build=4,
+        n_choose=3,
+        n_test=4,
+        n_test_draws=3,
+        n_draws=3,
+        n_cost=3,
+        n_neutral=2,
         layers=(18, 24),
         methods=QUICK.methods[:1],
     )
