@@ -28,8 +28,8 @@ import pandas as pd
 import torch
 
 import grains_tl as gr
+from grains_tl.attributed import attribute_records
 from grains_tl.controls import random_token_vectors
-from grains_tl.pipeline import attribute_records
 from grains_tl.vectors import write_atomically
 
 LAYERS = [9, 15, 18, 21, 24, 27]

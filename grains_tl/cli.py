@@ -313,7 +313,7 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _attribute(args: argparse.Namespace) -> None:
-    from grains_tl.pipeline import attribute_records
+    from grains_tl.attributed import attribute_records
     from grains_tl.tokens import tokenize_pairs
 
     pairs = _pairs(args)

@@ -22,6 +22,11 @@ SHOWN = {
     "effect": "effect of the vector",
     "kl": "its KL",
 }
+#: sequential integrated gradients cost as many gradients for every token, and end at leave-one-out
+DEFAULT_METHODS = (
+    *("leave_one_out", "leave_k_out", "attention_aware", "integrated_gradients", "expected_gradients"),
+    *("discretized_ig", "smoothgrad", "gradient_x_input"),
+)
 NOTE = (
     "Nats. Each value with its 95 % interval over records (1.96 standard errors). Larger is better for areas, falls, rises "
     "and effects. random_tokens: as many content tokens drawn by chance, mean over draws. Leave-one-out is favoured where "
@@ -52,7 +57,9 @@ def add_parser(commands: Any, model_options: Callable[..., None]) -> argparse.Ar
     )
     parser.add_argument("--limit", type=int, default=20, help="records of each set (default 20)")
     parser.add_argument("--eval-limit", type=int, default=20, help="further records to steer on (default 20, 0: none)")
-    parser.add_argument("--methods", default="", help=f"comma-separated, default all of {', '.join(get_args(Method))}")
+    parser.add_argument(
+        "--methods", default=",".join(DEFAULT_METHODS), help=f"comma-separated, of {', '.join(get_args(Method))}"
+    )
     parser.add_argument("--n-steps", type=int, default=32, help="gradients per record of the path methods (default 32)")
     parser.add_argument("--top-k", type=int, default=3, help="tokens taken out on each side (default 3)")
     parser.add_argument("--masker", default="mean_embedding", choices=get_args(Masker))
@@ -80,12 +87,13 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
     from grains_tl.faithfulness import compare_attributions
     from grains_tl.models import model_identity
 
-    methods = _methods(args)
+    methods: Sequence[Any] = [name.strip() for name in args.methods.split(",") if name.strip()]
     if args.limit < 1 or args.eval_limit < 0:
         raise ValueError(f"--limit {args.limit} --eval-limit {args.eval_limit}: at least one record is needed")
     sets = {name: _records(args, name, read) for name in [*args.pairs, *(args.set or ([] if args.pairs else BUNDLED))]}
     model = load(args)
     folder = Path(args.out)
+    checkpoint = folder / "attributions.partial.jsonl"  # an interrupted run goes on from it
     frames: list[Any] = []
     for name, (build, held_out) in sets.items():
         frame = compare_attributions(
@@ -99,6 +107,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
             eval_pairs=held_out or None,
             layer=args.layer,
             alpha=args.alpha,
+            checkpoint=checkpoint,
         )
         frames.append(frame.assign(set=Path(name).stem))
         print(f"\n{name}: {len(build)} records, steered on {len(held_out)} others")
@@ -109,6 +118,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
             **{k: getattr(args, k) for k in ("top_k", "n_steps", "masker")},
         }
         page = write_page(table, folder, about)
+    checkpoint.unlink(missing_ok=True)
     print(f"\nopen {page} (numbers in comparison.csv beside it)")
     return page
 
@@ -159,12 +169,6 @@ def write_page(table: Any, folder: Path, about: dict[str, Any]) -> Path:
     return write_atomically(
         folder / "comparison.html", page("Attribution methods compared", body).encode("utf-8", "backslashreplace")
     )
-
-
-def _methods(args: argparse.Namespace) -> Sequence[Any]:
-    from grains_tl.attribution import Method
-
-    return [name.strip() for name in args.methods.split(",") if name.strip()] or list(get_args(Method))
 
 
 def _records(args: argparse.Namespace, name: str, read: Callable[[str, int], Any]) -> tuple[list[Any], list[Any]]:

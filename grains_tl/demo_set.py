@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from grains_tl.attributed import attribute_records
 from grains_tl.attribution import Method
 from grains_tl.caching import Differences, collect_differences
 from grains_tl.comparison import RANDOM_TOKENS, SIGN_TUNED, Comparison, compare_with_controls
@@ -29,7 +30,7 @@ from grains_tl.equal_cost import effect_at_kl
 from grains_tl.evaluate import effects, mean_and_se, next_token_kl
 from grains_tl.generation import generate
 from grains_tl.masking import Masker, Selection, select_tokens
-from grains_tl.pipeline import attribute_records, check_top_k
+from grains_tl.pipeline import check_top_k
 from grains_tl.summary import summarize
 from grains_tl.sweep import sweep_records
 from grains_tl.tokens import TokenizedPair, tokenize_pairs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl.agreement import mean_agreement, random_attributions
-from grains_tl.attribution import Method, attribute_all, check_attribution_options
+from grains_tl.attributed import attribute_records, finished
+from grains_tl.attribution import Method, check_attribution_options
 from grains_tl.attribution.baselines import Baseline
 from grains_tl.curves import SHARES, curves, removal_table
 from grains_tl.evaluate import mean_and_se
@@ -55,6 +57,7 @@ def compare_attributions(
     alpha: float = 0.2,
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> pd.DataFrame:
     """One row per method: does it keep its promise of completeness, does f change when its tokens go, does its vector steer?
 
@@ -72,6 +75,8 @@ def compare_attributions(
         layer, alpha: where and how strongly to steer them (default layer: two thirds of the way up).
         max_tokens: token budget of one pass.
         progress: show bars.
+        checkpoint: a ``.jsonl`` file that receives every record's scores; the same call goes on from it. A method whose
+            records came from the file in part has no ``seconds``.
 
     Returns:
         Columns, in nats where nothing else is said:
@@ -111,11 +116,13 @@ def compare_attributions(
     found: dict[str, list[Attribution]] = {}
     seconds: dict[str, float] = {}
     for name, plan in plans.items():
+        options = {"objective": objective, **plan}
+        known = 0 if checkpoint is None else finished(model, tokenized, options, checkpoint)
         started = time.perf_counter()
-        found[name] = attribute_all(
-            model, tokenized, objective=objective, max_tokens=max_tokens, progress=progress, **plan
+        found[name] = attribute_records(
+            model, tokenized, options, max_tokens=max_tokens, progress=progress, checkpoint=checkpoint
         )
-        seconds[name] = (time.perf_counter() - started) / len(tokenized)
+        seconds[name] = float("nan") if known else (time.perf_counter() - started) / len(tokenized)
     selected = {name: [select_tokens(a, top_k) for a in own] for name, own in found.items()}
     first = next(iter(found.values()))
     rows = [
@@ -157,11 +164,7 @@ def _plans(
     if not methods:
         raise ValueError("no methods given; for example methods=['leave_one_out', 'gradient_x_input']")
     named = dict(methods) if isinstance(methods, Mapping) else {m: {"method": m} for m in methods}
-    plans = {name: {**defaults, "method": name, **own} for name, own in named.items()}
-    for plan in plans.values():
-        # template tokens are never chosen: there is no need to take them out
-        plan.setdefault("content_only", plan["method"] in ("leave_one_out", "leave_k_out"))
-    return plans
+    return {name: {**defaults, "method": name, **own} for name, own in named.items()}
 
 
 def _check(model: HookedModel, plan: Mapping[str, Any], objective: str) -> None:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grains_tl.attribution import Method, attribute_all, check_attribution_options
+from grains_tl.attributed import attribute_records, image_key, short_hash
+from grains_tl.attribution import Method, check_attribution_options
 from grains_tl.attribution.baselines import Baseline
 from grains_tl.attribution.methods import REMOVAL
 from grains_tl.caching import Readout, check_readout
-from grains_tl.files import cannot_write, sealed_line, unsealed
 from grains_tl.groups import GroupBy, group, groups_of, select_groups
 from grains_tl.masking import Masker, Selection, check_budget, replacement_embedding, select_tokens
 from grains_tl.models import model_identity, require_layers
 from grains_tl.objectives import Objective
-from grains_tl.processes import ALONE, Processes, files, shared_differences
+from grains_tl.processes import ALONE, Processes, shared_differences
 from grains_tl.replacements import ImageMasker, check_image_masker
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair, token_rules, tokenize_pairs
@@ -172,50 +170,6 @@ def select(
     return select_groups(group(attribution, by=group_by), top_k)
 
 
-def attribute_records(
-    model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
-    options: dict[str, Any],
-    *,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
-    checkpoint: str | Path | None = None,
-    processes: Processes = ALONE,
-) -> list[Attribution]:
-    """``attribute_all`` that keeps finished records in a file and does not compute them again.
-
-    Args:
-        model, tokenized: the model and its records.
-        options: keyword arguments of ``attribute_all``: method, n_steps, baseline, objective, masker, ...
-        max_tokens, progress: as in ``attribute_all``.
-        checkpoint: the ``.jsonl`` file, or ``None``.
-        processes: names the part of the checkpoint that this process writes; all parts are read.
-    """
-    content_only = options["method"] in REMOVAL
-    if checkpoint is None:
-        return attribute_all(
-            model, tokenized, content_only=content_only, max_tokens=max_tokens, progress=progress, **options
-        )
-    path = Path(checkpoint)
-    identity = model_identity(model)
-    keys = [_key(identity, options, t) for t in tokenized]
-    own = processes.own_file(path)
-    done = {key: row for file in files(path) for key, row in _read_checkpoint(file, mend=file == own).items()}
-    todo = [i for i, (key, t) in enumerate(zip(keys, tokenized, strict=True)) if not _fits(done.get(key), t)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with own.open("a", encoding="utf-8") as file:
-        attribute_all(
-            model,
-            [tokenized[i] for i in todo],
-            content_only=content_only,
-            max_tokens=max_tokens,
-            progress=progress,
-            on_result=_append_to(file, done, [keys[i] for i in todo]),
-            **options,
-        )
-    return [_restore(done[key], t) for key, t in zip(keys, tokenized, strict=True)]
-
-
 def check_top_k(
     tokenized: Sequence[TokenizedPair],
     top_k: int,
@@ -267,13 +221,13 @@ def manifest(
     identity = model_identity(model)
     shape = {key: identity[key] for key in ("n_layers", "d_model", "n_heads", "d_vocab")}
     return {
-        "model": {**identity, "config_hash": _hash(shape)},
+        "model": {**identity, "config_hash": short_hash(shape)},
         **settings,
         "n_records": len(tokenized),
-        "data_hash": _hash([[t.prompt, t.chosen, t.rejected, *_image_key(t)] for t in tokenized]),
+        "data_hash": short_hash([[t.prompt, t.chosen, t.rejected, *image_key(t)] for t in tokenized]),
         "moved_borders": sum(t.moved_border > 0 for t in tokenized),
         "token_rules": token_rules(model).describe(),
-        "template_hash": _hash(str(template)),
+        "template_hash": short_hash(str(template)),
         "median_relative_gap": float(torch.tensor(gaps).median()) if gaps else None,
         "converged_share": sum(bool(a.converged) for a in attributions) / len(gaps) if gaps else None,
         "seed": None,  # nothing random happens in a build
@@ -298,75 +252,3 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
     known = {"nodes", "layer", "noise", "k", "seed"}
     if not set(extra) <= known:
         raise ValueError(f"method_options has {sorted(set(extra) - known)}; known are {sorted(known)}")
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _key(identity: dict[str, Any], options: dict[str, Any], pair: TokenizedPair) -> str:
-    return _hash([identity, options, pair.prompt, pair.chosen, pair.rejected, pair.content, *_image_key(pair)])
-
-
-def _image_key(pair: TokenizedPair) -> list[str]:
-    """Nothing without an image: text-only hashes stay what they were."""
-    return [] if pair.images is None else [pair.images.digest]
-
-
-def _append_to(file: Any, done: dict[str, dict[str, Any]], keys: Sequence[str]) -> Callable[[int, Attribution], None]:
-    def append(index: int, a: Attribution) -> None:
-        row = {
-            "key": keys[index],
-            "scores": a.scores.tolist(),
-            "gap": a.gap,
-            "objective": a.objective,
-            "baseline_objective": a.baseline_objective,
-            "method": a.method,
-            "steps": a.steps,
-        }
-        try:
-            file.write(sealed_line(row))
-            file.flush()
-        except OSError as error:
-            safe = "the records before are safe there, and the same call goes on from them"
-            raise cannot_write(error, Path(file.name), safe) from error
-        done[keys[index]] = row
-
-    return append
-
-
-def _read_checkpoint(path: Path, mend: bool) -> dict[str, dict[str, Any]]:
-    """Finished records by key. A run killed while writing leaves a torn last line: it is skipped, and closed off."""
-    done = {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for row in map(unsealed, text.split("\n")):  # a damaged row is computed again
-        if row is not None and isinstance(row.get("key"), str):
-            done[row["key"]] = row
-    if mend and text and not text.endswith("\n"):  # the file of another process may be in use
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
-    return done
-
-
-def _fits(row: dict[str, Any] | None, pair: TokenizedPair) -> bool:
-    """Whether a row of the file can be this record's result."""
-    try:
-        return row is not None and len(_restore(row, pair).scores) == len(pair.prompt)
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        return False
-
-
-def _restore(row: dict[str, Any], pair: TokenizedPair) -> Attribution:
-    return Attribution(
-        scores=torch.tensor(row["scores"], dtype=torch.float32),
-        tokens=list(pair.strings),
-        content=torch.tensor(pair.content),
-        is_image=torch.tensor(pair.is_image),
-        gap=row["gap"],
-        objective=row["objective"],
-        baseline_objective=row["baseline_objective"],
-        method=row["method"],
-        spans=() if pair.images is None else pair.images.spans,
-        steps=row.get("steps"),
-        starts_word=torch.tensor(pair.starts_word, dtype=torch.bool),
-    )

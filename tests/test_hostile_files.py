@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import grains_tl as gr
+from grains_tl.attributed import attribute_records
 from grains_tl.checkpoint import open_checkpoint
 from grains_tl.files import sealed_line, unsealed
-from grains_tl.pipeline import attribute_records
 from grains_tl.tiny_vlm.state_file import load_state, save_state
 from grains_tl.vectors import FORMAT
 

@@ -352,7 +352,7 @@ def test_vectors_from_scores_that_did_not_converge_say_so(bridge: Any, pairs: li
 
 
 def test_checkpoint_keeps_steps(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
-    from grains_tl.pipeline import attribute_records
+    from grains_tl.attributed import attribute_records
 
     t = gr.tokenize_pairs(bridge, pairs)
     options = {"method": "integrated_gradients", "n_steps": 16}

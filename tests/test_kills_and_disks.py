@@ -112,7 +112,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_runs(
     vectors = gr.build_vectors(bridge, pairs, **OPTIONS)
     with pytest.raises(OSError, match="cannot write"):
         vectors.save(tmp_path / "out" / "v.safetensors")
-    monkeypatch.setattr("grains_tl.pipeline.attribute_all", lambda *args, **kwargs: pytest.fail("it ran"))
+    monkeypatch.setattr("grains_tl.attributed.attribute_all", lambda *args, **kwargs: pytest.fail("it ran"))
     monkeypatch.setattr("grains_tl.effects.run_settings", lambda *args, **kwargs: pytest.fail("it ran"))
     with pytest.raises(OSError, match="out"):
         gr.build_vectors(bridge, pairs, checkpoint=tmp_path / "out" / "c.jsonl", **OPTIONS)

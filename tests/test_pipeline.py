@@ -15,8 +15,9 @@ from conftest import KINDS, TL_MAJOR, tiny_model, tiny_tokenizer
 from oracles import embeddings, margin, residuals
 
 import grains_tl as gr
+from grains_tl.attributed import attribute_records
 from grains_tl.attribution import Method
-from grains_tl.pipeline import attribute_records, manifest
+from grains_tl.pipeline import manifest
 
 RESID_RTOL = 1e-4  # relative to the largest entry: differences of float32 residuals of size 5 that are 0.1 and more
 SCORE_ATOL = 1e-5

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import grains_tl as gr
+from grains_tl.attributed import attribute_records
 from grains_tl.cli import main
-from grains_tl.pipeline import attribute_records
 from grains_tl.processes import CHUNK, Processes, files, launched, shared_differences
 from grains_tl.shared_sweep import shared_sweep
 
@@ -74,7 +74,7 @@ def test_a_dead_share_is_redone_and_only_that(
     torn.write_text('{"key": "torn')
     assert files(path) == [Path(f"{path}.rank{rank}") for rank in range(3)]
     done: list[list[Any]] = []
-    monkeypatch.setattr("grains_tl.pipeline.attribute_all", _noting(done))
+    monkeypatch.setattr("grains_tl.attributed.attribute_all", _noting(done))
     again = attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
     assert done == [[tokenized[1]]]
     for a, b in zip(wanted, again, strict=True):
