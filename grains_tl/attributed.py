@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,13 @@ def attribute_records(
     return [_restore(done[key], t) for key, t in zip(keys, tokenized, strict=True)]
 
 
-def finished(
+def seconds_spent(
     model: HookedModel, tokenized: Sequence[TokenizedPair], options: dict[str, Any], checkpoint: str | Path
-) -> int:
-    """How many of these records ``attribute_records`` would take from the file."""
-    return len(tokenized) - len(_state(Path(checkpoint), _keys(model, options, tokenized), tokenized)[1])
+) -> float:
+    """What the records in the file took together, in whichever runs; NaN if one of them is not there."""
+    keys = _keys(model, options, tokenized)
+    done, _ = _state(Path(checkpoint), keys, tokenized)
+    return sum(float(done.get(key, {}).get("seconds", "nan")) for key in keys)
 
 
 def short_hash(value: Any) -> str:
@@ -93,7 +96,11 @@ def _state(
 
 
 def _append_to(file: Any, done: dict[str, dict[str, Any]], keys: Sequence[str]) -> Callable[[int, Attribution], None]:
+    before = time.perf_counter()
+
     def append(index: int, a: Attribution) -> None:
+        nonlocal before
+        now = time.perf_counter()
         row = {
             "key": keys[index],
             "scores": a.scores.tolist(),
@@ -102,7 +109,9 @@ def _append_to(file: Any, done: dict[str, dict[str, Any]], keys: Sequence[str]) 
             "baseline_objective": a.baseline_objective,
             "method": a.method,
             "steps": a.steps,
+            "seconds": now - before,  # records of one pass come together: only their sum means something
         }
+        before = now
         try:
             file.write(sealed_line(row))
             file.flush()

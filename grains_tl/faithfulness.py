@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl.agreement import mean_agreement, random_attributions
-from grains_tl.attributed import attribute_records, finished
+from grains_tl.attributed import attribute_records, seconds_spent
 from grains_tl.attribution import Method, check_attribution_options
 from grains_tl.attribution.baselines import Baseline
 from grains_tl.curves import SHARES, curves, removal_table
@@ -75,8 +75,7 @@ def compare_attributions(
         layer, alpha: where and how strongly to steer them (default layer: two thirds of the way up).
         max_tokens: token budget of one pass.
         progress: show bars.
-        checkpoint: a ``.jsonl`` file that receives every record's scores; the same call goes on from it. A method whose
-            records came from the file in part has no ``seconds``.
+        checkpoint: a ``.jsonl`` file that receives every record's scores; the same call goes on from it.
 
     Returns:
         Columns, in nats where nothing else is said:
@@ -117,12 +116,14 @@ def compare_attributions(
     seconds: dict[str, float] = {}
     for name, plan in plans.items():
         options = {"objective": objective, **plan}
-        known = 0 if checkpoint is None else finished(model, tokenized, options, checkpoint)
         started = time.perf_counter()
         found[name] = attribute_records(
             model, tokenized, options, max_tokens=max_tokens, progress=progress, checkpoint=checkpoint
         )
-        seconds[name] = float("nan") if known else (time.perf_counter() - started) / len(tokenized)
+        spent = time.perf_counter() - started
+        if checkpoint is not None:  # some of it in an earlier run
+            spent = seconds_spent(model, tokenized, options, checkpoint)
+        seconds[name] = spent / len(tokenized)
     selected = {name: [select_tokens(a, top_k) for a in own] for name, own in found.items()}
     first = next(iter(found.values()))
     rows = [

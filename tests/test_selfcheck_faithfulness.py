@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model
@@ -61,3 +63,18 @@ def test_comparison_refuses_bad_options_before_running(
         compare_attributions(bridge, pairs, methods=["magic"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="top_k=99"):
         compare_attributions(bridge, pairs, top_k=99)
+
+
+def test_comparing_goes_on_where_it_stopped(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
+    """The same table, seconds of both runs together, and nothing is attributed twice."""
+    path = tmp_path / "kept.jsonl"
+    options: dict[str, Any] = {"top_k": 1, "n_steps": 4, "n_draws": 1, "progress": False}
+    whole = compare_attributions(bridge, pairs, **options)
+    compare_attributions(bridge, pairs[:2], methods=["leave_one_out"], **options, checkpoint=path)
+    before = path.read_text(encoding="utf-8").splitlines()
+    frame = compare_attributions(bridge, pairs, **options, checkpoint=path)
+    after = path.read_text(encoding="utf-8").splitlines()
+    assert after[: len(before)] == before and len(after) == 3 * len(pairs)
+    timed = ["seconds", "relative_seconds"]
+    pd.testing.assert_frame_equal(frame.drop(columns=timed), whole.drop(columns=timed), rtol=1e-3, atol=1e-4)
+    assert bool((frame["seconds"][:3] > 0).all())
