@@ -18,6 +18,7 @@ from grains_tl.batches import Batch, by_token_budget, scoring_batch
 from grains_tl.models import attribution_point
 from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS, batch_logprobs
+from grains_tl.sharing import prompt_batches
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -70,6 +71,7 @@ class ModelField:
         layer: ``None`` for the token embeddings (``attribution_point``), ``l`` for ``blocks.l.hook_resid_pre``: the
             blocks below run forward only.
         extra_hooks: makes hooks that run besides; a function because some hold state of one pass.
+        shared: both responses in one row after their prompt (``sharing.shares_prompts`` says whether that is exact).
     """
 
     model: HookedModel
@@ -78,6 +80,7 @@ class ModelField:
     max_tokens: int = MAX_TOKENS
     layer: int | None = None
     extra_hooks: Callable[[], FwdHooks] = list
+    shared: bool = False
 
     @property
     def lengths(self) -> list[int]:
@@ -95,7 +98,8 @@ class ModelField:
         Raises:
             ValueError: f or a gradient is not finite.
         """
-        for part, batch in run_batches(
+        batches = prompt_batches if self.shared else run_batches
+        for part, batch in batches(
             self.model, self.records, [r.record for r in runs], self.objective, self.max_tokens
         ):
             held: dict[str, Tensor] = {}
