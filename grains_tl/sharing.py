@@ -26,7 +26,7 @@ from grains_tl.tokens import TokenizedPair
 from grains_tl.types import HookedModel
 
 #: Longest row, in tokens: attention looks at every pair of tokens of a row, so long rows lose what sharing gains.
-ROW = 256
+ROW = 192
 #: Sharing pays if it leaves out this share of the tokens (wider rows cost more attention).
 WORTH = 0.2
 
@@ -97,7 +97,8 @@ def shares_prompts(model: HookedModel, tokenized: Sequence[TokenizedPair], objec
     if not can_share(model, tokenized):
         return False
     plain = sum(sum(map(len, t.inputs)) for t in tokenized)
-    if sum(row_length(tokenized, [Branch(0, i, (), 0)]) for i in range(len(tokenized))) > (1 - WORTH) * plain:
+    shared = sum(branch_length(t, 0) for t in tokenized)
+    if shared > 0.95 * plain:  # the trial costs about one record of one step
         return False
     longest = max((t for t in tokenized if len(t.inputs) > 1), key=lambda t: t.longest)
     try:
