@@ -42,7 +42,9 @@ class Branch(NamedTuple):
 
 def can_share(model: HookedModel, tokenized: Sequence[TokenizedPair]) -> bool:
     """Whether rows may be tried at all: a bridge takes masks and position ids; images need positions of their own."""
-    return is_bridge(model) and not getattr(model.cfg, "is_multimodal", False) and all(t.images is None for t in tokenized)
+    return (
+        is_bridge(model) and not getattr(model.cfg, "is_multimodal", False) and all(t.images is None for t in tokenized)
+    )
 
 
 def branch(run: int, record: int, pair: TokenizedPair, gone: Sequence[int]) -> Branch:
@@ -160,11 +162,11 @@ def _batch(
             runs.append(run)
         table.append(row)
     lengths = [len(tokenized[branches[0].record].prompt) for branches in rows]
-    ids = [[token.id for token in row] for row in table]
-    batch = batch_of(model, ids, range(len(rows)), lengths, targets, len(runs))
+    tokens = [[token.id for token in row] for row in table]
+    batch = batch_of(model, tokens, range(len(rows)), lengths, targets, len(runs))
     pad = _Token(0, 0, -1, -1, 0, False)  # padding sees padding; nothing else does
     columns = torch.tensor([row + [pad] * (batch.ids.shape[1] - len(row)) for row in table], device=batch.ids.device)
-    _, pos, of_branch, response, trunk, hidden = columns.unbind(-1)
+    pos, of_branch, response, trunk, hidden = columns[..., 1:].unbind(-1)
     dtype = next(model.parameters()).dtype  # type: ignore[attr-defined]
     mask = _mask(_sees(pos, of_branch, response, trunk), dtype)
     return runs, replace(batch, inputs={"attention_mask": mask, "position_ids": pos}), hidden.bool()

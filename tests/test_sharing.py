@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ def removals_of(tokenized: list[gr.TokenizedPair]) -> list[Removal]:
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     """``values_without`` without shared rows."""
 
     def run(*args: Any, **kwargs: Any) -> Tensor:

@@ -99,9 +99,7 @@ class ModelField:
             ValueError: f or a gradient is not finite.
         """
         batches = prompt_batches if self.shared else run_batches
-        for part, batch in batches(
-            self.model, self.records, [r.record for r in runs], self.objective, self.max_tokens
-        ):
+        for part, batch in batches(self.model, self.records, [r.record for r in runs], self.objective, self.max_tokens):
             held: dict[str, Tensor] = {}
             points = [runs[i].point for i in part]
             hooks = [
