@@ -41,10 +41,11 @@ class Branch(NamedTuple):
 
 
 def can_share(model: HookedModel, tokenized: Sequence[TokenizedPair]) -> bool:
-    """Whether rows may be tried at all: a bridge takes masks and position ids; images need positions of their own."""
-    return (
-        is_bridge(model) and not getattr(model.cfg, "is_multimodal", False) and all(t.images is None for t in tokenized)
-    )
+    """Whether rows may be tried at all: a bridge takes masks and position ids; images have positions of their own; and the
+    round-off of half precision would hide a difference."""
+    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)  # type: ignore[attr-defined]
+    text = not getattr(model.cfg, "is_multimodal", False) and all(t.images is None for t in tokenized)
+    return is_bridge(model) and exact and text
 
 
 def branch(run: int, record: int, pair: TokenizedPair, gone: Sequence[int]) -> Branch:

@@ -20,6 +20,9 @@ from grains_tl.scoring import batch_logprobs
 from grains_tl.sharing import branch, row_length, rows_of, shared_batches
 
 VALUE_ATOL = 1e-4  # differences of float32 log-probabilities of some nats
+LONG = gr.PreferencePair(
+    "Question: What do camels store in their humps?\nAnswer:", " It is mostly fat.", " It is water."
+)
 
 
 def removals_of(tokenized: list[gr.TokenizedPair]) -> list[Removal]:
@@ -112,6 +115,13 @@ def test_a_wrong_mask_is_noticed(plain: Any, pairs: list[gr.PreferencePair], mon
     torch.testing.assert_close(values_without(model, tokenized, removals), wanted, atol=VALUE_ATOL, rtol=0)
 
 
+def test_what_is_not_shared(model: Any, pairs: list[gr.PreferencePair]) -> None:
+    tokenized = gr.tokenize_pairs(model, pairs)
+    assert sharing.can_share(model, tokenized) == hasattr(model, "original_model")
+    assert not sharing.can_share(tiny_model("bridge").to(torch.bfloat16), tokenized)
+    assert not sharing.shares_prompts(model, [t for t in tokenized if len(t.inputs) == 1], "sum")
+
+
 def test_rows_hold_every_branch_once(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     tokenized = gr.tokenize_pairs(bridge, pairs)
     branches = [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals_of(tokenized))]
@@ -156,3 +166,21 @@ def test_gradients_do_not_depend_on_sharing(
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.scores, b.scores, atol=VALUE_ATOL, rtol=1e-3)
         assert a.gap is not None and b.gap is not None and abs(a.gap - b.gap) < 10 * VALUE_ATOL
+
+
+@pytest.mark.real
+def test_real_model(smollm2: Any, plain: Any) -> None:
+    """Leave-one-out on both model classes: shared or not, the same scores."""
+    model = smollm2.bridge
+    tokenized = gr.tokenize_pairs(model, [*gr.load_bundled("sentiment", "build")[:3], LONG])
+    removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
+    removals += [(r, (p,)) for r, pair in enumerate(tokenized) for p in range(len(pair.prompt))]
+    with count_operations(model) as few:
+        found = values_without(model, tokenized, removals)
+    with count_operations(model) as many:
+        wanted = plain(model, tokenized, removals)
+    torch.testing.assert_close(found, wanted, atol=VALUE_ATOL, rtol=0)
+    assert few.forward < 0.65 * many.forward
+    if smollm2.hooked is not None:
+        other = values_without(smollm2.hooked, tokenized, removals)
+        torch.testing.assert_close(other, wanted, atol=10 * VALUE_ATOL, rtol=0)  # another class: 4e-5 in logits
