@@ -162,7 +162,9 @@ def word_tokenizer(size: int) -> Any:
 
     pairs = [p for split in ("build", "choose", "test") for p in gr.load_bundled("sentiment", split)]
     words = {w for p in pairs for text in (p.prompt, p.chosen, p.rejected) for w in str(text).split()}
-    entries = ["<pad>", "<bos>", "<eos>", *sorted(words)][:size]
+    entries = ["<pad>", "<bos>", "<eos>", *sorted(words)]
+    if len(entries) > size:
+        raise ValueError(f"a vocabulary of {size} has no room for the records' {len(entries)} words; take that many")
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(entries)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

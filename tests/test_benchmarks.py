@@ -23,14 +23,16 @@ def test_slope_is_the_exponent() -> None:
 
 
 def test_a_random_model_has_the_shape_asked_for() -> None:
-    model = load("random:3x96x512")
-    assert (model.cfg.n_layers, model.cfg.d_model, model.cfg.d_vocab) == (3, 96, 512)
-    assert model(torch.arange(3, 9)[None]).shape == (1, 6, 512)
+    model = load("random:3x96x4096")
+    assert (model.cfg.n_layers, model.cfg.d_model, model.cfg.d_vocab) == (3, 96, 4096)
+    assert model(torch.arange(3, 9)[None]).shape == (1, 6, 4096)
     for wrong in ("random:8", "random:8x", "random:0x64", "random:2x64x8x8", "random:twoxtwo"):
         with pytest.raises(ValueError, match=r"random:8x512"):
             load(wrong)
     with pytest.raises(ValueError, match="multiple of 64"):
         load("random:2x130")
+    with pytest.raises(ValueError, match="no room"):
+        load("random:2x64x512")
 
 
 def test_operations_of_one_forward_pass(small: object) -> None:
