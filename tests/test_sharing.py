@@ -15,6 +15,7 @@ import grains_tl as gr
 from benchmarks.common import count_operations
 from grains_tl import sharing
 from grains_tl.attribution import methods, removal
+from grains_tl.attribution.field import ModelField, Run
 from grains_tl.attribution.removal import Removal, values_without
 from grains_tl.scoring import batch_logprobs
 from grains_tl.sharing import branch, row_length, rows_of, shared_batches
@@ -166,6 +167,21 @@ def test_gradients_do_not_depend_on_sharing(
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.scores, b.scores, atol=VALUE_ATOL, rtol=1e-3)
         assert a.gap is not None and b.gap is not None and abs(a.gap - b.gap) < 10 * VALUE_ATOL
+
+
+def test_a_pass_with_a_graph_takes_half_the_budget(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    tokenized, sizes = gr.tokenize_pairs(bridge, pairs) * 4, []
+    for gradient in (False, True):
+        field = ModelField(bridge, tokenized, max_tokens=100)
+        runs = [Run(i, None) for i in range(len(tokenized))]
+
+        def size(act: Tensor, hook: Any, sizes: list[int] = sizes) -> None:
+            sizes.append(act.shape[0] * act.shape[1])
+
+        with bridge.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", size)]):
+            assert len(list(field.sample(runs, gradient=gradient))) == len(runs)
+        assert 0 < max(sizes) <= (50 if gradient else 100)
+        sizes.clear()
 
 
 @pytest.mark.real
