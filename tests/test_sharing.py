@@ -170,7 +170,8 @@ def test_gradients_do_not_depend_on_sharing(
 
 
 def test_a_pass_with_a_graph_takes_half_the_budget(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized, sizes = gr.tokenize_pairs(bridge, pairs) * 4, []
+    tokenized = gr.tokenize_pairs(bridge, pairs) * 4
+    sizes: list[int] = []
     for gradient in (False, True):
         field = ModelField(bridge, tokenized, max_tokens=100)
         runs = [Run(i, None) for i in range(len(tokenized))]
