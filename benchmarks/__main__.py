@@ -24,7 +24,9 @@ PARTS = ("build", "steering", "growth", "memory")
 def main() -> None:
     """Run the parts and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, a Hugging Face name, or random:LAYERSxWIDTH")
+    parser.add_argument(
+        "--model", default="smollm2", help="smollm2, a Hugging Face name, or random:LAYERSxWIDTH[xVOCABULARY]"
+    )
     parser.add_argument("--growth-model", default="random:4x256", help="operations grow alike in every model")
     parser.add_argument("--only", action="append", choices=PARTS, help="only this part (repeatable)")
     parser.add_argument("--threads", type=int, default=1)

@@ -111,15 +111,25 @@ def off_the_line(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def load(name: str) -> Any:
-    """``smollm2``, any Hugging Face name, or ``random:LAYERSxWIDTH`` (a Llama with random weights)."""
+    """``smollm2``, any Hugging Face name, or ``random:LAYERSxWIDTH`` or ``random:LAYERSxWIDTHxVOCABULARY``, a Llama with
+    random weights.
+
+    Raises:
+        ValueError: a shape that is none, before anything is built.
+    """
     if not name.startswith("random:"):
         return gr.load_model(name)
     from transformers import LlamaConfig
 
-    n_layers, d_model = (int(part) for part in name.removeprefix("random:").split("x"))
+    shape = name.removeprefix("random:").split("x")
+    if len(shape) not in (2, 3) or not all(part.isdigit() and int(part) for part in shape):
+        raise ValueError(f"model {name!r}; a random one is random:LAYERSxWIDTH[xVOCABULARY], random:8x512 for instance")
+    n_layers, d_model, d_vocab = (*map(int, shape), 8192)[:3]
     heads = max(1, d_model // 64)
+    if d_model % (2 * heads):
+        raise ValueError(f"width {d_model} in {name!r}; take a multiple of 64, or an even number below 128")
     config = LlamaConfig(
-        vocab_size=8192,
+        vocab_size=d_vocab,
         hidden_size=d_model,
         intermediate_size=3 * d_model,
         num_hidden_layers=n_layers,
@@ -152,7 +162,9 @@ def word_tokenizer(size: int) -> Any:
 
     pairs = [p for split in ("build", "choose", "test") for p in gr.load_bundled("sentiment", split)]
     words = {w for p in pairs for text in (p.prompt, p.chosen, p.rejected) for w in str(text).split()}
-    entries = ["<pad>", "<bos>", "<eos>", *sorted(words)][:size]
+    entries = ["<pad>", "<bos>", "<eos>", *sorted(words)]
+    if len(entries) > size:
+        raise ValueError(f"a vocabulary of {size} has no room for the records' {len(entries)} words; take that many")
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(entries)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "prompt_tokens": 2920,
     },
     "tiny": {
-        "vocab_size": 512,
+        "vocab_size": 4096,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,

@@ -33,7 +33,8 @@ class Batch:
         target_row, target_keep, target_id, target_weight, target_slot: one entry per scored response token: its row,
             its place in ``keep``, its id, its weight in the objective, and ``2 * record + (0 chosen | 1 rejected)``.
         n_records: number of records in the batch.
-        inputs: what else the model is called with: the images of all rows, empty without any.
+        inputs: what else the model is called with: the images of all rows; for shared rows a mask and positions of their
+            own (``sharing``).
     """
 
     ids: Int[Tensor, "batch pos"]

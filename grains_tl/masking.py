@@ -111,7 +111,8 @@ def replacement_embedding(model: HookedModel, how: str) -> Float[Tensor, "d_mode
         return torch.zeros(int(model.cfg.d_model), device=device_of(model))
     if how == "mean_embedding":
         vocabulary = torch.arange(int(model.cfg.d_vocab), device=device_of(model))
-        total = sum(embed_tokens(model, part[None])[0].double().sum(0) for part in vocabulary.split(8192))
+        parts = (embed_tokens(model, part[None])[0] for part in vocabulary.split(8192))
+        total = sum(part.sum(0, dtype=torch.float64) for part in parts)
         return (total / len(vocabulary)).float()  # type: ignore[union-attr, operator]
     rules = token_rules(model)
     token = {"eos": rules.eos, "pad": rules.pad, "mask": getattr(model.tokenizer, "mask_token_id", None)}

@@ -28,6 +28,9 @@ from grains_tl.unembedding import target_logits
 HooksForBatch = FwdHooks | Callable[[Batch], FwdHooks]
 #: Tokens per forward pass; on a CPU larger batches are not faster.
 MAX_TOKENS = 512
+#: Largest difference of a fast path from the plain run, nats: float32 round-off of a reordered sum is some 1e-5; a missing
+#: soft-cap or extra input shows as 1e-2 and more.
+EXACT = 1e-3
 
 
 def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
@@ -158,8 +161,7 @@ def _continues(model: HookedModel, restart: Restart, n: int) -> bool:
         again = restart_many(model, restart, min(restart.resid), [[]] * n)
     except (RuntimeError, TypeError, IndexError):  # an architecture with block arguments of another kind
         return False
-    # float32 round-off of a reordered sum is some 1e-5; a missing soft-cap or extra input shows as 1e-2 and more
-    return bool((again - restart.base).abs().max() < 1e-3)
+    return bool((again - restart.base).abs().max() < EXACT)
 
 
 def restart_logprobs(

@@ -33,7 +33,7 @@ def target_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None =
     hooks = list(fwd_hooks or [])
     if is_bridge(model):
         with hooked(model, [*hooks, ("unembed.hook_in", pick)]):
-            logits = model(batch.ids, attention_mask=batch.attention_mask, use_cache=False, **batch.inputs)
+            logits = model(batch.ids, use_cache=False, **{"attention_mask": batch.attention_mask, **batch.inputs})
     else:
         side = "left" if bool((batch.attention_mask[:, 0] == 0).any()) else "right"
         with hooked(model, hooks):

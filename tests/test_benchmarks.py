@@ -22,6 +22,19 @@ def test_slope_is_the_exponent() -> None:
     assert off_the_line([1, 2, 3], [1, 4, 9]) > 0.03
 
 
+def test_a_random_model_has_the_shape_asked_for() -> None:
+    model = load("random:3x96x4096")
+    assert (model.cfg.n_layers, model.cfg.d_model, model.cfg.d_vocab) == (3, 96, 4096)
+    assert model(torch.arange(3, 9)[None]).shape == (1, 6, 4096)
+    for wrong in ("random:8", "random:8x", "random:0x64", "random:2x64x8x8", "random:twoxtwo"):
+        with pytest.raises(ValueError, match=r"random:8x512"):
+            load(wrong)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        load("random:2x130")
+    with pytest.raises(ValueError, match="no room"):
+        load("random:2x64x512")
+
+
 def test_operations_of_one_forward_pass(small: object) -> None:
     ids = torch.arange(3, 17)[None].repeat(2, 1)
     with count_operations(small) as counts:
@@ -52,6 +65,7 @@ def test_growth(small: object) -> None:
     found = growth.growth(small, sizes=(1, 2, 4))
     for name in ("records", "steps", "prompt length"):
         assert found[name]["operations"] < 1.2  # no faster than linearly; what does not grow lowers the exponent
+    assert found["steps"]["operations"] > 0.4  # an offset: f(x), the ends, the caching
     assert found["prompt length, leave-one-out"]["operations"] > 1.6
 
 

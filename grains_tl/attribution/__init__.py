@@ -35,6 +35,9 @@ from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair, tokenize_pairs
 from grains_tl.types import Attribution, HookedModel, PreferencePair
 
+#: Passes that records go through together: f(x), and what is refined round by round, then fill their passes.
+PASSES = 4
+
 __all__ = [
     "Method",
     "Nodes",
@@ -189,7 +192,7 @@ def attribute_all(
     results: list[Attribution | None] = [None] * len(tokenized)
     n_rows = [len(t.inputs) * n_runs(t, method, n_steps) for t in tokenized]
     with tqdm(total=len(tokenized), desc=method, unit="record", disable=not progress) as bar:
-        for part in by_token_budget([t.longest for t in tokenized], max_tokens, n_rows):
+        for part in by_token_budget([t.longest for t in tokenized], PASSES * max_tokens, n_rows):
             records = [tokenized[i] for i in part]
             own = None if groups is None else [groups[i] for i in part]
             for index, scores in zip(part, compute(model, records, method, options, own), strict=True):

@@ -20,6 +20,7 @@ from grains_tl.models import device_of, embed_tokens, require_layers
 from grains_tl.objectives import Objective, require_objective
 from grains_tl.replacements import ImageMasker
 from grains_tl.scoring import MAX_TOKENS
+from grains_tl.sharing import shares_prompts
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import HookedModel
 
@@ -155,7 +156,9 @@ def n_runs(record: TokenizedPair, method: str, n_steps: int) -> int:
 def _field(
     model: HookedModel, records: Sequence[TokenizedPair], options: Options, extra: Callable = list
 ) -> ModelField:
-    return ModelField(model, records, options.objective, options.max_tokens, options.layer, extra)
+    # hooks of attention meet attention of one row per response, as they expect
+    shared = extra is list and shares_prompts(model, records, options.objective)
+    return ModelField(model, records, options.objective, options.max_tokens, options.layer, extra, shared)
 
 
 def _by_removal(

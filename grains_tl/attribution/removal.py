@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,12 +11,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grains_tl.attribution.field import require_finite, run_batches
-from grains_tl.masking import Masker
+from grains_tl.batches import Batch
+from grains_tl.masking import Masker, mask_hook
 from grains_tl.objectives import Objective
-from grains_tl.replacements import ImageMasker, hide, replacements
-from grains_tl.scoring import MAX_TOKENS, batch_logprobs
+from grains_tl.replacements import ImageMasker, Replacements, hide, replacements
+from grains_tl.scoring import EXACT, MAX_TOKENS, batch_logprobs
+from grains_tl.sharing import ROW, WORTH, branch, can_share, row_length, rows_of, shared_batches
 from grains_tl.tokens import TokenizedPair
-from grains_tl.types import HookedModel
+from grains_tl.types import FwdHooks, HookedModel
 
 #: Positions to take out of one record's prompt.
 Removal = tuple[int, Sequence[int]]
@@ -48,15 +51,73 @@ def values_without(
     """
     stand_ins = None if masker == "attention" else replacements(model, tokenized, masker, image_masker)
     out = torch.zeros(len(removals))
-    runs = [record for record, _ in removals]
     with torch.no_grad(), tqdm(total=len(removals), desc="take out", unit="run", disable=not progress) as bar:
+        if stand_ins is not None:
+            found = _values_in_shared_rows(model, tokenized, removals, objective, stand_ins, max_tokens, bar)
+            if found is not None:
+                return found
+            bar.reset()
+        runs = [record for record, _ in removals]
         for part, batch in run_batches(model, tokenized, runs, objective, max_tokens):
             owner = [runs[part[place]] for place in batch.record.tolist()]
             gone = [list(removals[part[place]][1]) for place in batch.record.tolist()]
             hooks = hide(model, stand_ins, owner, gone, offset=batch.offset, like=batch.ids)
-            logprobs = batch_logprobs(model, batch, hooks)
-            out[part] = (logprobs[:, 0] - logprobs[:, 1]).float().cpu()
+            out[part] = _margins(model, batch, hooks)
             bar.update(len(part))
+    require_finite(out, "the log-likelihood")
+    return out
+
+
+def _margins(model: HookedModel, batch: Batch, hooks: FwdHooks) -> Float[Tensor, "run"]:
+    logprobs = batch_logprobs(model, batch, hooks)
+    return (logprobs[:, 0] - logprobs[:, 1]).float().cpu()
+
+
+def _values_in_shared_rows(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    removals: Sequence[Removal],
+    objective: Objective,
+    stand_ins: Replacements,
+    max_tokens: int,
+    bar: Any,
+) -> Float[Tensor, "removal"] | None:
+    """The same from rows that share what comes before the first token taken out; ``None`` if not worth it or not exact.
+
+    f(x) is taken from plain runs, and every record's shared rows must give it too.
+    """
+    if not can_share(model, tokenized):
+        return None
+    records = sorted({record for record, _ in removals})
+    checks = [(record, ()) for record in records]
+    todo = [(i, removal) for i, removal in enumerate([*removals, *checks]) if removal[1] or i >= len(removals)]
+    rows = rows_of(tokenized, [branch(i, r, tokenized[r], gone) for i, (r, gone) in todo], min(ROW, max_tokens))
+    tokens = [sum(map(len, tokenized[record].inputs)) for record in range(len(tokenized))]
+    plain = sum(tokens[record] for record, _ in removals)
+    shared = sum(row_length(tokenized, row) for row in rows) + sum(tokens[record] for record in records)
+    if shared > (1 - WORTH) * plain:
+        return None
+    whole = torch.zeros(len(tokenized))
+    for part, batch in run_batches(model, tokenized, records, objective, max_tokens):
+        whole[[records[i] for i in part]] = _margins(model, batch, [])
+    # f(x) stays plain; what follows overwrites the rest
+    out = whole[[record for record, _ in [*removals, *checks]]]
+    for part, batch, hidden in shared_batches(model, tokenized, rows, objective, max_tokens=max_tokens):
+        try:
+            values = _margins(model, batch, mask_hook(model, hidden, replacement=stand_ins.text))
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            IndexError,
+        ):  # an architecture that takes no such mask or positions
+            return None
+        for i, value in zip(part, values.tolist(), strict=True):
+            if i >= len(removals) and not abs(value - float(out[i])) < EXACT:
+                return None
+            out[i] = value
+        bar.update(sum(i < len(removals) for i in part))
+    out = out[: len(removals)]
     require_finite(out, "the log-likelihood")
     return out
 
