@@ -111,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "yes_no" in parts:
         table = yes_no_study(model, seeds=range(args.seeds), n_random=args.random)
         table.to_csv(out / "tiny_vlm_yes_no.csv", index=False, float_format="%.5g")
-        print(table.to_string(index=False, float_format="%.3f"))
+        print(table.to_string(index=False, float_format="{:.3f}".format))
     if "captions" in parts:
         frame = captions_study(model, out / "tiny_vlm_captions.csv", range(args.seeds), args.random)
-        print(summarize(frame).to_string(index=False, float_format="%.3f"))
+        print(summarize(frame).to_string(index=False, float_format="{:.3f}".format))
 
 
 if __name__ == "__main__":
