@@ -59,6 +59,26 @@ def rank_agreement(found: Mapping[str, Sequence[Attribution]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def agreement_map(frame: pd.DataFrame) -> pd.DataFrame:
+    """``rank_agreement``'s pairs as a square table with 1 on its diagonal; ``plot_cosines(..., label=...)`` draws it.
+
+    Args:
+        frame: columns ``a``, ``b`` and ``spearman``.
+
+    Returns:
+        Square table, names by names, no unit.
+
+    Example:
+        >>> agreement_map(pd.DataFrame({"a": ["one"], "b": ["other"], "spearman": [0.5]})).values.tolist()
+        [[1.0, 0.5], [0.5, 1.0]]
+    """
+    names = list(dict.fromkeys([*frame["a"], *frame["b"]]))
+    table = pd.DataFrame(np.eye(len(names)), names, names)
+    for a, b, value in zip(frame["a"], frame["b"], frame["spearman"], strict=True):
+        table.loc[a, b] = table.loc[b, a] = value
+    return table
+
+
 def seed_agreement(
     model: HookedModel,
     pairs: Sequence[PreferencePair],

@@ -9,12 +9,13 @@ import pandas as pd
 from grains_tl.plotting.style import CHOSEN, COLOURS, DRAW, GREY, figure, numbers, shortened, style
 
 
-def plot_cosines(table: pd.DataFrame, *, title: str = "") -> Any:
+def plot_cosines(table: pd.DataFrame, *, title: str = "", label: str = "cosine") -> Any:
     """A cosine map as a square of colours: blue 1, white 0, red -1; small maps with their numbers.
 
     Args:
-        table: square, from ``analysis.cosine_map``.
+        table: square, from ``analysis.cosine_map``; or other correlations (no unit).
         title: of the figure.
+        label: of the colour bar.
 
     Returns:
         A matplotlib ``Figure``.
@@ -38,7 +39,7 @@ def plot_cosines(table: pd.DataFrame, *, title: str = "") -> Any:
         _as_text(ax)
         if n <= 10:
             _numbers(ax, table.to_numpy(dtype=float))
-        fig.colorbar(image, ax=ax, shrink=0.8, label="cosine", ticks=[-1, -0.5, 0, 0.5, 1])
+        fig.colorbar(image, ax=ax, shrink=0.8, label=label, ticks=[-1, -0.5, 0, 0.5, 1])
         _title(fig, title)
     return fig
 
