@@ -46,6 +46,12 @@ def rank_agreement(found: Mapping[str, Sequence[Attribution]]) -> pd.DataFrame:
 
     Raises:
         ValueError: different numbers of records.
+
+    Example:
+        >>> one = Attribution(torch.tensor([.5, -1., 2.]), ["a", "b", "c"], torch.tensor([True] * 3),
+        ...                   torch.tensor([False] * 3), None, 1.5, None, "leave_one_out")
+        >>> rank_agreement({"one": [one], "same": [one]})["spearman"].tolist()
+        [1.0]
     """
     sizes = {name: len(own) for name, own in found.items()}
     if len(set(sizes.values())) > 1:
@@ -94,6 +100,15 @@ def seed_agreement(
         method: its name.
         seeds: at least two.
         options: further arguments of ``attribute``.
+
+    Returns:
+        Columns as ``rank_agreement``; correlations have no unit.
+
+    Raises:
+        ValueError: fewer than two different seeds.
+
+    Example:
+        >>> seed_agreement(model, pairs, method="leave_k_out", seeds=(0, 1))     # doctest: +SKIP
     """
     if len(set(seeds)) < 2:
         raise ValueError(f"seeds={tuple(seeds)}; at least two different ones are needed")
@@ -125,8 +140,8 @@ def random_weights_check(
         options: further arguments of ``attribute``.
 
     Returns:
-        One row per method: ``method``, ``spearman`` with the scores on the real weights (mean over records; near 0 is
-        right), ``se``, ``n``.
+        One row per method: ``method``, ``spearman``: correlation with the scores on the real weights (mean over records;
+        near 0 is right), ``se``, ``n``.
 
     Example:
         >>> random_weights_check(model, pairs, methods=["leave_one_out"])     # doctest: +SKIP

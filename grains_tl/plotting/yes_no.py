@@ -54,9 +54,14 @@ def plot_yes_no(frame: pd.DataFrame, *, reference: str = "constant bias", title:
         ax.set_xlabel("false yes: share of absent digits answered with yes")
         ax.set_ylabel("recall: share of shown digits\nanswered with yes")
         ax.margins(0.04)
+        shown = points[points.vector != reference]
+        if len(shown):  # the grey curve goes down to 0, where nobody steers: keep the part that is compared
+            low = float((shown.recall - 1.96 * shown.recall_se.fillna(0)).min())
+            ax.set_ylim(max(-0.02, 1.2 * low - 0.22), 1.01 if low > 0.8 else 1.03)
         if title:
-            ax.set_title(title, parse_math=False)
-        legend = fig.legend(loc="outside right upper", title="bars: \u00b1 1.96 se")
+            fig.suptitle(title, x=0.01, ha="left", fontsize=10.5, parse_math=False)
+        legend = fig.legend(loc="outside lower left", ncols=3, title="bars: \u00b1 1.96 se over questions")
+        legend._legend_box.align = "left"  # the title stands over the first entry
         for text in legend.get_texts():
             text.set_parse_math(False)
     return fig
