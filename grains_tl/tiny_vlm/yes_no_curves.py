@@ -55,7 +55,7 @@ def yes_no_curves(
     for name, (vector, layer) in vectors.items():
         for alpha in sorted({0.0, *alphas}):
             margins = base if alpha == 0 else question_margins(model, questions, vector.hooks(alpha, [layer])).numpy()
-            rows.append(_row(name, layer, alpha, truth, margins))
+            rows.append(_row(name, float(layer), float(alpha), truth, margins))
     return pd.DataFrame(rows)
 
 
