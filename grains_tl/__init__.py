@@ -4,7 +4,7 @@ The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_v
 """
 
 from grains_tl import analysis, lm_eval
-from grains_tl.agreement import random_weights_check, rank_agreement, seed_agreement
+from grains_tl.agreement import agreement_map, random_weights_check, rank_agreement, seed_agreement
 from grains_tl.attribution import attribute, attribute_all, interpolate_hook
 from grains_tl.baselines import (
     BASELINES,
@@ -46,8 +46,10 @@ from grains_tl.plotting import (
     plot_captions,
     plot_comparison,
     plot_controls,
+    plot_convergence,
     plot_cosines,
     plot_cost,
+    plot_curves,
     plot_heatmap,
     plot_image_attribution,
     plot_layers,
@@ -56,6 +58,7 @@ from grains_tl.plotting import (
     plot_records,
     plot_token_logprobs,
     plot_tokens,
+    plot_yes_no,
     show_tokens,
 )
 from grains_tl.quality import generation_quality, text_quality
@@ -90,6 +93,7 @@ __all__ = [
     "SteeringVectors",
     "TokenRules",
     "TokenizedPair",
+    "agreement_map",
     "analysis",
     "attribute",
     "attribute_all",
@@ -134,8 +138,10 @@ __all__ = [
     "plot_captions",
     "plot_comparison",
     "plot_controls",
+    "plot_convergence",
     "plot_cosines",
     "plot_cost",
+    "plot_curves",
     "plot_heatmap",
     "plot_image_attribution",
     "plot_layers",
@@ -144,6 +150,7 @@ __all__ = [
     "plot_records",
     "plot_token_logprobs",
     "plot_tokens",
+    "plot_yes_no",
     "random_direction_vectors",
     "random_token_differences",
     "random_weights_check",

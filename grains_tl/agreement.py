@@ -46,6 +46,12 @@ def rank_agreement(found: Mapping[str, Sequence[Attribution]]) -> pd.DataFrame:
 
     Raises:
         ValueError: different numbers of records.
+
+    Example:
+        >>> one = Attribution(torch.tensor([.5, -1., 2.]), ["a", "b", "c"], torch.tensor([True] * 3),
+        ...                   torch.tensor([False] * 3), None, 1.5, None, "leave_one_out")
+        >>> rank_agreement({"one": [one], "same": [one]})["spearman"].tolist()
+        [1.0]
     """
     sizes = {name: len(own) for name, own in found.items()}
     if len(set(sizes.values())) > 1:
@@ -57,6 +63,26 @@ def rank_agreement(found: Mapping[str, Sequence[Attribution]]) -> pd.DataFrame:
             values = np.array([rank_correlation(x, y) for x, y in zip(found[a], found[b], strict=True)])
             rows.append({"a": a, "b": b, **_mean(values)})
     return pd.DataFrame(rows)
+
+
+def agreement_map(frame: pd.DataFrame) -> pd.DataFrame:
+    """``rank_agreement``'s pairs as a square table with 1 on its diagonal; ``plot_cosines(..., label=...)`` draws it.
+
+    Args:
+        frame: columns ``a``, ``b`` and ``spearman``.
+
+    Returns:
+        Square table, names by names, no unit.
+
+    Example:
+        >>> agreement_map(pd.DataFrame({"a": ["one"], "b": ["other"], "spearman": [0.5]})).values.tolist()
+        [[1.0, 0.5], [0.5, 1.0]]
+    """
+    names = list(dict.fromkeys([*frame["a"], *frame["b"]]))
+    table = pd.DataFrame(np.eye(len(names)), names, names)
+    for a, b, value in zip(frame["a"], frame["b"], frame["spearman"], strict=True):
+        table.loc[a, b] = table.loc[b, a] = value
+    return table
 
 
 def seed_agreement(
@@ -74,6 +100,15 @@ def seed_agreement(
         method: its name.
         seeds: at least two.
         options: further arguments of ``attribute``.
+
+    Returns:
+        Columns as ``rank_agreement``; correlations have no unit.
+
+    Raises:
+        ValueError: fewer than two different seeds.
+
+    Example:
+        >>> seed_agreement(model, pairs, method="leave_k_out", seeds=(0, 1))     # doctest: +SKIP
     """
     if len(set(seeds)) < 2:
         raise ValueError(f"seeds={tuple(seeds)}; at least two different ones are needed")
@@ -105,8 +140,8 @@ def random_weights_check(
         options: further arguments of ``attribute``.
 
     Returns:
-        One row per method: ``method``, ``spearman`` with the scores on the real weights (mean over records; near 0 is
-        right), ``se``, ``n``.
+        One row per method: ``method``, ``spearman``: correlation with the scores on the real weights (mean over records;
+        near 0 is right), ``se``, ``n``.
 
     Example:
         >>> random_weights_check(model, pairs, methods=["leave_one_out"])     # doctest: +SKIP

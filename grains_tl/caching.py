@@ -33,6 +33,11 @@ class Differences:
         toward_rejected: ``[record, layer, d_model]``, d- = h(x) - h(x without I-).
         layers: the layer of each row of the second axis.
         resid_norms: ``[layer]`` median residual norm over the prompts' content tokens, the unit of ``alpha``.
+
+    Example:
+        >>> d = Differences(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), (12,), torch.tensor([140.0]))
+        >>> (d.toward_chosen - d.toward_rejected).mean(0).shape
+        torch.Size([1, 3])
     """
 
     toward_chosen: Float[Tensor, "record layer d_model"]
@@ -62,6 +67,12 @@ def cache_hook(
         layers: which layers.
         weights: ``[batch, pos]``; one-hot to read one position, 1/n over n positions for their mean.
         store: ``[batch, layer, d_model]``, filled by the run.
+
+    Returns:
+        ``[(name, fn)]``, one per layer.
+
+    Raises:
+        ValueError: during the run, weights that do not fit the activations.
 
     Example:
         >>> store = torch.zeros(1, 2, 576)                                             # doctest: +SKIP
@@ -104,6 +115,13 @@ def read_out(
         norms: a list that receives the residual norms of the content tokens, ``[layer, token]`` per batch.
         max_tokens: token budget of one pass.
         progress: show a bar.
+
+    Returns:
+        ``[record, layer, d_model]``, residual units.
+
+    Example:
+        >>> read_out(model, tokenized, layers=[12, 15]).shape     # doctest: +SKIP
+        torch.Size([24, 2, 576])
     """
     check_readout(readout)
     masked = [()] * len(tokenized) if masked is None else masked
@@ -202,7 +220,7 @@ def collect_differences(
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
 ) -> Differences:
-    """The three activations of the paper (section 3.2) for every record, as differences per layer.
+    """The three activations of the paper (arXiv 2507.18043, section 3.2) for every record, as differences per layer.
 
     Three runs per record: whole, without the tokens toward chosen, without those toward rejected. A record without
     tokens on one side contributes zero there.
@@ -212,6 +230,13 @@ def collect_differences(
         selections: which tokens to mask, one per record.
         layers: default all.
         masker, image_masker, readout, max_tokens, progress: as in ``read_out``.
+
+    Returns:
+        ``Differences``, both sides ``[record, layer, d_model]``, residual units.
+
+    Example:
+        >>> found = collect_differences(model, tokenized, selections, layers=[12, 15])     # doctest: +SKIP
+        >>> vectors = reduce_vectors(found)                                                # doctest: +SKIP
     """
     layers = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
     up, down, norms = collect_with_norms(

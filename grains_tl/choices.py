@@ -202,6 +202,13 @@ def mc1(scores: Float[Tensor, "item choice"], items: Sequence[MultipleChoice]) -
 
     Other right choices do not count, on either side. The mean over questions is the score.
 
+    Args:
+        scores: ``[item, choice]``, nats, from ``score_choices``.
+        items: the questions.
+
+    Returns:
+        ``[item]``, 0 or 1.
+
     Example:
         >>> item = MultipleChoice("Q: 2 + 2?\\nA:", (" 4", " four", " 5"), (True, True, False))
         >>> mc1(torch.tensor([[-2.0, -9.0, -3.0]]), [item])
@@ -213,6 +220,13 @@ def mc1(scores: Float[Tensor, "item choice"], items: Sequence[MultipleChoice]) -
 def mc2(scores: Float[Tensor, "item choice"], items: Sequence[MultipleChoice]) -> Float[Tensor, "item"]:
     """Share of the probability of all choices that the right ones hold (TruthfulQA, arXiv 2109.07958, MC2), 0 to 1.
 
+    Args:
+        scores: ``[item, choice]``, nats, from ``score_choices``.
+        items: the questions.
+
+    Returns:
+        ``[item]``, share from 0 to 1.
+
     Example:
         >>> item = MultipleChoice("Q: 2 + 2?\\nA:", (" 4", " four", " 5"), (True, True, False))
         >>> mc2(torch.zeros(1, 3), [item])
@@ -223,6 +237,13 @@ def mc2(scores: Float[Tensor, "item choice"], items: Sequence[MultipleChoice]) -
 
 def binary_accuracy(scores: Float[Tensor, "item choice"], items: Sequence[MultipleChoice]) -> Float[Tensor, "item"]:
     """1 where the best right choice is likelier than the first wrong one, else 0: the two that ``pair`` takes.
+
+    Args:
+        scores: ``[item, choice]``, nats, from ``score_choices``.
+        items: the questions.
+
+    Returns:
+        ``[item]``, 0 or 1.
 
     Example:
         >>> item = MultipleChoice("2 + 2 =", (" 4", " 5", " 3"), (True, False, False))

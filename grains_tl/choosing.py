@@ -28,6 +28,10 @@ class Choice:
         vector, layer, alpha, positions, operator, objective: the setting.
         why: how it was chosen, in a sentence.
         records: hashes of the records used for choosing; ``report_choice`` refuses them.
+
+    Example:
+        >>> picked = choose(frame, pairs)                 # doctest: +SKIP
+        >>> vectors.hooks(picked.alpha, [picked.layer])    # doctest: +SKIP
     """
 
     vector: str
@@ -166,8 +170,8 @@ def report_choice(
         max_tokens, progress: as in ``sweep``.
 
     Returns:
-        One row, the columns of ``summarize``; its ``verdict`` is ``"steers"``, ``"no effect"`` or ``"wrong way"``. Since
-        the cell was chosen elsewhere, a vector that does nothing is called "no effect" in 95 % of cases, however many
+        One row, the columns of ``summarize`` (nats); its ``verdict`` is ``"steers"``, ``"no effect"`` or ``"wrong way"``.
+        Since the cell was chosen elsewhere, a vector that does nothing is called "no effect" in 95 % of cases, however many
         cells were tried.
 
     Raises:

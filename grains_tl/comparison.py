@@ -33,6 +33,10 @@ class Comparison:
         draws: mean effect of every draw, by name.
         base: ``[record]`` unsteered margins of the test split, nats.
         against: for every random control, how far the named vector lies above it (see ``uncertainty.compare``).
+
+    Example:
+        >>> found = compare_with_controls(model, {"ours": vectors}, pairs)    # doctest: +SKIP
+        >>> found.table[["vector", "effect", "low", "high"]]                  # doctest: +SKIP
     """
 
     table: pd.DataFrame

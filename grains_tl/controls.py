@@ -22,6 +22,13 @@ from grains_tl.vectors import SteeringVectors, reduce_vectors
 def random_direction_vectors(like: SteeringVectors, *, n_draws: int = 20, seed: int = 0) -> list[SteeringVectors]:
     """Directions drawn uniformly from the sphere, at the layers and norms of ``like``.
 
+    Args:
+        like: gives layers, norms and the unit of ``alpha``.
+        n_draws, seed: how many, and their seed.
+
+    Returns:
+        ``n_draws`` vectors, directions ``[layer, d_model]`` of unit length.
+
     Example:
         >>> like = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
         >>> [v.layers for v in random_direction_vectors(like, n_draws=2)]
@@ -54,6 +61,13 @@ def orthogonal_direction_vectors(like: SteeringVectors, *, n_draws: int = 20, se
     """Directions drawn at right angles to ``like`` in each layer, at its norms: same step, nothing of its direction.
 
     Such perturbations do nearly as well as the vector in some published set-ups (arXiv 2602.06801).
+
+    Args:
+        like: what to be at right angles to; gives layers, norms and the unit of ``alpha``.
+        n_draws, seed: how many, and their seed.
+
+    Returns:
+        ``n_draws`` vectors, directions ``[layer, d_model]`` of unit length.
 
     Example:
         >>> like = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
@@ -104,6 +118,9 @@ def shuffled_label_vectors(
         seed: of the draws.
         options: passed to ``reduce_vectors``: ``reduce``, ``side``.
 
+    Returns:
+        ``n_draws`` vectors, directions ``[layer, d_model]`` of unit length.
+
     Example:
         >>> g = torch.Generator().manual_seed(1)
         >>> d = Differences(torch.randn(6, 1, 3, generator=g), torch.zeros(6, 1, 3), (4,), torch.ones(1))
@@ -151,6 +168,13 @@ def random_token_differences(
         masker, image_masker, readout, max_tokens: as in ``collect_differences``.
         spare_end: as in ``select_tokens``; give it what the selections were made with.
         progress: show a bar over draws.
+
+    Returns:
+        ``n_draws`` times ``Differences``, both sides ``[record, layer, d_model]``, residual units.
+
+    Example:
+        >>> draws = random_token_differences(
+        ...     model, tokenized, selections, layers=[12], resid_norms=found.resid_norms, n_draws=5)     # doctest: +SKIP
     """
     generator = torch.Generator().manual_seed(seed)
     whole = read_out(model, tokenized, layers=layers, masker=masker, readout=readout, max_tokens=max_tokens)
@@ -220,6 +244,18 @@ def caa_differences(
     """Contrastive activation addition (arXiv 2312.06681): h(prompt + chosen) - h(prompt + rejected), last token.
 
     Returned as ``Differences`` with the second side zero, so that it is reduced and resampled like the others.
+
+    Args:
+        model, tokenized: the model and records from ``tokenize_pairs``.
+        layers: which layers.
+        resid_norms: ``[layer]`` the unit of ``alpha``, copied into the result.
+        max_tokens: token budget of one pass.
+
+    Returns:
+        ``Differences``: ``toward_chosen`` ``[record, layer, d_model]``, residual units; ``toward_rejected`` zeros.
+
+    Example:
+        >>> caa = reduce_vectors(caa_differences(model, tokenized, layers=[12], resid_norms=norms))     # doctest: +SKIP
     """
     found = read_out_responses(model, tokenized, layers=layers, max_tokens=max_tokens)
     difference = found[:, 0] - found[:, 1]
@@ -236,6 +272,14 @@ def bootstrap_vectors(
         n_draws: number of resamples.
         seed: of the draws.
         options: passed to ``reduce_vectors``: ``reduce``, ``side``.
+
+    Returns:
+        ``n_draws`` vectors of unit length per layer, with the layers and norms of ``differences``.
+
+    Example:
+        >>> d = Differences(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), (12,), torch.tensor([140.0]))
+        >>> [v.layers for v in bootstrap_vectors(d, n_draws=2)]
+        [(12,), (12,)]
     """
     generator = torch.Generator().manual_seed(seed)
     n = len(differences.toward_chosen)

@@ -33,6 +33,9 @@ MAX_LOGITS = 2**25
 def neutral_texts(n: int | None = None) -> list[str]:
     """The first ``n`` (default all 30) of the short neutral texts that ship with the package.
 
+    Raises:
+        ValueError: ``n`` is not between 1 and 30.
+
     Example:
         >>> len(neutral_texts()), neutral_texts(1)[0][:9]
         (30, 'The ferry')
@@ -159,6 +162,15 @@ def _compared(
 def letters(item: MultipleChoice) -> MultipleChoice:
     """The same question with its answers listed in the prompt and letters to choose from, as MMLU is asked.
 
+    Args:
+        item: the question.
+
+    Returns:
+        A new question; its choices are `` A``, `` B``, ...
+
+    Raises:
+        ValueError: more choices than letters.
+
     Example:
         >>> print(letters(MultipleChoice("2 + 2?", (" 4", " 5"), (True, False))).prompt)
         2 + 2?
@@ -197,8 +209,8 @@ def retention(
         settings, max_tokens, progress, checkpoint: as in ``record_effects``.
 
     Returns:
-        As ``record_effects``; ``base_correct`` and ``correct`` are what to look at, and ``summarize`` gives the paired
-        change of the accuracy with its standard error.
+        As ``record_effects``; ``base_correct`` and ``correct`` (0 or 1; their means are shares) are what to look at,
+        and ``summarize`` gives the paired change of the accuracy with its standard error.
 
     Example:
         >>> frame = retention(model, questions, grid({"ours": vectors}, [12], [0.2]))            # doctest: +SKIP

@@ -31,6 +31,11 @@ class Curves:
         shares: ``[step]`` from 0 to 1.
         deleted: ``[record, step]`` f without the first ``share`` of the tokens.
         inserted: ``[record, step]`` f with only the first ``share`` of them.
+
+    Example:
+        >>> c = Curves(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.5, 2.0]]))
+        >>> c.deletion_area, c.insertion_area
+        (tensor([1.]), tensor([1.2500]))
     """
 
     shares: Float[Tensor, "step"]
@@ -70,6 +75,12 @@ def curves(
         objective: as in ``attribute``.
         masker, image_masker: what stands in for a deleted token or patch; areas of different maskers are not comparable.
         max_tokens: token budget of one pass.
+
+    Returns:
+        ``Curves``: ``[record, step]``, nats.
+
+    Raises:
+        ValueError: shares outside 0 to 1, or not one attribution of the same prompt per record.
 
     Example:
         >>> found = curves(model, tokenized, attributions)     # doctest: +SKIP

@@ -141,10 +141,14 @@ def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
         frame: from ``record_effects``; settings that lack one of the signs are dropped.
 
     Returns:
-        The same columns as far as they mean something for both signs together, rows of positive alpha only.
+        The same columns as far as they mean something for both signs together, rows of positive alpha only; nats.
 
     Raises:
         ValueError: no setting was measured with both signs.
+
+    Example:
+        >>> found = record_effects(model, vectors, pairs, alphas=[-0.2, 0.2])     # doctest: +SKIP
+        >>> two_sided(found)["effect"].mean()                                    # doctest: +SKIP
     """
     by = [*SETTING, "draw", "record"]
     down = frame[frame["alpha"] < 0].assign(alpha=lambda f: -f["alpha"])

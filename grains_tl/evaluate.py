@@ -39,6 +39,10 @@ class Setting:
         vector, alpha, positions, draw: what to call it in a table; ``draw`` counts resampled or random vectors from 0
             and is -1 for the vector itself.
         key: tells in a checkpoint what the hooks do (empty: cannot be resumed).
+
+    Example:
+        >>> Setting(layer=12, hooks=[], vector="unsteered", alpha=0.0).vector
+        'unsteered'
     """
 
     layer: int
@@ -73,6 +77,10 @@ def measure(
 
     Returns:
         ``(base, steered)``: ``[record, 2]`` and ``[setting, record, 2]``, nats; column 0 chosen, 1 rejected.
+
+    Example:
+        >>> settings = [Setting(12, vectors.hooks(0.2, [12]), vector="ours", alpha=0.2)]     # doctest: +SKIP
+        >>> base, steered = measure(model, tokenized, settings)                             # doctest: +SKIP
     """
     for setting in settings:
         if not callable(setting.hooks):
@@ -186,7 +194,20 @@ def next_token_kl(
     *,
     max_tokens: int = MAX_TOKENS,
 ) -> Float[Tensor, "record"]:
-    """KL(steered || base) of the next-token distribution at the end of each prompt, nats: what steering costs there."""
+    """KL(steered || base) of the next-token distribution at the end of each prompt, nats: what steering costs there.
+
+    Args:
+        model, tokenized: the model and records from ``tokenize_pairs``.
+        fwd_hooks: the steering, hooks or a function ``Batch -> hooks``.
+        max_tokens: token budget of one pass.
+
+    Returns:
+        ``[record]``, nats.
+
+    Example:
+        >>> next_token_kl(model, tokenized, vectors.hooks(0.2, [24])).mean()     # doctest: +SKIP
+        tensor(0.2214)
+    """
     out = torch.zeros(len(tokenized))
     with torch.no_grad():
         for group, batch in score_batches(model, tokenized, max_tokens=max_tokens):

@@ -28,6 +28,13 @@ class Grouped:
         positions: the tokens of each group.
         content: ``[group]``, True where the group has a content token.
         attribution: what was grouped.
+
+    Example:
+        >>> a = Attribution(torch.tensor([0.5, -1.0]), [" good", " bad"], torch.tensor([True] * 2),
+        ...                 torch.tensor([False] * 2), None, 1.5, None, "leave_one_out")
+        >>> g = group(a)
+        >>> g.texts, g.scores.tolist()
+        ([' good', ' bad'], [0.5, -1.0])
     """
 
     texts: list[str]
@@ -73,6 +80,13 @@ def group(attribution: Attribution, *, by: GroupBy = "word") -> Grouped:
 
 def select_groups(grouped: Grouped, top_k: int) -> Selection:
     """The content tokens of the ``top_k`` groups with the largest positive score, and of those with the most negative.
+
+    Args:
+        grouped: from ``group``.
+        top_k: groups on each side.
+
+    Returns:
+        ``Selection`` of token positions, strongest group first.
 
     Raises:
         ValueError: ``top_k`` is not positive.

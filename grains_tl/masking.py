@@ -22,7 +22,12 @@ Masker = Literal["eos", "pad", "mask", "mean_embedding", "zero", "attention"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Positions of the chosen tokens in one prompt, strongest first."""
+    """Positions of the chosen tokens in one prompt, strongest first.
+
+    Example:
+        >>> Selection(toward_chosen=(4, 7), toward_rejected=(2,)).toward_chosen
+        (4, 7)
+    """
 
     toward_chosen: tuple[int, ...]
     toward_rejected: tuple[int, ...]
@@ -33,7 +38,8 @@ def select_tokens(
 ) -> Selection:
     """The ``top_k`` content tokens with the largest positive score, and with the most negative one.
 
-    Fewer come back where fewer have that sign (paper section 3: I+ and I-). Special and template tokens are never chosen.
+    Fewer come back where fewer have that sign (arXiv 2507.18043, section 3: I+ and I-). Special and template tokens are
+    never chosen.
 
     Args:
         attribution: scores of one record.

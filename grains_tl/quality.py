@@ -54,9 +54,15 @@ def generation_quality(
 ) -> pd.DataFrame:
     """Greedy continuations without and with hooks, and ``text_quality`` of both.
 
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        prompts: text or conversations.
+        fwd_hooks: hooks, or a function ``prompt_len -> hooks`` as in ``generate``.
+        max_new_tokens: of each continuation.
+
     Returns:
-        One row per prompt: ``prompt``, ``base_text``, ``text``, and the columns of ``text_quality``, with ``base_`` in
-        front for the unsteered text.
+        One row per prompt: ``prompt``, ``base_text``, ``text``, and the columns of ``text_quality`` (counts and shares),
+        with ``base_`` in front for the unsteered text.
 
     Example:
         >>> generation_quality(model, ["The film was"], vectors.hooks(0.4, [12]))["degenerate"]    # doctest: +SKIP

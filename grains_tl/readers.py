@@ -27,6 +27,9 @@ class Benchmark:
     Attributes:
         name: of the benchmark.
         items: the questions, for ``score_choices``; ``meta`` holds the columns of the source that were not used.
+
+    Example:
+        >>> load_benchmark("truthfulqa", "TruthfulQA.csv").items[0].prompt     # doctest: +SKIP
     """
 
     name: str

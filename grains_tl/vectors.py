@@ -255,10 +255,16 @@ def load_vectors(path: str | Path, model: HookedModel | None = None) -> Steering
         path: the file.
         model: if given, refuse vectors made for another model.
 
+    Returns:
+        ``SteeringVectors``: directions ``[layer, d_model]`` of unit length, norms in residual units.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a file, a newer format version, a checksum that does not fit, broken shapes, numbers that are
             not finite, or vectors of another model.
+
+    Example:
+        >>> vectors = load_vectors("vectors.safetensors", model)     # doctest: +SKIP
     """
     from safetensors import SafetensorError, safe_open
 
@@ -305,8 +311,8 @@ def reduce_vectors(
     """One direction per layer from the differences of all records.
 
     The sign is fixed for the final vector: its inner product with the mean difference is not negative (the principal
-    components of the paper have an arbitrary sign, and fixing each of the two before subtracting can leave the result
-    pointing the wrong way).
+    components of the paper, arXiv 2507.18043, have an arbitrary sign, and fixing each of the two before subtracting can
+    leave the result pointing the wrong way).
 
     Args:
         differences: from ``collect_differences``.
@@ -314,8 +320,17 @@ def reduce_vectors(
         side: ``"both"``, or ``"toward_chosen"`` for d+ alone.
         info: manifest entries.
 
+    Returns:
+        ``SteeringVectors``: directions ``[layer, d_model]`` of unit length, their norms in residual units.
+
     Raises:
         ValueError: unknown ``reduce`` or ``side``, fewer than two records for ``"pca"``, or a zero difference.
+
+    Example:
+        >>> from grains_tl.caching import Differences
+        >>> d = Differences(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), (12,), torch.tensor([140.0]))
+        >>> reduce_vectors(d).directions.shape
+        torch.Size([1, 3])
     """
     check_reduction(reduce, side, len(differences.toward_chosen))
     up = differences.toward_chosen.double()

@@ -117,6 +117,12 @@ def stability(
 
     Raises:
         ValueError: fewer than four records, or unknown options.
+
+    Example:
+        >>> from grains_tl.caching import Differences
+        >>> d = Differences(torch.ones(4, 1, 3), torch.zeros(4, 1, 3), (12,), torch.tensor([140.0]))
+        >>> stability(d, n_draws=5)["split_half"].round(3).tolist()
+        [1.0]
     """
     n = len(differences.toward_chosen)
     check_reduction(reduce, side, n)
@@ -172,6 +178,13 @@ def building_records(
 
     Raises:
         ValueError: a layer that is not stored, or lists of different lengths.
+
+    Example:
+        >>> from grains_tl.caching import Differences
+        >>> from grains_tl.vectors import reduce_vectors
+        >>> d = Differences(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), (12,), torch.tensor([140.0]))
+        >>> building_records(reduce_vectors(d), d, layer=12)["cosine"].round(3).tolist()
+        [1.0, 1.0]
     """
     unit = vectors.at([layer]).directions[0].double()
     row = differences.layers.index(layer) if layer in differences.layers else None
@@ -206,9 +219,17 @@ def building_tokens(
 
     The tokens of one side of a record are masked together, so each is given an equal part of that side's projection.
 
+    Args:
+        vectors, differences: the vectors and the differences they came from.
+        layer: which layer.
+        tokenized, selections: the building records and their masked tokens.
+
     Returns:
         One row per token and side, largest ``total`` first: ``token``, ``side``, ``count`` (records that masked it),
         ``mean`` and ``total`` projection, residual units. The totals add up to the sum of all projections.
+
+    Example:
+        >>> building_tokens(vectors, differences, layer=21, tokenized=tokenized, selections=selections)     # doctest: +SKIP
     """
     table = building_records(vectors, differences, layer=layer, tokenized=tokenized, selections=selections)
     rows = []

@@ -52,8 +52,8 @@ def logit_lens(
         n_top: tokens on either side.
 
     Returns:
-        ``layer``, ``side`` (``"up"`` or ``"down"``), ``rank`` from 1, ``token``, ``token_id``, ``logit`` (see
-        ``lens_logits`` for its scale), ``z`` (logit over the standard deviation across the vocabulary: the largest of
+        ``layer``, ``side`` (``"up"`` or ``"down"``), ``rank`` from 1, ``token``, ``token_id``, ``logit`` (nats up
+        to the scale in ``lens_logits``), ``z`` (logit over the standard deviation across the vocabulary: the largest of
         49 000 normal draws is about 4.2, so less than that says nothing).
 
     Example:
@@ -86,6 +86,12 @@ def embedding_neighbours(
     Returns:
         ``layer``, ``side``, ``rank``, ``token``, ``token_id``, ``cosine``. The mean embedding is removed first: it is
         common to all tokens and would decide every cosine.
+
+    Raises:
+        ValueError: unknown ``space``, ``n_top`` out of range, a layer that is not stored, or vectors of another model.
+
+    Example:
+        >>> embedding_neighbours(model, vectors, layers=[24])["token"].tolist()     # doctest: +SKIP
     """
     if space not in ("embed", "unembed"):
         raise ValueError(f"space={space!r}; it is 'embed' or 'unembed'")

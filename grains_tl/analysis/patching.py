@@ -150,6 +150,11 @@ def patch(
 def compare_patching(exact: pd.DataFrame, quick: pd.DataFrame, *, n_top: int = 5) -> pd.Series:
     """How well attribution patching stands for the real one, over the sites of two tables from ``patch``.
 
+    Args:
+        exact: from ``patch``.
+        quick: from ``patch(..., method="gradient")``, the same sites.
+        n_top: how many of the largest effects to compare.
+
     Returns:
         ``correlation`` and ``rank_correlation`` over sites, ``slope`` of quick on exact (1 if unbiased),
         ``mean_error`` (mean absolute, nats), ``relative_error`` (sum of absolute errors over sum of absolute exact
@@ -158,6 +163,11 @@ def compare_patching(exact: pd.DataFrame, quick: pd.DataFrame, *, n_top: int = 5
 
     Raises:
         ValueError: the tables do not have the same sites.
+
+    Example:
+        >>> exact = pd.DataFrame({"component": ["z"] * 3, "layer": [1, 2, 3], "effect": [0.1, 0.2, 0.4]})
+        >>> round(float(compare_patching(exact, exact, n_top=1)["correlation"]), 3)
+        1.0
     """
     keys = [c for c in ("component", "layer", "head", "pos") if c in exact.columns]
     both = exact.merge(quick, on=keys, suffixes=("", "_quick")) if set(keys) <= set(quick.columns) else exact[:0]

@@ -38,6 +38,10 @@ class Probes:
         patterns: ``[layer, d_model]`` unit vectors, the features' covariance times that gradient: what the probe's
             output goes along with, and the one to compare with a difference of means.
         layers: the layer of each row.
+
+    Example:
+        >>> probes = fit_probes(residuals(model, tokenized, layers=[12], readout="response_end"), [12])     # doctest: +SKIP
+        >>> probes.frame[["layer", "accuracy", "floor"]]                                               # doctest: +SKIP
     """
 
     frame: pd.DataFrame
@@ -71,8 +75,15 @@ def residuals(
         fwd_hooks: for example ``vectors.hooks(0.2, [18])``, to see the residuals of a steered run.
         max_tokens: token budget of one pass.
 
+    Returns:
+        ``[record, 2, layer, d_model]``, residual units; side 0 chosen, 1 rejected.
+
     Raises:
         ValueError: unknown read-out, or ``"prompt_end"`` without one selection per record.
+
+    Example:
+        >>> residuals(model, tokenized, layers=[12], readout="response_end").shape     # doctest: +SKIP
+        torch.Size([24, 2, 1, 576])
     """
     if readout not in get_args(ProbeReadout):
         raise ValueError(f"readout={readout!r}; it is one of {get_args(ProbeReadout)}")
@@ -192,6 +203,15 @@ def separation(
         One row per layer: ``auc`` (a random chosen side lies above a random rejected one), ``d_prime`` (difference of
         the means over the pooled standard deviation), ``paired`` (share of records whose own chosen side is higher),
         ``chosen`` and ``rejected`` (mean projections, residual units), ``n``.
+
+    Raises:
+        ValueError: features whose axes do not fit, or a layer that is not stored.
+
+    Example:
+        >>> v = SteeringVectors(torch.tensor([[1.0, 0.0]]), (4,), torch.ones(1), torch.full((1,), 50.0))
+        >>> sides = torch.tensor([[[[2.0, 0.0]], [[0.0, 0.0]]], [[[3.0, 0.0]], [[1.0, 0.0]]]])
+        >>> separation(sides, v)["paired"].tolist()
+        [1.0]
     """
     from sklearn.metrics import roc_auc_score
 

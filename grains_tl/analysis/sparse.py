@@ -177,6 +177,9 @@ def feature_vectors(
     Returns:
         ``SteeringVectors`` with that one layer, to be steered with and swept like any other.
 
+    Raises:
+        ValueError: a feature the decoder does not have, a decoder of another width, or a layer that is not stored.
+
     Example:
         >>> v = SteeringVectors(torch.tensor([[0.6, -0.8]]), (4,), torch.ones(1), torch.full((1,), 50.0))
         >>> feature_vectors(v, torch.eye(2), [0], layer=4).directions.tolist()

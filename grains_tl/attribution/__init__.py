@@ -175,6 +175,15 @@ def attribute_all(
             content_only, group_by, max_tokens: as in ``attribute``.
         progress: show a bar.
         on_result: called with (index, attribution) as soon as a record is finished, so that it can be kept.
+
+    Returns:
+        One ``Attribution`` per record, in their order; scores ``[pos]``, nats.
+
+    Raises:
+        ValueError: as ``attribute``; also ``group_by`` with a method that takes nothing out.
+
+    Example:
+        >>> found = attribute_all(model, tokenize_pairs(model, pairs), method="leave_one_out")     # doctest: +SKIP
     """
     check_attribution_options(
         method, n_steps, baseline, objective, nodes=nodes, layer=layer, k=k, noise=noise, model=model

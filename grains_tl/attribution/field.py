@@ -190,11 +190,19 @@ def interpolate_hook(
 ) -> FwdHooks:
     """One hook that moves the prompt's embeddings towards a baseline: ``x' + alpha * (x - x')``.
 
+    The path of integrated gradients (arXiv 1703.01365).
+
     Args:
         model: gives the hook point.
         alphas: ``[batch]``, place on the path of every row; 1 is the real input.
         prompt_mask: ``[batch, pos]``, True where to interpolate.
         baseline: ``[d_model]`` x', or ``[batch, pos, d_model]`` for one of its own at every position.
+
+    Returns:
+        ``[(name, fn)]`` for ``run_with_hooks``.
+
+    Raises:
+        ValueError: during the run, shapes that do not fit.
 
     Example:
         >>> hooks = interpolate_hook(model, torch.tensor([0.5]), mask, torch.zeros(576))   # doctest: +SKIP

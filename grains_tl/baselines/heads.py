@@ -35,6 +35,10 @@ class HeadVectors:
             norm follows it, to the residual stream.
         resid_norm: typical residual norm after the highest steered layer, the unit of ``alpha``.
         accuracies: ``[head]`` cross-validated accuracy of the probe, records kept together.
+
+    Example:
+        >>> found = head_vectors(model, pairs, n_heads=4)     # doctest: +SKIP
+        >>> found.heads, found.directions.shape               # doctest: +SKIP
     """
 
     heads: tuple[tuple[int, int], ...]

@@ -182,6 +182,9 @@ def baseline_vectors(
 ) -> dict[str, SteeringVectors]:
     """Vectors of other recipes from the same records, and one draw of any control that is named.
 
+    ``"caa"`` follows arXiv 2312.06681, ``"icv"`` 2311.06668, ``"prompt_mean"`` 2310.06824; the functions of this room say
+    where they differ.
+
     Args:
         model, pairs, names, layers, seed, options: as in ``baseline_draws``.
 

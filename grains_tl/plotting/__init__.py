@@ -7,6 +7,7 @@ text or markup.
 """
 
 from grains_tl.plotting.analysis import plot_cosines, plot_patching, plot_probes
+from grains_tl.plotting.attribution import plot_convergence, plot_curves
 from grains_tl.plotting.captions import plot_captions
 from grains_tl.plotting.comparison import plot_comparison
 from grains_tl.plotting.effects import plot_controls, plot_layers
@@ -14,6 +15,7 @@ from grains_tl.plotting.images import attribution_share, plot_image_attribution
 from grains_tl.plotting.style import figure_png
 from grains_tl.plotting.sweeps import plot_cost, plot_heatmap, plot_records, plot_token_logprobs
 from grains_tl.plotting.tokens import plot_tokens, show_tokens
+from grains_tl.plotting.yes_no import plot_yes_no
 
 __all__ = [
     "attribution_share",
@@ -21,8 +23,10 @@ __all__ = [
     "plot_captions",
     "plot_comparison",
     "plot_controls",
+    "plot_convergence",
     "plot_cosines",
     "plot_cost",
+    "plot_curves",
     "plot_heatmap",
     "plot_image_attribution",
     "plot_layers",
@@ -31,5 +35,6 @@ __all__ = [
     "plot_records",
     "plot_token_logprobs",
     "plot_tokens",
+    "plot_yes_no",
     "show_tokens",
 ]

@@ -9,18 +9,23 @@ import pandas as pd
 from grains_tl.plotting.style import CHOSEN, COLOURS, DRAW, GREY, figure, numbers, shortened, style
 
 
-def plot_cosines(table: pd.DataFrame, *, title: str = "") -> Any:
+def plot_cosines(table: pd.DataFrame, *, title: str = "", label: str = "cosine") -> Any:
     """A cosine map as a square of colours: blue 1, white 0, red -1; small maps with their numbers.
 
     Args:
-        table: square, from ``analysis.cosine_map``.
+        table: square, from ``analysis.cosine_map``; or other correlations (no unit).
         title: of the figure.
+        label: of the colour bar.
 
     Returns:
         A matplotlib ``Figure``.
 
     Raises:
         ValueError: a table that is not square.
+
+    Example:
+        >>> names = ["ours", "CAA"]
+        >>> fig = plot_cosines(pd.DataFrame([[1.0, 0.3], [0.3, 1.0]], names, names))
     """
     n = len(table)
     if table.shape != (n, n) or not n:
@@ -38,7 +43,7 @@ def plot_cosines(table: pd.DataFrame, *, title: str = "") -> Any:
         _as_text(ax)
         if n <= 10:
             _numbers(ax, table.to_numpy(dtype=float))
-        fig.colorbar(image, ax=ax, shrink=0.8, label="cosine", ticks=[-1, -0.5, 0, 0.5, 1])
+        fig.colorbar(image, ax=ax, shrink=0.8, label=label, ticks=[-1, -0.5, 0, 0.5, 1])
         _title(fig, title)
     return fig
 
@@ -52,6 +57,10 @@ def plot_probes(frame: pd.DataFrame, *, title: str = "") -> Any:
 
     Returns:
         A matplotlib ``Figure``.
+
+    Example:
+        >>> rows = {"layer": [18, 21], "accuracy": [0.7, 0.8], "se": [0.05, 0.04]}
+        >>> fig = plot_probes(pd.DataFrame({**rows, "floor": [0.5, 0.5], "floor_high": [0.6, 0.6]}))
     """
     rows = numbers(frame.assign(name="probe"), "name", ("layer", "accuracy", "se", "floor", "floor_high"))
     with style():
@@ -94,6 +103,10 @@ def plot_patching(frame: pd.DataFrame, *, value: str = "effect", title: str = ""
 
     Raises:
         ValueError: missing columns or no rows.
+
+    Example:
+        >>> rows = {"component": ["mlp_out"] * 2, "layer": [19, 20], "effect": [-0.3, 0.2]}
+        >>> fig = plot_patching(pd.DataFrame(rows), title="MLP outputs: effect, nats")
     """
     across = next((c for c in ("head", "pos") if c in frame.columns and frame[c].notna().all()), None)
     columns = ("layer", value) if across is None else ("layer", across, value)

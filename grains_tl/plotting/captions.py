@@ -16,6 +16,7 @@ def plot_captions(
     captions: Mapping[str, Sequence[str]],
     absent: Sequence[Collection[str]],
     *,
+    title: str = "",
     width: float = 9.0,
 ) -> Any:
     """Images with their captions, words for what is not there in red and underlined.
@@ -24,6 +25,7 @@ def plot_captions(
         images: one per row.
         captions: by name (``"unsteered"``, ``"steered"``, ...), one text per image.
         absent: for every image the words that would be wrong; compared without case and punctuation.
+        title: of the figure.
         width: of the figure, inches.
 
     Returns:
@@ -49,12 +51,14 @@ def plot_captions(
             lines = {name: wrapped(words, text_widths(words), room) for name, words in texts.items()}
             drawn.append((texts, lines))
         heights = [max(side, sum(line * n + 0.08 for _, n in lines.values())) + margin for _, lines in drawn]
-        height = sum(heights) + 2 * margin + 0.1
+        head = 0.3 if title else 0.0
+        height = head + sum(heights) + 2 * margin + 0.1
         fig = figure(width, height)
         page = fig.add_axes((0, 0, 1, 1))
         page.set(xlim=(0, width), ylim=(height, 0))
         page.axis("off")
-        y = margin
+        page.text(margin, 0.25, title, va="center", fontsize=10.5, parse_math=False)
+        y = head + margin
         for row, (own, lines) in enumerate(drawn):
             ax = fig.add_axes((margin / width, 1 - (y + side) / height, side / width, side / height))
             ax.imshow(np.asarray(pictures[row]), interpolation="nearest")

@@ -41,6 +41,10 @@ def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None, *, l
 
     Raises:
         ValueError: missing columns, no rows, or several rows for one layer and vector.
+
+    Example:
+        >>> rows = {"layer": [21, 24], "vector": ["ours"] * 2, "effect": [1.9, 3.2], "se": [0.2, 0.2]}
+        >>> fig = plot_layers(pd.DataFrame(rows), chosen_layer=24)
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -93,6 +97,10 @@ def plot_controls(table_frame: pd.DataFrame, draws: Mapping[str, Sequence[Any]])
 
     Raises:
         ValueError: missing columns or no rows.
+
+    Example:
+        >>> table = pd.DataFrame({"vector": ["ours"], "effect": [2.5], "low": [2.1], "high": [2.9]})
+        >>> fig = plot_controls(table, {"ours": [2.4, 2.6], "random directions": [0.3, -0.2]})
     """
     from matplotlib.lines import Line2D
 

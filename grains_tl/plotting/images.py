@@ -72,6 +72,9 @@ def plot_image_attribution(attribution: Attribution, image: Any, *, width: float
 
     Raises:
         ValueError: an attribution without image, or images that are not as many as the record's.
+
+    Example:
+        >>> fig = plot_image_attribution(attribute(model, pair), pair.image)     # doctest: +SKIP
     """
     panels = _panels(attribution)
     pictures = load_images(image)

@@ -47,7 +47,19 @@ STYLE = {
 
 
 def figure_png(fig: Any, dpi: int = 144) -> bytes:
-    """A figure as PNG; characters that no font has are drawn as boxes, quietly."""
+    """A figure as PNG; characters that no font has are drawn as boxes, quietly.
+
+    Args:
+        fig: a matplotlib ``Figure``.
+        dpi: dots per inch.
+
+    Returns:
+        The file's bytes.
+
+    Example:
+        >>> figure_png(figure(2.0, 1.0))[:4]
+        b'\\x89PNG'
+    """
     out = io.BytesIO()
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")

@@ -83,6 +83,12 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
 
     Returns:
         A matplotlib ``Figure`` with the colour bar in nats; the title has the method, f(x) and the completeness gap.
+
+    Example:
+        >>> import torch
+        >>> a = Attribution(torch.tensor([0.5, -1.0]), [" good", " bad"], torch.tensor([True] * 2),
+        ...                 torch.tensor([False] * 2), None, 1.5, None, "leave_one_out")
+        >>> fig = plot_tokens(a)
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -105,6 +111,7 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
         title = f"{method}:  f(x) = {objective} nats,  completeness gap {gap}"
         ax.text(margin, head / 2, title, va="center", fontsize=10.5, parse_math=False)
         colours = LinearSegmentedColormap.from_list("tokens", [REJECTED, "white", CHOSEN])
+        taken: list[tuple[int, float]] = []  # labels written high; a neighbour too close to one goes lower
         for i, (word, (line, left, box_width), score) in enumerate(zip(words, places, scores, strict=True)):
             x, y = margin + left, head + line * pitch
             face = colours(0.5 + 0.5 * score / top)
@@ -117,7 +124,11 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
             middle = x + box_width / 2
             ax.text(middle, y + box_height / 2, word, ha="center", va="center_baseline", color=ink, parse_math=False)
             if i in labelled:
-                ax.text(middle, y + box_height + 0.085, signed(score), ha="center", va="center", fontsize=7, color=GREY)
+                close = any(line == other and abs(middle - x) < 0.4 for other, x in taken)
+                down = y + box_height + (0.165 if close else 0.07)
+                ax.text(middle, down, signed(score), ha="center", va="center", fontsize=7, color=GREY)
+                if not close:
+                    taken.append((line, middle))
         bar_width = min(3.6, width - 2 * margin)
         bar = fig.add_axes((margin / width, 0.46 / height, bar_width / width, 0.12 / height))
         colorbar = fig.colorbar(
