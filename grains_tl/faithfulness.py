@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from grains_tl.agreement import mean_agreement, random_attributions
 from grains_tl.attributed import attribute_records, seconds_spent
@@ -126,20 +127,25 @@ def compare_attributions(
         seconds[name] = spent / len(tokenized)
     selected = {name: [select_tokens(a, top_k) for a in own] for name, own in found.items()}
     first = next(iter(found.values()))
+    draws = _random_draws(tokenized, top_k, n_draws, seed)
+    chosen = [*((own, selected[name]) for name, own in found.items()), *draws]
+    judged = [
+        _judge(model, tokenized, own, taken, shares, shared)
+        for own, taken in tqdm(chosen, desc="judge", unit="choice", disable=not progress)
+    ]
     rows = [
         {
             "method": name,
             **_gaps(own),
-            **_measures(_judge(model, tokenized, own, selected[name], shares, shared)),
+            **_measures(measures),
             "agreement": mean_agreement(own, first),
             "seconds": seconds[name],
         }
-        for name, own in found.items()
+        for (name, own), measures in zip(found.items(), judged, strict=False)
     ]
     if n_draws:
-        draws = _random_draws(tokenized, top_k, n_draws, seed)
-        judged = [_judge(model, tokenized, a, s, shares, shared) for a, s in draws]
-        rows.append({"method": RANDOM, **_gaps([]), **_measures(torch.stack(judged).mean(0)), "seconds": 0.0})
+        by_chance = torch.stack(judged[len(found) :]).mean(0)
+        rows.append({"method": RANDOM, **_gaps([]), **_measures(by_chance), "seconds": 0.0})
     frame = pd.DataFrame(rows).assign(n=len(tokenized))
     unit = frame.loc[frame["method"] == "gradient_x_input", "seconds"]
     frame["relative_seconds"] = frame["seconds"] / float(unit.iloc[0]) if len(unit) else float("nan")
@@ -154,6 +160,7 @@ def compare_attributions(
         alpha=alpha,
         n_draws=n_draws,
         seed=seed,
+        progress=progress,
         **shared,  # type: ignore[arg-type]
     )
     return frame.assign(**_effect_columns(effect, len(plans)), **_effect_columns(kl, len(plans), "kl"))

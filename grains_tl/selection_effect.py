@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from grains_tl.caching import Differences, collect_differences
 from grains_tl.controls import random_token_differences
@@ -34,6 +35,7 @@ def effect_of_selections(
     image_masker: ImageMasker = "mean_patch",
     objective: Objective = "sum",
     max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
 ) -> tuple[Float[Tensor, "selection record"], Float[Tensor, "selection record"]]:
     """Steering by the mean-reduced vector of each selection, on other records.
 
@@ -45,6 +47,7 @@ def effect_of_selections(
         n_draws: random choices of as many tokens as in the first selection, appended to the results.
         seed: of these draws.
         masker, image_masker, objective, max_tokens: as in ``build_vectors``.
+        progress: show bars.
 
     Returns:
         ``(effect, kl)``, each ``[selection + draw, record]`` in nats: half the change of the margin between +alpha and
@@ -52,7 +55,7 @@ def effect_of_selections(
     """
     shared = {"layers": [layer], "masker": masker, "image_masker": image_masker, "max_tokens": max_tokens}
     differences: list[Differences] = [
-        collect_differences(model, tokenized, own, progress=False, **shared)  # type: ignore[arg-type]
+        collect_differences(model, tokenized, own, progress=progress, **shared)  # type: ignore[arg-type]
         for own in selections
     ]
     if n_draws:
@@ -63,12 +66,13 @@ def effect_of_selections(
             resid_norms=differences[0].resid_norms,
             n_draws=n_draws,
             seed=seed,
+            progress=progress,
             **shared,  # type: ignore[arg-type]
         )
     vectors = [reduce_vectors(d) for d in differences]
-    _, effect = effects(model, evaluated, vectors, alpha, objective=objective, max_tokens=max_tokens)
+    _, effect = effects(model, evaluated, vectors, alpha, objective=objective, max_tokens=max_tokens, progress=progress)
     kl = [
         torch.stack([next_token_kl(model, evaluated, v.hooks(a), max_tokens=max_tokens) for a in (alpha, -alpha)])
-        for v in vectors
+        for v in tqdm(vectors, desc="cost", unit="vector", disable=not progress)
     ]
     return effect, torch.stack(kl).mean(1)
