@@ -77,7 +77,7 @@ def layer_numbers(layers: Any) -> list[int]:
 
 
 def plain(value: Any) -> Any:
-    """For ``json.dumps(default=plain)``: arrays and tensors as lists, all else as text; nothing finished fails to be written.
+    """For ``json.dumps(default=plain)``: arrays and tensors as lists, all else as text; nothing finished is lost over it.
 
     Example:
         >>> import json, numpy as np
