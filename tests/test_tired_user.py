@@ -162,7 +162,7 @@ def test_refused_before_the_records_run(name: str, bridge: Any, monkeypatch: pyt
     """The fingerprint of the weights is one short run; the records themselves never reach the model."""
     ran: list[Any] = []
     for place in (
-        "grains_tl.pipeline.attribute_all",
+        "grains_tl.attributed.attribute_all",
         "grains_tl.sweep.record_effects",
         "grains_tl.generation._continue",
     ):
