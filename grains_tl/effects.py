@@ -22,7 +22,7 @@ from grains_tl.models import require_hook_names
 from grains_tl.objectives import Objective, require_objective
 from grains_tl.scoring import MAX_TOKENS, score_batches
 from grains_tl.tokens import tokenize_pairs
-from grains_tl.types import HookedModel, PreferencePair
+from grains_tl.types import HookedModel, PreferencePair, preference_pairs
 
 #: What is measured on: preference pairs, or questions with several answers.
 Record = PreferencePair | MultipleChoice
@@ -185,7 +185,7 @@ def _prepared(
         asked = tokenize_choices(model, _questions(records))
         ids = [[t.prompt, *t.choices] for t in asked]
         return choice_batches(model, asked, max_tokens=max_tokens), ids, [hash_of([objective, r]) for r in ids]
-    tokenized = tokenize_pairs(model, records)  # refuses what is no record
+    tokenized = tokenize_pairs(model, preference_pairs(records))
     batches = (
         ([(i, side) for i in group for side in (0, 1)], batch)
         for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens)

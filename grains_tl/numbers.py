@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from pathlib import PurePath
 from typing import Any
 
 
@@ -77,11 +78,20 @@ def layer_numbers(layers: Any) -> list[int]:
 
 
 def plain(value: Any) -> Any:
-    """For ``json.dumps(default=plain)``: arrays and tensors as lists, all else as text; nothing finished is lost over it.
+    """For ``json.dumps(default=plain)``: arrays and tensors as lists, sets sorted, paths as text.
+
+    Raises:
+        TypeError: anything else that JSON cannot hold.
 
     Example:
         >>> import json, numpy as np
         >>> json.dumps({"k": np.int64(3)}, default=plain)
         '{"k": 3}'
     """
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{value!r} cannot be written as JSON: it is a {type(value).__name__}")

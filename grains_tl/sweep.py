@@ -20,7 +20,7 @@ from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS, HooksForBatch
 from grains_tl.steering import Operator, Positions
 from grains_tl.summary import summarize
-from grains_tl.types import FwdHooks, HookedModel, PreferencePair, preference_pairs
+from grains_tl.types import FwdHooks, HookedModel, PreferencePair
 from grains_tl.vectors import SteeringVectors
 
 Vectors = SteeringVectors | Mapping[str, SteeringVectors]
@@ -119,7 +119,9 @@ def sweep_records(
         >>> found, costs = sweep_records(model, {"ours": a, "caa": b}, pairs, neutral=10)    # doctest: +SKIP
         >>> effect_at_kl(found, costs, kl=0.05, against="caa")                               # doctest: +SKIP
     """
-    records = preference_pairs(pairs) if isinstance(pairs, PreferencePair) else listed("records", pairs)
+    if isinstance(pairs, PreferencePair):
+        raise ValueError("records are a PreferencePair; a list of PreferencePair is needed: [pair] for one")
+    records = listed("records", pairs)
     if not isinstance(vectors, (SteeringVectors, Mapping)):
         raise ValueError(
             f"vectors are a {type(vectors).__name__}; SteeringVectors (load_vectors(path)) or {{name: SteeringVectors}} "

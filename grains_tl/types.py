@@ -140,7 +140,7 @@ class Attribution:
         return f"{self.method}: f(x) = {self.objective:+.2f} nats, gap {gap}; largest: {top}"
 
 
-def preference_pairs(pairs: Iterable[PreferencePair]) -> list[PreferencePair]:
+def preference_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
     """The records as a list.
 
     Raises:
