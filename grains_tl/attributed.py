@@ -15,6 +15,7 @@ from grains_tl.attribution import attribute_all
 from grains_tl.attribution.methods import REMOVAL
 from grains_tl.files import cannot_write, sealed_line, unsealed
 from grains_tl.models import model_identity
+from grains_tl.numbers import plain
 from grains_tl.processes import ALONE, Processes, files
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair
@@ -72,7 +73,7 @@ def seconds_spent(
 
 def short_hash(value: Any) -> str:
     """Of anything JSON can hold; what it cannot is an error, so that two different things never share a hash."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
 def image_key(pair: TokenizedPair) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from grains_tl.cli_export import add_export, run_export
 from grains_tl.cli_sweep import add_sweep_options
+from grains_tl.numbers import finite
 
 EXAMPLES = """examples:
   grains-tl demo --quick
@@ -59,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     build = commands.add_parser("build", help="steering vectors from preference pairs")
-    build.add_argument("--out", required=True, help="file to write, e.g. vectors.safetensors")
-    build.add_argument("--top-k", type=int, default=2, help="tokens masked on each side (default 2)")
+    build.add_argument("--out", required=True, type=_file, help="file to write, e.g. vectors.safetensors")
+    build.add_argument("--top-k", type=_positive, default=2, help="tokens masked on each side (default 2)")
     build.add_argument("--reduce", default="mean", choices=["mean", "svd", "pca"])
     build.add_argument("--readout", default="prompt_end", choices=["prompt_end", "response_end", "response_mean"])
     build.add_argument("--layers", type=_layers, help="e.g. 12,18 or 10-20; default all")
@@ -74,11 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     steer.add_argument("--vectors", required=True, help="file written by build")
     steer.add_argument("--prompt", required=True, action="append", help="text to continue (repeatable)")
     steer.add_argument("--layer", type=_layers, help="layer or layers to steer; default the middle one stored")
-    steer.add_argument("--alpha", type=float, default=0.3, help="fraction of the residual norm (default 0.3)")
+    steer.add_argument("--alpha", type=_number, default=0.3, help="fraction of the residual norm (default 0.3)")
     steer.add_argument("--operator", default="add_renorm", choices=["add_renorm", "add", "ablate", "clamp"])
     steer.add_argument("--positions", default="all", choices=["all", "prompt", "generated", "last"])
     steer.add_argument("--chat", action="store_true", help="send the prompt through the chat template")
-    steer.add_argument("--max-new-tokens", type=int, default=40)
+    steer.add_argument("--max-new-tokens", type=_positive, default=40)
     _model_options(steer, default=None)
     steer.set_defaults(run=_steer)
 
@@ -114,7 +115,7 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None = "smoll
     parser.add_argument("--kind", default="bridge", choices=["bridge", "hooked"], help="TransformerLens class")
     parser.add_argument("--device", help="default cpu, or what the launcher gives to each of several processes")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--threads", type=_positive, help="torch threads (default: torch's own choice)")
 
 
 def _pair_options(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +127,7 @@ def _pair_options(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=COLUMN",
         help="where prompt, chosen or rejected stand: a column name or a template such as 'prompt=Q: {Question}\\nA:'",
     )
-    parser.add_argument("--limit", type=int, help="use the first N records")
+    parser.add_argument("--limit", type=_positive, help="use the first N records")
 
 
 def _attribution_options(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +139,7 @@ def _attribution_options(parser: argparse.ArgumentParser) -> None:
     from grains_tl.objectives import Objective
 
     parser.add_argument("--method", default="leave_one_out", choices=get_args(Method))
-    parser.add_argument("--n-steps", type=int, default=32, help="gradients or draws per record (default 32)")
+    parser.add_argument("--n-steps", type=_positive, default=32, help="gradients or draws per record (default 32)")
     parser.add_argument("--baseline", choices=BASELINES, help="where a path begins (default neutral; the paper: zero)")
     parser.add_argument("--nodes", choices=get_args(Nodes), help="of integrated gradients (default adaptive)")
     parser.add_argument("--objective", default="sum", choices=get_args(Objective))
@@ -153,14 +154,35 @@ def _layers(text: str) -> list[int]:
             layers += range(int(first), int(last) + 1) if dash else [int(first)]
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 12,18 or 10-20") from None
+    if not layers:
+        raise argparse.ArgumentTypeError(f"{text!r} has no layer in it; write the lower one first, as in 10-20")
     return layers
 
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [finite("number", float(part)) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as -0.2,0.2") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of finite numbers such as -0.2,0.2") from None
+
+
+def _number(text: str) -> float:
+    numbers = _numbers(text)
+    if len(numbers) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: one number is needed")
+    return numbers[0]
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def _file(text: str) -> str:
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file in it")
+    return text
 
 
 def _load(args: argparse.Namespace, name: str | None = None) -> Any:
@@ -172,7 +194,11 @@ def _load(args: argparse.Namespace, name: str | None = None) -> Any:
     if args.threads:
         torch.set_num_threads(args.threads)
     return load_model(
-        args.model or name or "smollm2", kind=args.kind, path=args.path, device=args.device or launched_device()
+        args.model or name or "smollm2",
+        kind=args.kind,
+        path=args.path,
+        device=args.device or launched_device(),
+        dtype=getattr(torch, args.dtype),
     )
 
 
@@ -267,6 +293,7 @@ def _steer(args: argparse.Namespace) -> None:
 
     vectors = load_vectors(args.vectors)
     layers = args.layer or [vectors.layers[len(vectors.layers) // 2]]
+    vectors.hooks(args.alpha, layers)  # refuses them now, not after the model is loaded and has written the base text
     model = _load(args, vectors.info.get("model", {}).get("name"))
     vectors.require_match(model)
     prompts = [[{"role": "user", "content": p}] if args.chat else p for p in args.prompt]

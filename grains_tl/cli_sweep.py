@@ -43,6 +43,8 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
     from grains_tl.shared_sweep import shared_sweep
     from grains_tl.vectors import load_vectors
 
+    if args.out and Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a folder; name a csv file in it")
     if not test and args.report_share > 0:
         pairs, test = split_records(pairs, args.report_share, seed=args.seed)
     stems = [Path(path).stem for path in args.vectors]

@@ -20,6 +20,7 @@ from grains_tl.choices import MultipleChoice
 from grains_tl.effects import SETTING, record_effects
 from grains_tl.evaluate import Setting, shared_passes
 from grains_tl.models import require_hook_names
+from grains_tl.numbers import listed
 from grains_tl.scoring import MAX_TOKENS, prepare_restart, restart_logits
 from grains_tl.tokens import prompt_ids
 from grains_tl.types import HookedModel, Text
@@ -44,6 +45,25 @@ def neutral_texts(n: int | None = None) -> list[str]:
     if n is not None and not 1 <= n <= len(lines):
         raise ValueError(f"{n} neutral texts; there are 1 to {len(lines)}")
     return [json.loads(line)["text"] for line in lines[:n]]
+
+
+def cost_rows(model: HookedModel, texts: Sequence[str] | None = None) -> list[list[int]]:
+    """The texts of ``text_costs`` as token ids, for a caller that has long work to do before it.
+
+    Raises:
+        ValueError: no texts, one of fewer than two tokens, or one longer than the context; the message names it (from 1).
+    """
+    rows = []
+    for number, text in enumerate(neutral_texts() if texts is None else listed("texts", texts), start=1):
+        try:
+            rows.append(prompt_ids(model, text))
+        except ValueError as error:
+            raise ValueError(f"text {number}: {error}") from None
+        if len(rows[-1]) < 2:
+            raise ValueError(f"text {number} has fewer than two tokens, so nothing in it is predicted")
+    if not rows:
+        raise ValueError("no texts; at least one is needed")
+    return rows
 
 
 def text_costs(
@@ -81,14 +101,10 @@ def text_costs(
         >>> costs = text_costs(model, grid({"ours": vectors}, [12], [0.1, 0.2]))       # doctest: +SKIP
         >>> costs.groupby("alpha")["kl"].mean()                                        # doctest: +SKIP
     """
-    given = neutral_texts() if texts is None else list(texts)
+    rows = cost_rows(model, texts)
     for setting in settings:
         if not callable(setting.hooks):
             require_hook_names(model, setting.hooks)
-    rows = [prompt_ids(model, text) for text in given]
-    short = [i for i, row in enumerate(rows, start=1) if len(row) < 2]
-    if short or not rows:
-        raise ValueError(f"text {short[0]} has fewer than two tokens" if short else "no texts; at least one is needed")
     store = open_checkpoint(checkpoint, model)
     names = [hash_of(row) for row in rows]
     keys = [[hash_of(["cost", s.key or str(k), name]) for name in names] for k, s in enumerate(settings)]

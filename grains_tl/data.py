@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from grains_tl.numbers import whole
 from grains_tl.types import PreferencePair
 
 FIELDS = ("prompt", "chosen", "rejected")
@@ -29,7 +30,7 @@ def load_pairs(
 
     Args:
         source: a ``.jsonl`` / ``.json`` / ``.csv`` path, an iterable of mappings or ``PreferencePair``, or a
-            ``datasets.Dataset``.
+            ``datasets.Dataset`` or ``pandas.DataFrame``.
         columns: where the fields stand if they have other names: a column name, or a template with ``{column}`` in it,
             e.g. ``{"prompt": "Q: {Question}\\nA:", "chosen": " {Best Answer}"}``. A semicolon list such as TruthfulQA's
             is read with ``{Incorrect Answers[0]}``: the first of its items.
@@ -52,6 +53,9 @@ def load_pairs(
         >>> len(pairs), pairs[0].chosen
         (1, ' 4')
     """
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ValueError(f"columns={columns!r}; a mapping such as {{'prompt': '<your column>'}} is needed")
+    limit = None if limit is None else whole("limit", limit, 1)
     unknown = set(columns or {}) - set(FIELDS)
     if unknown:
         raise ValueError(f"columns maps {sorted(unknown)}, but a record has only {FIELDS}")
@@ -111,6 +115,10 @@ def read_rows(source: Any) -> Iterator[tuple[int, Any]]:
         return
     if isinstance(source, Mapping):
         raise ValueError("one mapping was given; wrap the record in a list: load_pairs([record])")
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas table: iterating it gives its header
+        source = source.to_dict("records")
+    if not hasattr(source, "__iter__"):
+        raise ValueError(f"records are a {type(source).__name__}; a list of mappings, a path or a table is needed")
     yield from enumerate(source, start=1)
 
 

@@ -22,7 +22,7 @@ from grains_tl.models import require_hook_names
 from grains_tl.objectives import Objective, require_objective
 from grains_tl.scoring import MAX_TOKENS, score_batches
 from grains_tl.tokens import tokenize_pairs
-from grains_tl.types import HookedModel, PreferencePair
+from grains_tl.types import HookedModel, PreferencePair, preference_pairs
 
 #: What is measured on: preference pairs, or questions with several answers.
 Record = PreferencePair | MultipleChoice
@@ -176,17 +176,16 @@ def _prepared(
 ) -> tuple[Iterator[tuple[list[tuple[int, int]], Batch]], list[list[tuple[int, ...]]], list[str]]:
     """Batches with the (record, response) of each slot; the ids of prompt and responses of every record; a name of each
     record for the checkpoint: whatever its results depend on."""
-    pairs = [r for r in records if isinstance(r, PreferencePair)]
     questions = [r for r in records if isinstance(r, MultipleChoice)]
-    if pairs and questions:
+    if questions and any(isinstance(r, PreferencePair) for r in records):
         raise ValueError("preference pairs and questions in one list; measure them apart")
     if questions:
         if objective == "single":
             raise ValueError("objective='single' is for preference pairs; use 'sum' or 'mean' for questions")
-        asked = tokenize_choices(model, questions)
+        asked = tokenize_choices(model, _questions(records))
         ids = [[t.prompt, *t.choices] for t in asked]
         return choice_batches(model, asked, max_tokens=max_tokens), ids, [hash_of([objective, r]) for r in ids]
-    tokenized = tokenize_pairs(model, pairs)
+    tokenized = tokenize_pairs(model, preference_pairs(records))
     batches = (
         ([(i, side) for i in group for side in (0, 1)], batch)
         for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens)
@@ -194,6 +193,16 @@ def _prepared(
     ids = [[t.prompt, t.chosen, t.rejected] for t in tokenized]
     images = [[] if t.images is None else [t.images.digest] for t in tokenized]
     return batches, ids, [hash_of([objective, r, *image]) for r, image in zip(ids, images, strict=True)]
+
+
+def _questions(records: list[Record]) -> list[MultipleChoice]:
+    """The records, none lost: one of another kind would shift the results of all after it."""
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, MultipleChoice):
+            raise ValueError(
+                f"record {number} is a {type(record).__name__} among questions; a MultipleChoice is needed"
+            )
+    return [r for r in records if isinstance(r, MultipleChoice)]
 
 
 def _per_record(slots: list[tuple[int, int]], values: list[float]) -> dict[int, list[float]]:

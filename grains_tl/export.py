@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl.models import device_of, forward_logits, is_bridge
+from grains_tl.numbers import plain
 from grains_tl.steering import Operator
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors import SteeringVectors
@@ -106,7 +107,7 @@ def export_gguf(
         writer = GGUFWriter(temporary, "controlvector")
         writer.add_string("controlvector.model_hint", model_hint)
         writer.add_uint32("controlvector.layer_count", len(rows))
-        writer.add_string("grains_tl.manifest", json.dumps({**vectors.info, "alpha": alpha}))
+        writer.add_string("grains_tl.manifest", json.dumps({**vectors.info, "alpha": alpha}, default=plain))
         for layer, row in rows.items():
             writer.add_tensor(f"direction.{layer}", row.float().cpu().numpy())
         writer.write_header_to_file()

@@ -11,6 +11,7 @@ import torch
 from grains_tl.batches import image_inputs, pad_rows
 from grains_tl.images import ImageInputs
 from grains_tl.models import hooked, is_bridge, resid_post
+from grains_tl.numbers import finite, listed, whole
 from grains_tl.readiness import finite_hook, require_eval
 from grains_tl.tokens import TokenRules, prompt_inputs, token_rules
 from grains_tl.types import FwdHooks, HookedModel, Text
@@ -53,8 +54,11 @@ def generate(
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one string; give a list: generate(model, [prompt])")
+    prompts = listed("prompts", prompts)
     if not prompts:
         raise ValueError("no prompts; give at least one")
+    max_new_tokens, batch_size = whole("max_new_tokens", max_new_tokens), whole("batch_size", batch_size)
+    temperature, seed = finite("temperature", temperature), whole("seed", seed)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}; at least 1 is needed")
     if batch_size < 1:

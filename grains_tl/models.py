@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from grains_tl.numbers import layer_numbers
 from grains_tl.readiness import require_eval
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -239,6 +240,7 @@ def require_layers(model: HookedModel, layers: Sequence[int]) -> list[int]:
         ValueError: a layer is not in ``0 .. n_layers - 1``, or none is given.
     """
     n_layers = int(model.cfg.n_layers)
+    layers = layer_numbers(layers)
     bad = [layer for layer in layers if not 0 <= layer < n_layers]
     if bad:
         raise ValueError(f"layers {bad} do not exist; the model has layers 0 to {n_layers - 1}")

@@ -17,6 +17,7 @@ from grains_tl.caching import Readout, check_readout
 from grains_tl.groups import GroupBy, group, groups_of, select_groups
 from grains_tl.masking import Masker, Selection, check_budget, replacement_embedding, select_tokens
 from grains_tl.models import model_identity, require_layers
+from grains_tl.numbers import whole
 from grains_tl.objectives import Objective
 from grains_tl.processes import ALONE, Processes, shared_differences
 from grains_tl.replacements import ImageMasker, check_image_masker
@@ -96,14 +97,16 @@ def build_vectors(
         >>> vectors = build_vectors(model, pairs, top_k=4, layers=[12, 18])           # doctest: +SKIP
         >>> logits = model.run_with_hooks(ids, fwd_hooks=vectors.hooks(0.2, [12]))    # doctest: +SKIP
     """
-    records = list(pairs)
-    tokenized = tokenize_pairs(model, records)
+    top_k, n_steps = whole("top_k", top_k), whole("n_steps", n_steps)
+    top_k_image = None if top_k_image is None else whole("top_k_image", top_k_image)
+    max_tokens = whole("max_tokens", max_tokens, 1)
+    tokenized = tokenize_pairs(model, pairs)
     layers = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
     extra = dict(method_options or {})
     _check_extra(extra)
     own = {key: value for key, value in extra.items() if key != "seed"}
     check_attribution_options(method, n_steps, baseline, objective, model=model, **own)
-    check_reduction(reduce, side, len(records))
+    check_reduction(reduce, side, len(tokenized))
     check_readout(readout)
     check_top_k(tokenized, top_k, top_k_image, group_by)
     if spare_end and group_by is not None:

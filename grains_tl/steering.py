@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grains_tl.models import resid_post
+from grains_tl.numbers import finite, whole
 from grains_tl.types import FwdHooks
 
 #: ``"add_renorm"`` is the paper's h' = (h + s) |h| / |h + s|; ``"add"`` leaves out the second factor; ``"ablate"`` takes the
@@ -57,14 +57,13 @@ def steer_hook(
         >>> hooks[0][0], hooks[0][1](torch.zeros(1, 1, 2), hook=None)
         ('blocks.0.hook_resid_post', tensor([[[3., 4.]]]))
     """
+    layer, amount = whole("layer", layer), finite("amount", amount)
     if layer < 0:
         raise ValueError(f"layer={layer}; layers count from 0")
     if operator not in get_args(Operator):
         raise ValueError(f"operator={operator!r}; it is one of {get_args(Operator)}")
     if isinstance(positions, str) and positions not in get_args(Positions):
         raise ValueError(f"positions={positions!r}; it is one of {get_args(Positions)} or a [batch, pos] mask")
-    if not math.isfinite(amount):
-        raise ValueError(f"amount={amount}; a finite number is needed")
     size = direction.float().norm()
     if not torch.isfinite(size) or size == 0:
         raise ValueError(f"the direction at layer {layer} has norm {size:.3g}; a finite, non-zero vector is needed")

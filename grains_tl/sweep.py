@@ -11,15 +11,16 @@ import pandas as pd
 
 from grains_tl.batches import Batch
 from grains_tl.checkpoint import hash_of, open_checkpoint
-from grains_tl.costs import neutral_texts, text_costs
+from grains_tl.costs import cost_rows, neutral_texts, text_costs
 from grains_tl.effects import Record, record_effects
 from grains_tl.evaluate import Setting
 from grains_tl.models import require_layers
+from grains_tl.numbers import finite, layer_numbers, listed
 from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS, HooksForBatch
 from grains_tl.steering import Operator, Positions
 from grains_tl.summary import summarize
-from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.types import FwdHooks, HookedModel, PreferencePair
 from grains_tl.vectors import SteeringVectors
 
 Vectors = SteeringVectors | Mapping[str, SteeringVectors]
@@ -118,13 +119,22 @@ def sweep_records(
         >>> found, costs = sweep_records(model, {"ours": a, "caa": b}, pairs, neutral=10)    # doctest: +SKIP
         >>> effect_at_kl(found, costs, kl=0.05, against="caa")                               # doctest: +SKIP
     """
-    records = list(pairs)
+    if isinstance(pairs, PreferencePair):
+        raise ValueError("records are a PreferencePair; a list of PreferencePair is needed: [pair] for one")
+    records = listed("records", pairs)
+    if not isinstance(vectors, (SteeringVectors, Mapping)):
+        raise ValueError(
+            f"vectors are a {type(vectors).__name__}; SteeringVectors (load_vectors(path)) or {{name: SteeringVectors}} "
+            "are needed"
+        )
     named = {str(vectors.info.get("method", "vector")): vectors} if isinstance(vectors, SteeringVectors) else vectors
     for one in named.values():
         one.require_match(model)
     settings = grid(named, layers, alphas, operator=operator, positions=positions)
     require_layers(model, [s.layer for s in settings])
     texts = neutral_texts(neutral) if isinstance(neutral, int) else neutral
+    if texts is not None:
+        cost_rows(model, texts)  # refused now, not after the records have run
     with counted_token_layers(model) as count:
         store = open_checkpoint(checkpoint, model)
         found = record_effects(
@@ -174,6 +184,8 @@ def grid(
         >>> [(s.layer, s.alpha) for s in grid({"v": v}, alphas=[0.1, 0.2])]
         [(4, 0.1), (4, 0.2), (5, 0.1), (5, 0.2)]
     """
+    steps = list(dict.fromkeys(finite("alpha", alpha) for alpha in listed("alphas", alphas)))
+    wanted = None if layers is None else layer_numbers(layers)
     scopes = [positions] if isinstance(positions, str) else list(positions)
     members = [(name, -1, one) for name, one in vectors.items()]
     members += [(name, i, one) for name, several in (draws or {}).items() for i, one in enumerate(several)]
@@ -190,8 +202,8 @@ def grid(
         )
         for name, draw, one in members
         for scope in scopes
-        for layer in sorted(set(one.layers if layers is None else layers))
-        for alpha in dict.fromkeys(alphas)
+        for layer in sorted(set(one.layers if wanted is None else wanted))
+        for alpha in steps
     ]
     if not settings:
         raise ValueError("nothing to measure; give vectors, layers, scopes and alphas, for example alphas=[-0.2, 0.2]")

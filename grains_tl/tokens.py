@@ -13,7 +13,16 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from grains_tl.images import ImageInputs, as_parts, load_images, process_images, template_owner, with_placeholders
-from grains_tl.types import HookedModel, Message, PreferencePair, Text, message_texts, plain_text
+from grains_tl.types import (
+    HookedModel,
+    Message,
+    PreferencePair,
+    Text,
+    message_texts,
+    plain_text,
+    preference_pairs,
+    require_text,
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[
         >>> toks[0].chosen, toks[0].moved_border                              # doctest: +SKIP
     """
     rules = token_rules(model)
-    records = list(pairs)
+    records = preference_pairs(pairs)
     if not records:
         raise ValueError("no records; at least one preference pair is needed")
     tokenized = []
@@ -192,6 +201,7 @@ def prompt_inputs(model: HookedModel, prompt: Text, image: Any = None) -> tuple[
         ValueError: an empty prompt, one longer than the context, or images the model cannot take.
     """
     rules = token_rules(model)
+    require_text("a prompt", prompt)
     if not plain_text(prompt).strip():
         raise ValueError(f"the prompt is empty ({plain_text(prompt)!r}); some text is needed")
     pictures = () if image is None else load_images(image)

@@ -6,9 +6,10 @@ width), ``layer`` (counted from 0), ``record`` (preference records), ``vocab``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -69,9 +70,7 @@ class PreferencePair:
     def __post_init__(self) -> None:
         for name in ("prompt", "chosen", "rejected"):
             value = getattr(self, name)
-            if not isinstance(value, (str, list, tuple)):
-                raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; text or a list of messages is needed")
-            _require_messages(name, value)
+            require_text(name, value)
             if plain_text(value).strip() == "":
                 raise ValueError(f"{name} is empty ({value!r}); a preference record needs some text in it")
         if self.chosen == self.rejected:
@@ -141,8 +140,29 @@ class Attribution:
         return f"{self.method}: f(x) = {self.objective:+.2f} nats, gap {gap}; largest: {top}"
 
 
-def _require_messages(name: str, value: Any) -> None:
-    """Refuse lists that are no conversation."""
+def preference_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
+    """The records as a list.
+
+    Raises:
+        ValueError: something else than records, such as one record alone, a path or rows that were not read.
+    """
+    if isinstance(pairs, (PreferencePair, str, PathLike, Mapping)) or not hasattr(pairs, "__iter__"):
+        raise ValueError(
+            f"records are a {type(pairs).__name__}; a list of PreferencePair is needed: load_pairs(...), or [pair] for one"
+        )
+    records = list(pairs)
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, PreferencePair):
+            raise ValueError(
+                f"record {number} is a {type(record).__name__}; a PreferencePair is needed: load_pairs reads mappings"
+            )
+    return records
+
+
+def require_text(name: str, value: Any) -> None:
+    """Refuse what is neither text nor a conversation (ValueError)."""
+    if not isinstance(value, (str, list, tuple)):
+        raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; text or a list of messages is needed")
     wanted = 'a list of messages {"role": ..., "content": text or a list of parts} is needed'
     for message in () if isinstance(value, str) else value:
         content = message.get("content", "") if isinstance(message, Mapping) else None

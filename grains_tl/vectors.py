@@ -18,6 +18,7 @@ from torch import Tensor
 from grains_tl.caching import Differences
 from grains_tl.files import write_atomically
 from grains_tl.models import model_identity, same_fingerprint
+from grains_tl.numbers import finite, layer_numbers, plain
 from grains_tl.steering import Operator, Positions, steer_hook
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -93,6 +94,7 @@ class SteeringVectors:
         Raises:
             ValueError: a zero or non-finite row, named by its layer.
         """
+        layers = layer_numbers(layers)
         size = raw.float().norm(dim=-1)
         bad = [layer for layer, s in zip(layers, size.tolist(), strict=True) if not (math.isfinite(s) and s > 0)]
         if bad:
@@ -130,12 +132,14 @@ class SteeringVectors:
         """
         if scale not in ("residual", "raw"):
             raise ValueError(f"scale={scale!r}; it is 'residual' or 'raw'")
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha={alpha}; a finite number is needed")
+        alpha = finite("alpha", alpha)
         if layers is None and len(self.layers) > 1:
             raise ValueError(f"name the layers to steer: layers=[...]; stored are {list(self.layers)}")
         hooks: FwdHooks = []
-        for layer in self.layers if layers is None else layers:
+        chosen = self.layers if layers is None else layer_numbers(layers)
+        if not chosen:
+            raise ValueError(f"no layers given, so nothing would be steered; stored are {list(self.layers)}")
+        for layer in chosen:
             row = self._row(layer)
             unit = self.resid_norms[row] if scale == "residual" else self.magnitudes[row]
             amount = alpha if operator == "ablate" else alpha * float(unit)
@@ -146,6 +150,7 @@ class SteeringVectors:
 
     def at(self, layers: Sequence[int]) -> SteeringVectors:
         """The same for some of the stored layers."""
+        layers = layer_numbers(layers)
         rows = [self._row(layer) for layer in layers]
         return replace(
             self,
@@ -217,7 +222,7 @@ class SteeringVectors:
             "resid_norms": self.resid_norms.contiguous(),
         }
         about = {**self.info, "layers": list(self.layers), "hook_point": "blocks.{layer}.hook_resid_post"}
-        manifest = json.dumps(about)
+        manifest = json.dumps(about, default=plain)
         header = {"format": FORMAT, "version": str(FORMAT_VERSION), "manifest": manifest}
         header["sha256"] = _digest(manifest, tensors)
         return write_atomically(path, save(tensors, metadata=header))

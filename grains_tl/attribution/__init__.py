@@ -29,6 +29,7 @@ from grains_tl.attribution.paths import Scores, path_nodes
 from grains_tl.batches import by_token_budget
 from grains_tl.groups import GroupBy, groups_of
 from grains_tl.masking import Masker
+from grains_tl.numbers import whole
 from grains_tl.objectives import Objective, token_weights
 from grains_tl.replacements import ImageMasker, check_image_masker
 from grains_tl.scoring import MAX_TOKENS
@@ -185,12 +186,14 @@ def attribute_all(
     Example:
         >>> found = attribute_all(model, tokenize_pairs(model, pairs), method="leave_one_out")     # doctest: +SKIP
     """
+    n_steps, k, seed = whole("n_steps", n_steps), whole("k", k), whole("seed", seed)
     check_attribution_options(
         method, n_steps, baseline, objective, nodes=nodes, layer=layer, k=k, noise=noise, model=model
     )
     if group_by is not None and method not in REMOVAL:
         raise ValueError(f"group_by is for {REMOVAL}; group the scores of {method} afterwards with gr.group")
     check_image_masker(image_masker)
+    max_tokens = whole("max_tokens", max_tokens, 1)
     _require_weights(tokenized, objective)
     start = default_baseline(model, method) if baseline is None else baseline
     rule = default_nodes(method, n_steps) if nodes is None else nodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -102,8 +103,8 @@ def check_attribution_options(
         raise ValueError(
             "nodes='adaptive' is for integrated_gradients; sequential_ig takes 'gauss_legendre' or 'riemann'"
         )
-    if k < 1 or noise < 0:
-        raise ValueError(f"k={k}, noise={noise}; k is at least 1 and noise is not negative")
+    if k < 1 or not 0 <= noise < math.inf:
+        raise ValueError(f"k={k}, noise={noise}; k is at least 1, noise is finite and not negative")
     if layer is not None:
         if method in REMOVAL or method == "discretized_ig":
             raise ValueError(f"layer={layer}: {method} works on tokens; leave layer out, or take a gradient method")
