@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -213,6 +214,8 @@ def _warn_of_repeats(pairs: list[PreferencePair], source: Any) -> None:
 def _pair(row: Any, columns: Mapping[str, str], number: int) -> PreferencePair:
     if not isinstance(row, Mapping):
         raise ValueError(f"row {number} is a {type(row).__name__}; a mapping with {FIELDS} is needed")
+    if "prompt" not in columns and "prompt" not in row:
+        row = _with_prompt(row)
     values = {name: _field(row, name, columns.get(name, name), number) for name in FIELDS}
     used = set(columns.values()) | set(FIELDS)
     meta = {str(key): value for key, value in row.items() if key not in used and key != "image"}
@@ -220,6 +223,15 @@ def _pair(row: Any, columns: Mapping[str, str], number: int) -> PreferencePair:
         return PreferencePair(**values, image=row.get("image"), meta=meta)
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from None
+
+
+def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """TRL's implicit prompts: where both responses are whole conversations, the messages they begin with in common."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        return row
+    n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    return {**row, "prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]} if n else row
 
 
 def _field(row: Mapping[str, Any], name: str, column: str, number: int) -> Any:

@@ -115,6 +115,15 @@ def record_effects(
                 store.append([(key, values[i], {**about, "record": i}) for key, i in new.items()])
                 bar.update(len(group) if row else 0)
     # [record][1 + setting, response]; row 0 is the unsteered model
+    broken = [
+        s for s, row in zip(settings, keys[1:], strict=True) if not all(np.isfinite(store.rows[k]).all() for k in row)
+    ]
+    if broken:
+        warn(
+            f"{len(broken)} of {len(settings)} settings give NaN or infinite log-likelihoods (the first: layer "
+            f"{broken[0].layer}, alpha {broken[0].alpha:g}); the step is too large for this model",
+            stacklevel=2,
+        )
     found = [np.array([store.rows[of_records[i]] for of_records in keys]) for i in range(len(given))]
     frame = pd.concat(
         [

@@ -10,7 +10,7 @@ import torch
 
 from grains_tl.batches import image_inputs, pad_rows
 from grains_tl.images import ImageInputs
-from grains_tl.models import hooked, is_bridge, resid_post
+from grains_tl.models import hooked, is_bridge, listed_hooks, resid_post
 from grains_tl.numbers import finite, listed, whole
 from grains_tl.readiness import finite_hook, require_eval
 from grains_tl.tokens import TokenRules, prompt_inputs, token_rules
@@ -96,8 +96,8 @@ def _continue(
     ids, mask, offset = pad_rows(model, [row for row, _ in rows], padding_side="left", at_least=2)
     pictures = image_inputs(model, [images for _, images in rows], ids, offset)
     prompt_len = ids.shape[1]
-    hooks = fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks
-    hooks = [*(hooks or []), *finite_hook(resid_post(int(model.cfg.n_layers) - 1))]
+    hooks = listed_hooks(fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks)
+    hooks = [*hooks, *finite_hook(resid_post(int(model.cfg.n_layers) - 1))]
     rules = token_rules(model)
     sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
     with torch.no_grad(), torch.random.fork_rng(), hooked(model, hooks):

@@ -249,6 +249,22 @@ def require_layers(model: HookedModel, layers: Sequence[int]) -> list[int]:
     return sorted(set(layers))
 
 
+def listed_hooks(fwd_hooks: Any) -> FwdHooks:
+    """Hooks as a list of ``(name, fn)``.
+
+    Raises:
+        ValueError: something else, such as the vectors themselves.
+    """
+    if fwd_hooks is None:
+        return []
+    if hasattr(fwd_hooks, "hooks"):
+        raise ValueError(f"a {type(fwd_hooks).__name__} is no list of hooks; give vectors.hooks(alpha, layers=[...])")
+    pairs = list(fwd_hooks) if isinstance(fwd_hooks, (list, tuple)) else None
+    if pairs is None or not all(isinstance(p, (list, tuple)) and len(p) == 2 and callable(p[1]) for p in pairs):
+        raise ValueError(f"hooks are a list of (name, fn) pairs, fn(act, hook); got {type(fwd_hooks).__name__}")
+    return pairs
+
+
 def require_hook_names(model: HookedModel, fwd_hooks: FwdHooks) -> None:
     """Refuse hook names the model does not have (a TransformerLens 3 bridge would run silently without them).
 
@@ -272,14 +288,15 @@ def hooked(model: HookedModel, fwd_hooks: FwdHooks) -> Iterator[None]:
 
     Raises:
         KeyError: a hook name that the model does not have.
-        ValueError: the model is in train mode with dropout.
+        ValueError: no list of hooks, or the model is in train mode with dropout.
     """
     require_eval(model)
+    fwd_hooks = listed_hooks(fwd_hooks)
     require_hook_names(model, fwd_hooks)
     if not fwd_hooks:
         yield
         return
-    with model.hooks(fwd_hooks=list(fwd_hooks)):
+    with model.hooks(fwd_hooks=fwd_hooks):
         yield
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grains_tl.batches import Batch, by_token_budget, scoring_batch
-from grains_tl.models import hooked, is_bridge, require_layers, resid_post
+from grains_tl.models import hooked, is_bridge, listed_hooks, require_layers, resid_post
 from grains_tl.objectives import Objective, token_logprobs
 from grains_tl.packing import BlockInputs, Packing, pack_batch
 from grains_tl.tokens import TokenizedPair
@@ -35,7 +35,7 @@ EXACT = 1e-3
 
 def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
     """The hooks of a batch: as given, or as the given function makes them."""
-    return list(hooks(batch)) if callable(hooks) else list(hooks or [])
+    return listed_hooks(hooks(batch) if callable(hooks) else hooks)
 
 
 def batch_logprobs(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None) -> Float[Tensor, "record 2"]:

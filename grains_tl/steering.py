@@ -64,6 +64,13 @@ def steer_hook(
         raise ValueError(f"operator={operator!r}; it is one of {get_args(Operator)}")
     if isinstance(positions, str) and positions not in get_args(Positions):
         raise ValueError(f"positions={positions!r}; it is one of {get_args(Positions)} or a [batch, pos] mask")
+    if not isinstance(positions, (str, torch.Tensor)) or (
+        isinstance(positions, torch.Tensor) and (positions.ndim != 2 or positions.dtype != torch.bool)
+    ):
+        raise ValueError(
+            f"positions={positions!r}; it is one of {get_args(Positions)} or a boolean [batch, pos] tensor, True where to "
+            "steer (not a list of places)"
+        )
     size = direction.float().norm()
     if not torch.isfinite(size) or size == 0:
         raise ValueError(f"the direction at layer {layer} has norm {size:.3g}; a finite, non-zero vector is needed")

@@ -92,9 +92,15 @@ class SteeringVectors:
         """Split vectors of any length into unit directions and magnitudes.
 
         Raises:
-            ValueError: a zero or non-finite row, named by its layer.
+            ValueError: a zero or non-finite row, named by its layer; arrays that do not fit each other.
         """
         layers = layer_numbers(layers)
+        raw, resid_norms = torch.as_tensor(raw), torch.as_tensor(resid_norms)
+        if raw.ndim != 2 or not len(layers) or raw.shape[0] != len(layers) or resid_norms.shape != raw.shape[:1]:
+            raise ValueError(
+                f"vectors {list(raw.shape)} and norms {list(resid_norms.shape)} for layers {layers}; a [layer, d_model] "
+                "array, one norm and one number per layer are needed"
+            )
         size = raw.float().norm(dim=-1)
         bad = [layer for layer, s in zip(layers, size.tolist(), strict=True) if not (math.isfinite(s) and s > 0)]
         if bad:
@@ -149,8 +155,10 @@ class SteeringVectors:
         return hooks
 
     def at(self, layers: Sequence[int]) -> SteeringVectors:
-        """The same for some of the stored layers."""
+        """The same for some of the stored layers (ValueError: a layer that is not stored, or none)."""
         layers = layer_numbers(layers)
+        if not layers:
+            raise ValueError(f"layers=[]; name some of the stored ones, {list(self.layers)}")
         rows = [self._row(layer) for layer in layers]
         return replace(
             self,
@@ -196,6 +204,8 @@ class SteeringVectors:
         return (self.directions * other.directions).sum(-1)
 
     def _require_same_space(self, other: SteeringVectors) -> None:
+        if not isinstance(other, SteeringVectors):
+            raise ValueError(f"{other!r} is no SteeringVectors; vectors are added to vectors and multiplied by numbers")
         if self.layers != other.layers or self.directions.shape != other.directions.shape:
             raise ValueError(
                 f"vectors of different spaces: layers {list(self.layers)} x d_model {self.directions.shape[1]} and "

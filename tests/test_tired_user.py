@@ -244,3 +244,61 @@ def test_the_shell_refuses_before_the_model_is_loaded(
     except SystemExit as left:  # refused by the reader of the command line
         status = int(left.code or 0)
     assert status == 2 and words in capsys.readouterr().err
+
+
+# -- hooks, scopes and vectors that are not what they should be --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        lambda v: v,
+        lambda v: v.hooks(0.2, [0])[0],
+        lambda v: dict(v.hooks(0.2, [0])),
+        lambda v: [name for name, _ in v.hooks(0.2, [0])],
+    ],
+    ids=["vectors", "one hook", "mapping", "names"],
+)
+def test_hooks_that_are_none(bridge: Any, hooks: Any) -> None:
+    wrong = hooks(build(bridge, layers=[0]))
+    with pytest.raises(ValueError, match=r"hooks"):
+        gr.generate(bridge, ["this film was"], wrong, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"hooks"):
+        gr.score_pairs(bridge, gr.tokenize_pairs(bridge, gr.load_pairs(ROWS)), wrong)
+
+
+@pytest.mark.parametrize("positions", [[0, 1], 3, torch.tensor([True, False]), torch.ones(1, 4, dtype=torch.long)])
+def test_scopes_that_are_none(bridge: Any, positions: Any) -> None:
+    with pytest.raises(ValueError, match="positions="):
+        build(bridge, layers=[0]).hooks(0.2, positions=positions)
+
+
+def test_vectors_that_do_not_fit_together(bridge: Any) -> None:
+    vectors = build(bridge, layers=[0, 1])
+    for wrong in (
+        lambda: vectors + 1.0,
+        lambda: vectors.at([]),
+        lambda: gr.SteeringVectors.from_raw(torch.ones(4), [0], torch.ones(1)),
+        lambda: gr.SteeringVectors.from_raw(torch.ones(2, 4), [0], torch.ones(1)),
+        lambda: gr.SteeringVectors.from_raw(torch.ones(1, 4), [0], torch.ones(2)),
+    ):
+        with pytest.raises(ValueError, match=r"vectors|layers="):
+            wrong()
+    ours = gr.SteeringVectors.from_raw(np.ones((1, 4)), [0], np.ones(1))
+    assert torch.equal(ours.raw, torch.ones(1, 4))
+
+
+def test_a_step_that_breaks_the_model_is_said(bridge: Any) -> None:
+    vectors = build(bridge, layers=[0])
+    with pytest.warns(UserWarning, match="1 of 2 settings give NaN"):
+        gr.sweep(bridge, vectors, gr.load_pairs(ROWS), alphas=[0.2, 1e38], operator="add", progress=False)
+
+
+def test_prompts_that_conversations_imply() -> None:
+    """TRL's implicit prompts: chosen and rejected are whole conversations with the same beginning."""
+    asked = [{"role": "user", "content": "was the film good ?"}]
+    yes, no = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
+    (pair,) = gr.load_pairs([{"chosen": [*asked, *yes], "rejected": [*asked, *no]}])
+    assert pair == gr.PreferencePair(prompt=asked, chosen=yes, rejected=no)
+    with pytest.raises(KeyError, match="prompt"):
+        gr.load_pairs([{"chosen": yes, "rejected": no}])
