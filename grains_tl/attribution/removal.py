@@ -105,13 +105,8 @@ def _values_in_shared_rows(
     for part, batch, hidden in shared_batches(model, tokenized, rows, objective, max_tokens=max_tokens):
         try:
             values = _margins(model, batch, mask_hook(model, hidden, replacement=stand_ins.text))
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            IndexError,
-        ):  # an architecture that takes no such mask or positions
-            return None
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return None  # an architecture that takes no such mask or positions
         for i, value in zip(part, values.tolist(), strict=True):
             if i >= len(removals) and not abs(value - float(out[i])) < EXACT:
                 return None
