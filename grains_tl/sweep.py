@@ -115,6 +115,9 @@ def sweep_records(
     Returns:
         Two tables: one row per record and setting (nats), and one per text and setting (nats per token).
 
+    Raises:
+        ValueError: as ``sweep``: no records or one alone, no vectors, vectors of another model, layers the model lacks.
+
     Example:
         >>> found, costs = sweep_records(model, {"ours": a, "caa": b}, pairs, neutral=10)    # doctest: +SKIP
         >>> effect_at_kl(found, costs, kl=0.05, against="caa")                               # doctest: +SKIP

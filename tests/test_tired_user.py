@@ -276,7 +276,7 @@ def test_scopes_that_are_none(bridge: Any, positions: Any) -> None:
 def test_vectors_that_do_not_fit_together(bridge: Any) -> None:
     vectors = build(bridge, layers=[0, 1])
     for wrong in (
-        lambda: vectors + 1.0,
+        lambda: vectors + 1.0,  # type: ignore[operator]
         lambda: vectors.at([]),
         lambda: gr.SteeringVectors.from_raw(torch.ones(4), [0], torch.ones(1)),
         lambda: gr.SteeringVectors.from_raw(torch.ones(2, 4), [0], torch.ones(1)),
