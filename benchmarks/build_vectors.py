@@ -7,7 +7,7 @@ first: a record at a time, chosen and rejected apart, full logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,12 +83,24 @@ def run(model: Any, *, records: int, steps: int, top_k: int = 3, repeats: int = 
         counted.append(counts)
         return found
 
+    def ours() -> gr.SteeringVectors:
+        return gr.build_vectors(model, pairs, method="integrated_gradients", **options)
+
+    def theirs_whole() -> Tensor:
+        return plain_loop(model.original_model, tokenized, steps, top_k, eos)
+
+    def autocast(job: Callable[[], Any]) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return job()
+
     jobs: dict[str, Any] = {
         "grains_tl": ours_counted,
-        "plain loop": lambda: plain_loop(model.original_model, tokenized, steps, top_k, eos),
+        "plain loop": theirs_whole,
+        "grains_tl, autocast": lambda: autocast(ours),
+        "plain loop, autocast": lambda: autocast(theirs_whole),
     }
     seconds, results = timed(jobs, repeats)
-    ours = counted[-1]
+    done = counted[-1]
     with count_operations(model) as theirs:
         plain_loop(model.original_model, tokenized[:1], steps, top_k, eos)
     rate = matrix_rate(model)
@@ -96,19 +108,24 @@ def run(model: Any, *, records: int, steps: int, top_k: int = 3, repeats: int = 
     floor = floating_point_operations(model, least) / rate
     # Hugging Face's last hidden state comes after the final norm: the residual stream ends one layer earlier
     cosine = torch.cosine_similarity(results["grains_tl"].raw[:-1], results["plain loop"][:-1], dim=-1)
+    half = torch.cosine_similarity(results["grains_tl"].raw, results["grains_tl, autocast"].raw, dim=-1)
+    fastest = seconds["grains_tl, autocast"]
     return {
         "records": len(pairs),
         "steps": steps,
         "seconds": seconds,
         "times_faster": seconds["plain loop"] / seconds["grains_tl"],
-        "operations": vars(ours),
+        "operations": vars(done),
         "operations_plain_first_record": vars(theirs),
         "fewest_operations": vars(least),
-        "share_of_fewest": {k: vars(least)[k] / max(vars(ours)[k], 1) for k in vars(least)},
+        "share_of_fewest": {k: vars(least)[k] / max(vars(done)[k], 1) for k in vars(least)},
         "matrix_gflops": rate / 1e9,
         "floor_seconds": floor,
         "share_of_floor": floor / seconds["grains_tl"],
         "smallest_cosine": cosine.min().item(),
+        "times_faster_autocast": seconds["plain loop"] / fastest,
+        "times_faster_both_autocast": seconds["plain loop, autocast"] / fastest,
+        "smallest_cosine_autocast": half.min().item(),
     }
 
 
@@ -120,6 +137,10 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("the same, plain Hugging Face + captum loop", f"{s['plain loop']:.2f} s"),
         ("times faster", f"{figures['times_faster']:.2f}"),
         ("smallest cosine of the vectors over layers", f"{figures['smallest_cosine']:.6f}"),
+        ("build under bfloat16 autocast", f"{s['grains_tl, autocast']:.2f} s"),
+        ("times faster than the float32 loop", f"{figures['times_faster_autocast']:.2f}"),
+        ("times faster than the loop under autocast too", f"{figures['times_faster_both_autocast']:.2f}"),
+        ("smallest cosine with the float32 build over layers", f"{figures['smallest_cosine_autocast']:.4f}"),
         ("fewest forward token-layers / done", f"{share['forward']:.2f}"),
         ("fewest backward token-layers / done", f"{share['backward']:.2f}"),
         ("fewest unembedded positions / done", f"{share['unembedded']:.2f}"),

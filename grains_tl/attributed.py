@@ -16,6 +16,7 @@ from grains_tl.attribution.methods import REMOVAL
 from grains_tl.files import cannot_write, sealed_line, unsealed
 from grains_tl.models import model_identity
 from grains_tl.numbers import plain
+from grains_tl.precision import autocast_dtype
 from grains_tl.processes import ALONE, Processes, files
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair
@@ -82,7 +83,8 @@ def image_key(pair: TokenizedPair) -> list[str]:
 
 
 def _keys(model: HookedModel, options: dict[str, Any], tokenized: Sequence[TokenizedPair]) -> list[str]:
-    identity = model_identity(model)
+    identity, autocast = model_identity(model), autocast_dtype(model)
+    options = options if autocast is None else {**options, "autocast": autocast}
     return [
         short_hash([identity, options, t.prompt, t.chosen, t.rejected, t.content, *image_key(t)]) for t in tokenized
     ]

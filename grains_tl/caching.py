@@ -83,7 +83,7 @@ def cache_hook(
         def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
             if weights.shape != act.shape[:2]:
                 raise ValueError(f"weights {tuple(weights.shape)} do not fit activations {tuple(act.shape)}")
-            store[:, row] = torch.einsum("bp,bpd->bd", weights.to(act), act.detach()).to(store)
+            store[:, row] = (weights.to(act)[..., None] * act.detach()).sum(1).to(store)
 
         return hook_fn
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from grains_tl.files import cannot_write, sealed_line, unsealed, write_atomically
 from grains_tl.models import model_identity, same_fingerprint
+from grains_tl.precision import autocast_dtype
 from grains_tl.types import HookedModel
 
 FORMAT = "grains_tl.results"
@@ -53,7 +54,7 @@ def open_checkpoint(path: str | Path | Checkpoint | None, model: HookedModel) ->
         model: the model the results belong to.
 
     Raises:
-        ValueError: the file is no checkpoint, or one of another model; it is left as it is.
+        ValueError: the file is no checkpoint, or one of another model or precision; it is left as it is.
         OSError: the file cannot be written; before anything runs.
     """
     if path is None or isinstance(path, Checkpoint):
@@ -62,10 +63,17 @@ def open_checkpoint(path: str | Path | Checkpoint | None, model: HookedModel) ->
     text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""  # damaged rows are skipped
     first, _, rest = text.partition("\n")
     header = {"format": FORMAT, "version": FORMAT_VERSION, "model": identity}
+    if autocast := autocast_dtype(model):
+        header["autocast"] = autocast
     if not text or ("\n" not in text and json.dumps(header).startswith(text)):  # new, or killed in its first line
         write_atomically(file, (json.dumps(header) + "\n").encode())
         return Checkpoint(file)
     _require_same_model(file, header := unsealed(first, needs_crc=False) or {}, identity)
+    if header.get("autocast") != autocast:
+        raise ValueError(
+            f"{file} holds results made {_under(header.get('autocast'))}, and this run is {_under(autocast)}; one table has "
+            "one precision: give another path, or run as before"
+        )
     if not text.endswith("\n"):
         with file.open("a", encoding="utf-8") as torn:
             torn.write("\n")
@@ -82,6 +90,10 @@ def hash_of(value: Any) -> str:
         True
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _under(autocast: Any) -> str:
+    return f"under {autocast} autocast" if autocast else "without autocast"
 
 
 def _is_result(row: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from grains_tl.numbers import layer_numbers
+from grains_tl.precision import exact_unembedding, full_precision
 from grains_tl.readiness import require_eval
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -319,7 +320,7 @@ def forward_logits(
         inputs: the images of a vision-language model (``Batch.inputs``).
     """
     _require_images(model, ids, inputs)
-    with hooked(model, fwd_hooks or []):
+    with hooked(model, fwd_hooks or []), exact_unembedding(model):
         if is_bridge(model):
             # use_cache=False: a key-value cache would only cost memory here
             logits = model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False, **(inputs or {}))
@@ -327,7 +328,8 @@ def forward_logits(
             return logits if logits.shape[1] == keep.shape[0] else logits[:, keep]
         side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
         resid = model(ids, attention_mask=attention_mask, padding_side=side, stop_at_layer=model.cfg.n_layers)
-        return model.unembed(model.ln_final(resid[:, keep]))  # type: ignore[attr-defined]
+        with full_precision(model):
+            return model.unembed(model.ln_final(resid[:, keep]))  # type: ignore[attr-defined]
 
 
 def _require_images(model: HookedModel, ids: Int[Tensor, "batch pos"], inputs: Mapping[str, Tensor] | None) -> None:
@@ -355,7 +357,7 @@ def model_identity(model: HookedModel) -> dict[str, Any]:
     cfg = model.cfg
     ids = without_image_tokens(model, torch.linspace(0, int(cfg.d_vocab) - 1, 6).long()[None].to(device_of(model)))
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(model):
         logprobs = forward_logits(model, ids, torch.ones_like(ids), last)[0, 0].float().log_softmax(-1)
     return {
         "name": str(getattr(cfg, "model_name", "unknown")),

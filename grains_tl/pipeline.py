@@ -19,6 +19,7 @@ from grains_tl.masking import Masker, Selection, check_budget, replacement_embed
 from grains_tl.models import model_identity, require_layers
 from grains_tl.numbers import whole
 from grains_tl.objectives import Objective
+from grains_tl.precision import autocast_dtype
 from grains_tl.processes import ALONE, Processes, shared_differences
 from grains_tl.replacements import ImageMasker, check_image_masker
 from grains_tl.scoring import MAX_TOKENS
@@ -154,6 +155,7 @@ def build_vectors(
         "reduce": reduce,
         "side": side,
         "readout": readout,
+        "autocast": autocast_dtype(model),
     }
     return reduce_vectors(
         differences, reduce=reduce, side=side, info=manifest(model, tokenized, settings, attributions)

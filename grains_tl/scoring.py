@@ -20,6 +20,7 @@ from grains_tl.batches import Batch, by_token_budget, scoring_batch
 from grains_tl.models import hooked, is_bridge, listed_hooks, require_layers, resid_post
 from grains_tl.objectives import Objective, token_logprobs
 from grains_tl.packing import BlockInputs, Packing, pack_batch
+from grains_tl.precision import exactness, full_precision
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.unembedding import target_logits
@@ -28,9 +29,6 @@ from grains_tl.unembedding import target_logits
 HooksForBatch = FwdHooks | Callable[[Batch], FwdHooks]
 #: Tokens per forward pass; on a CPU larger batches are not faster.
 MAX_TOKENS = 512
-#: Largest difference of a fast path from the plain run, nats: float32 round-off of a reordered sum is some 1e-5; a missing
-#: soft-cap or extra input shows as 1e-2 and more.
-EXACT = 1e-3
 
 
 def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
@@ -166,7 +164,7 @@ def _continues(model: HookedModel, restart: Restart, n: int) -> bool:
         again = restart_many(model, restart, min(restart.resid), [[]] * n)
     except (RuntimeError, TypeError, IndexError):  # an architecture with block arguments of another kind
         return False
-    return bool((again - restart.base).abs().max() < EXACT)
+    return bool((again - restart.base).abs().max() < exactness(model))
 
 
 def restart_logprobs(
@@ -213,7 +211,8 @@ def restart_logits(
             final = _continue(model, restart, layer + 1, resid.flatten(0, 1), restart.block_inputs, len(batch.ids))
         row, pos = row.to(final.device), pos.to(final.device)  # of a model on several devices, the last one
         read = final.unflatten(0, (len(settings), -1))[:, row, pos].flatten(0, 1)[:, None]
-        logits = model.unembed(model.ln_final(read))  # type: ignore[attr-defined]
+        with full_precision(model):
+            logits = model.unembed(model.ln_final(read))  # type: ignore[attr-defined]
         return logits.view(len(settings), len(batch.target_row), -1)
 
 

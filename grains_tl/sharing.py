@@ -21,7 +21,8 @@ from torch import Tensor
 from grains_tl.batches import Batch, batch_of, by_token_budget, scoring_batch
 from grains_tl.models import is_bridge
 from grains_tl.objectives import Objective, token_weights
-from grains_tl.scoring import EXACT, batch_logprobs
+from grains_tl.precision import exactness
+from grains_tl.scoring import batch_logprobs
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import HookedModel
 
@@ -41,11 +42,9 @@ class Branch(NamedTuple):
 
 
 def can_share(model: HookedModel, tokenized: Sequence[TokenizedPair]) -> bool:
-    """Whether rows may be tried at all: a bridge takes masks and position ids; images have positions of their own; and the
-    round-off of half precision would hide a difference."""
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)  # type: ignore[attr-defined]
+    """Whether rows may be tried at all: a bridge takes masks and position ids; images have positions of their own."""
     text = not getattr(model.cfg, "is_multimodal", False) and all(t.images is None for t in tokenized)
-    return is_bridge(model) and exact and text
+    return is_bridge(model) and text
 
 
 def branch(run: int, record: int, pair: TokenizedPair, gone: Sequence[int]) -> Branch:
@@ -110,7 +109,7 @@ def shares_prompts(model: HookedModel, tokenized: Sequence[TokenizedPair], objec
             found = batch_logprobs(model, _batch(model, [longest], [[Branch(0, 0, (), 0)]], objective)[1])
     except (RuntimeError, TypeError, ValueError, IndexError):  # an architecture that takes no such mask or positions
         return False
-    return bool((found - wanted).abs().max() < EXACT)
+    return bool((found - wanted).abs().max() < exactness(model))
 
 
 def prompt_batches(

@@ -101,7 +101,7 @@ def _apply(
         # where the step cancels h exactly there is no direction left to scale: keep h
         scale = h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
         return torch.where(torch.isfinite(scale), moved * scale, h).to(act.dtype)
-    component = (h @ unit)[..., None]
+    component = (h * unit).sum(-1, keepdim=True)  # not a matrix product: autocast would round it
     target = component * (1 - amount) if operator == "ablate" else torch.full_like(component, amount)
     return (h + (target - component) * unit).to(act.dtype)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grains_tl.batches import Batch
 from grains_tl.models import hooked, is_bridge
+from grains_tl.precision import exact_unembedding, full_precision
 from grains_tl.types import FwdHooks, HookedModel
 
 
@@ -32,7 +33,7 @@ def target_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None =
 
     hooks = list(fwd_hooks or [])
     if is_bridge(model):
-        with hooked(model, [*hooks, ("unembed.hook_in", pick)]):
+        with hooked(model, [*hooks, ("unembed.hook_in", pick)]), exact_unembedding(model):
             logits = model(batch.ids, use_cache=False, **{"attention_mask": batch.attention_mask, **batch.inputs})
     else:
         side = "left" if bool((batch.attention_mask[:, 0] == 0).any()) else "right"
@@ -43,5 +44,6 @@ def target_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None =
                 padding_side=side,
                 stop_at_layer=model.cfg.n_layers,
             )
-            logits = model.unembed(model.ln_final(pick(resid)))  # type: ignore[attr-defined]
+            with full_precision(model):
+                logits = model.unembed(model.ln_final(pick(resid)))  # type: ignore[attr-defined]
     return logits[0][again.to(logits.device)].to(batch.ids.device)

@@ -159,6 +159,7 @@ def _project_out(basis: Float[Tensor, "rank d_model"], center: Float[Tensor, "d_
         b = basis.to(act.device)
         h = act.float()  # projections of half-precision residuals round too much
         offset = h if center is None else h - center.to(h)
-        return (h - (offset @ b.T) @ b).to(act.dtype)
+        with torch.autocast(act.device.type, enabled=False):
+            return (h - (offset @ b.T) @ b).to(act.dtype)
 
     return hook_fn

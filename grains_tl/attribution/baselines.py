@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grains_tl.masking import replacement_embedding
 from grains_tl.models import device_of, embed_tokens
+from grains_tl.precision import full_precision
 from grains_tl.replacements import ImageMasker, replacements
 from grains_tl.tokens import TokenizedPair, token_rules
 from grains_tl.types import HookedModel
@@ -66,7 +67,8 @@ class Baselines:
             return x.mean(0, keepdim=True).expand_as(x).clone()
         if baseline == "neutral":
             words = self._neutral()
-            nearest = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(words, dim=-1).T
+            with full_precision(self.model):
+                nearest = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(words, dim=-1).T
             return words[nearest.argmax(-1)]
         if baseline not in self._vectors:
             self._vectors[baseline] = replacement_embedding(self.model, baseline).float().cpu()

@@ -14,8 +14,9 @@ from grains_tl.attribution.field import require_finite, run_batches
 from grains_tl.batches import Batch
 from grains_tl.masking import Masker, mask_hook
 from grains_tl.objectives import Objective
+from grains_tl.precision import exactness
 from grains_tl.replacements import ImageMasker, Replacements, hide, replacements
-from grains_tl.scoring import EXACT, MAX_TOKENS, batch_logprobs
+from grains_tl.scoring import MAX_TOKENS, batch_logprobs
 from grains_tl.sharing import ROW, WORTH, branch, can_share, row_length, rows_of, shared_batches
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
@@ -108,7 +109,7 @@ def _values_in_shared_rows(
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None  # an architecture that takes no such mask or positions
         for i, value in zip(part, values.tolist(), strict=True):
-            if i >= len(removals) and not abs(value - float(out[i])) < EXACT:
+            if i >= len(removals) and not abs(value - float(out[i])) < exactness(model):
                 return None
             out[i] = value
         bar.update(sum(i < len(removals) for i in part))
