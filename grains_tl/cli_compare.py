@@ -27,6 +27,8 @@ DEFAULT_METHODS = (
     *("leave_one_out", "leave_k_out", "attention_aware", "integrated_gradients", "expected_gradients"),
     *("discretized_ig", "smoothgrad", "gradient_x_input"),
 )
+#: The table has eleven columns: wider than the text of other pages, and no number on two lines.
+STYLE = "body { max-width: 1320px; } td { white-space: nowrap; } th { min-width: 4.2rem; }"
 NOTE = (
     "Nats. Each value with its 95 % interval over records (1.96 standard errors). Larger is better for areas, falls, rises "
     "and effects. random_tokens: as many content tokens drawn by chance, mean over draws. Leave-one-out is favoured where "
@@ -61,7 +63,7 @@ def add_parser(commands: Any, model_options: Callable[..., None]) -> argparse.Ar
         "--methods", default=",".join(DEFAULT_METHODS), help=f"comma-separated, of {', '.join(get_args(Method))}"
     )
     parser.add_argument("--n-steps", type=int, default=32, help="gradients per record of the path methods (default 32)")
-    parser.add_argument("--top-k", type=int, default=3, help="tokens taken out on each side (default 3)")
+    parser.add_argument("--top-k", type=int, default=2, help="tokens taken out on each side (default 2)")
     parser.add_argument("--masker", default="mean_embedding", choices=get_args(Masker))
     parser.add_argument("--layer", type=int, help="layer to steer at (default two thirds of the way up)")
     parser.add_argument("--alpha", type=float, default=0.2, help="fraction of the residual norm (default 0.2)")
@@ -167,7 +169,7 @@ def write_page(table: Any, folder: Path, about: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "comparison.csv", table.to_csv(index=False).encode())
     return write_atomically(
-        folder / "comparison.html", page("Attribution methods compared", body).encode("utf-8", "backslashreplace")
+        folder / "comparison.html", page("Attribution methods compared", body, style=STYLE).encode("utf-8", "backslashreplace")
     )
 
 

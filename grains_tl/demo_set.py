@@ -103,7 +103,7 @@ class DemoSettings:
     alpha: float = 0.2
     alphas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
     max_kl: float = 0.5
-    top_k: int = 3
+    top_k: int = 2
     masker: Masker = "mean_embedding"
     spare_end: bool = False
     seed: int = 0

@@ -44,7 +44,7 @@ def compare_attributions(
         "integrated_gradients",
         "gradient_x_input",
     ),
-    top_k: int = 3,
+    top_k: int = 2,
     n_steps: int = 16,
     baseline: Baseline | None = None,
     objective: Objective = "sum",

@@ -38,7 +38,7 @@ class BuildingRecords:
     layers: tuple[int, ...]
     like: SteeringVectors | None = None
     differences: Differences | None = None
-    top_k: int = 4
+    top_k: int = 2
     masker: Masker = "mean_embedding"
     max_tokens: int = MAX_TOKENS
     progress: bool = False
