@@ -1,6 +1,6 @@
 """Building vectors, against a plain per-record Hugging Face + captum loop with the same steps and the same result.
 
-Both sides score the whole responses at the right positions, use Gauss-Legendre nodes from the zero embedding, mask with
+Both sides score the whole responses at the right positions, use Gauss-Legendre nodes from the same baseline, mask with
 the end-of-text token, read the last prompt token at every layer, and reduce by the mean. The loop is what one writes
 first: a record at a time, chosen and rejected apart, full logits.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import grains_tl as gr
 from benchmarks.common import Operations, count_operations, floating_point_operations, matrix_rate, timed
+from grains_tl.attribution.baselines import Baselines
 from grains_tl.sharing import branch_length
 from grains_tl.tokens import TokenizedPair, token_rules
 
@@ -34,8 +35,15 @@ def fewest(tokenized: Sequence[TokenizedPair], n_steps: int, n_layers: int) -> O
     )
 
 
-def plain_loop(hf_model: Any, tokenized: Sequence[TokenizedPair], n_steps: int, top_k: int, eos: int) -> Tensor:
-    """The recipe, one record at a time: ``[layer, d_model]`` mean(d+) - mean(d-)."""
+def plain_loop(
+    hf_model: Any,
+    tokenized: Sequence[TokenizedPair],
+    n_steps: int,
+    top_k: int,
+    eos: int,
+    start: Callable[[Tensor], Tensor] = torch.zeros_like,
+) -> Tensor:
+    """The recipe, one record at a time: ``[layer, d_model]`` mean(d+) - mean(d-); ``start`` makes x' from x."""
     embed = hf_model.get_input_embeddings()
     differences = []
     for pair in tokenized:
@@ -53,7 +61,7 @@ def plain_loop(hf_model: Any, tokenized: Sequence[TokenizedPair], n_steps: int, 
 
             x = embed(prompt).detach()
             ig = IntegratedGradients(log_likelihood)
-            found = ig.attribute(x, baselines=torch.zeros_like(x), n_steps=n_steps, method="gausslegendre")
+            found = ig.attribute(x, baselines=start(x[0])[None], n_steps=n_steps, method="gausslegendre")
             scores += sign * found[0].sum(-1)
         order = scores.argsort(descending=True).tolist()
         up = [i for i in order if pair.content[i] and scores[i] > 0][:top_k]
@@ -68,13 +76,16 @@ def plain_loop(hf_model: Any, tokenized: Sequence[TokenizedPair], n_steps: int, 
     return torch.stack(differences).mean(0)
 
 
-def run(model: Any, *, records: int, steps: int, top_k: int = 3, repeats: int = 3) -> dict[str, Any]:
+def run(
+    model: Any, *, records: int, steps: int, baseline: str = "zero", top_k: int = 3, repeats: int = 3
+) -> dict[str, Any]:
     """Seconds, operations and agreement of both sides."""
     pairs = gr.load_bundled("sentiment", "build")[:records]
     tokenized = gr.tokenize_pairs(model, pairs)
     eos = token_rules(model).eos
     options: dict[str, Any] = {"masker": "eos", "n_steps": steps, "top_k": top_k, "progress": False}
-    options |= {"baseline": "zero", "method_options": {"nodes": "gauss_legendre"}}  # as the plain loop
+    baselines = Baselines(model)
+    options |= {"baseline": baseline, "method_options": {"nodes": "gauss_legendre"}}  # as the plain loop
     counted: list[Operations] = []
 
     def ours_counted() -> gr.SteeringVectors:  # counting costs microseconds a pass
@@ -87,7 +98,9 @@ def run(model: Any, *, records: int, steps: int, top_k: int = 3, repeats: int = 
         return gr.build_vectors(model, pairs, method="integrated_gradients", **options)
 
     def theirs_whole() -> Tensor:
-        return plain_loop(model.original_model, tokenized, steps, top_k, eos)
+        return plain_loop(
+            model.original_model, tokenized, steps, top_k, eos, lambda x: baselines.point(baseline, x)
+        )
 
     def autocast(job: Callable[[], Any]) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -113,6 +126,7 @@ def run(model: Any, *, records: int, steps: int, top_k: int = 3, repeats: int = 
     return {
         "records": len(pairs),
         "steps": steps,
+        "baseline": baseline,
         "seconds": seconds,
         "times_faster": seconds["plain loop"] / seconds["grains_tl"],
         "operations": vars(done),
@@ -133,7 +147,7 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Lines of the table."""
     s, share = figures["seconds"], figures["share_of_fewest"]
     return [
-        (f"build, {figures['records']} records, {figures['steps']} IG steps", f"{s['grains_tl']:.2f} s"),
+        (f"build, {figures['records']} records, {figures['steps']} IG steps from {figures['baseline']}", f"{s['grains_tl']:.2f} s"),
         ("the same, plain Hugging Face + captum loop", f"{s['plain loop']:.2f} s"),
         ("times faster", f"{figures['times_faster']:.2f}"),
         ("smallest cosine of the vectors over layers", f"{figures['smallest_cosine']:.6f}"),

@@ -208,6 +208,23 @@ def test_the_shell_loads_the_type_that_was_asked_for(
     assert {p.dtype for p in made[0].original_model.parameters()} == {dtype}
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_shell_runs_under_autocast_when_asked(
+    asked: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[bool] = []
+    run = gr.attributed.attribute_records
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        found.append(torch.is_autocast_enabled("cpu"))
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr("grains_tl.attributed.attribute_records", noting)
+    common = (f"--pairs={folder}/p.jsonl", f"--model={folder}/model")
+    assert shell("attribute", *common, *(["--autocast"] if asked else [])) == 0
+    assert found == [asked] and not torch.is_autocast_enabled("cpu")
+
+
 SHELL: dict[str, tuple[list[str], str]] = {
     "alpha NaN": (
         ["steer", "--vectors={f}/v.safetensors", "--prompt=a", "--alpha=nan"],
