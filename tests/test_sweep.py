@@ -77,7 +77,7 @@ def test_restart_naive_and_hugging_face_agree(
     groups: Any = found.groupby(COLUMNS)
     for (name, _, layer, alpha), group in groups:
         wanted = by_hand(hf, tokenized, named[name], alpha, layer)
-        naive = gr.score_pairs(model, tokenized, named[name].hooks(alpha, [layer])).double()
+        naive = gr.score_pairs(model, tokenized, named[name].hooks(alpha, [int(layer)])).double()
         np.testing.assert_allclose(group["margin"], wanted, atol=ATOL, rtol=0)
         np.testing.assert_allclose(group["margin"], naive[:, 0] - naive[:, 1], atol=ATOL, rtol=0)
         np.testing.assert_allclose(group["base_margin"], base, atol=ATOL, rtol=0)
@@ -144,7 +144,7 @@ def test_responses_share_their_prompt(bridge: Any, hf: Any, n_records: int) -> N
             wanted = gr.score_pairs(
                 bridge,
                 tokenized,
-                lambda b, a=alpha, i=layer, p=positions: vectors.hooks(a, [i], positions=p, prompt_len=b.prompt_len),  # type: ignore[misc]
+                lambda b, a=alpha, i=int(layer), p=positions: vectors.hooks(a, [i], positions=p, prompt_len=b.prompt_len),  # type: ignore[misc]
             )
             np.testing.assert_allclose(group["margin"], wanted[:, 0] - wanted[:, 1], atol=ATOL, rtol=0)
             if positions == "all":
