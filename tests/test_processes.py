@@ -135,7 +135,7 @@ def sweep(folder: Path, out: str) -> list[str]:
 def launch(world: int, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(world)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port())]  # 0 would do, but accelerate 1.0 then waits for ever
+    command += ["--main_process_port", str(free_port())]  # with 0, accelerate 1.1 waits for ever
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, "-m", "grains_tl", *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

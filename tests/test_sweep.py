@@ -140,11 +140,12 @@ def test_responses_share_their_prompt(bridge: Any, hf: Any, n_records: int) -> N
     for positions in ("all", "prompt", "generated", "last"):
         found = gr.record_effects(bridge, pairs, grid({"v": vectors}, [0, 1], [-0.4, 0.4], positions=positions))  # type: ignore[arg-type]
         groups: Any = found.groupby(["layer", "alpha"])
-        for (layer, alpha), group in groups:
+        for (key, alpha), group in groups:
+            layer = int(key)  # pandas 2 hands out NumPy's integers
             wanted = gr.score_pairs(
                 bridge,
                 tokenized,
-                lambda b, a=alpha, i=int(layer), p=positions: vectors.hooks(a, [i], positions=p, prompt_len=b.prompt_len),  # type: ignore[misc]
+                lambda b, a=alpha, i=layer, p=positions: vectors.hooks(a, [i], positions=p, prompt_len=b.prompt_len),  # type: ignore[misc]
             )
             np.testing.assert_allclose(group["margin"], wanted[:, 0] - wanted[:, 1], atol=ATOL, rtol=0)
             if positions == "all":

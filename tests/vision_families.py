@@ -255,8 +255,8 @@ def _qwen_processor(version: str) -> Any:
 def _without_video(kind: Any, **attributes: Any) -> Any:
     """A processor without its video part, which would need torchvision; images take the same way as ever."""
     made = kind.__new__(kind)
-    ids = {f"{part}_ids": [attributes.get(f"{part}_token_id")] for part in ("image", "video", "audio")}  # transformers 5.9
-    for name, value in {**attributes, **ids}.items():
+    listed = {f"{part}_ids": [attributes.get(f"{part}_token_id")] for part in ("image", "video", "audio")}
+    for name, value in {**attributes, **listed}.items():  # the lists are for transformers 5.9
         setattr(made, name, value)
     return made
 
