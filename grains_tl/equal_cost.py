@@ -98,9 +98,10 @@ def _curves(
 ) -> Iterator[tuple[tuple[str, str, int], pd.DataFrame, pd.DataFrame]]:
     """Positive alphas of each vector, scope and layer, and their costs."""
     by = ["vector", "positions", "layer"]
-    key: Any
+    found: Any = frame[(frame["draw"] < 0) & (frame["alpha"] > 0)].groupby(by, sort=False)
     spent = dict(iter(costs[(costs["draw"] < 0) & (costs["alpha"] > 0)].groupby(by)))
-    for key, group in frame[(frame["draw"] < 0) & (frame["alpha"] > 0)].groupby(by, sort=False):
+    for (vector, positions, layer), group in found:
+        key = (vector, positions, int(layer))  # pandas 2 hands out NumPy's integers
         if key not in spent or set(spent[key]["alpha"]) != set(group["alpha"]):
             raise ValueError(f"no costs for the alphas of {key}; measure text_costs on the same settings")
         yield key, group, spent[key]

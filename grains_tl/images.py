@@ -183,7 +183,7 @@ def with_placeholders(model: HookedModel, prompt: Text, n_images: int) -> Text:
     if isinstance(prompt, str):
         if not n_images:
             return prompt
-        token = str(require_processor(model).image_token)
+        token = _placeholder(model)
         found = prompt.count(token)
         if found not in (0, n_images):
             raise ValueError(f"the prompt has {found} placeholders {token!r} for {n_images} image(s)")
@@ -201,6 +201,14 @@ def with_placeholders(model: HookedModel, prompt: Text, n_images: int) -> Text:
     pictures: list[Any] = [{"type": "image"}] * n_images
     messages[first] = {**messages[first], "content": [*pictures, *messages[first]["content"]]}
     return messages
+
+
+def _placeholder(model: HookedModel) -> str:
+    """What stands for an image in a text before the processor expands it."""
+    processor = require_processor(model)
+    # Gemma 3 expands its begin-of-image token; in older transformers (5.9) ``image_token`` is what it expands it to
+    gemma3 = model.original_model.config.model_type == "gemma3"  # type: ignore[attr-defined]
+    return str(processor.boi_token if gemma3 else processor.image_token)
 
 
 def _framed(model: HookedModel, token: str) -> str:

@@ -50,7 +50,7 @@ def test_build_agrees_with_the_plain_loop(small: object) -> None:
     assert found["smallest_cosine"] > 0.9999
     for kind in ("forward", "backward", "unembedded"):
         assert 0.3 < found["share_of_fewest"][kind] <= 1
-    assert len(build_vectors.rows(found)) == 9
+    assert len(build_vectors.rows(found)) == 13
 
 
 def test_steering_and_sweep(small: object) -> None:

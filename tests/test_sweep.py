@@ -77,7 +77,7 @@ def test_restart_naive_and_hugging_face_agree(
     groups: Any = found.groupby(COLUMNS)
     for (name, _, layer, alpha), group in groups:
         wanted = by_hand(hf, tokenized, named[name], alpha, layer)
-        naive = gr.score_pairs(model, tokenized, named[name].hooks(alpha, [layer])).double()
+        naive = gr.score_pairs(model, tokenized, named[name].hooks(alpha, [int(layer)])).double()
         np.testing.assert_allclose(group["margin"], wanted, atol=ATOL, rtol=0)
         np.testing.assert_allclose(group["margin"], naive[:, 0] - naive[:, 1], atol=ATOL, rtol=0)
         np.testing.assert_allclose(group["base_margin"], base, atol=ATOL, rtol=0)
@@ -140,7 +140,8 @@ def test_responses_share_their_prompt(bridge: Any, hf: Any, n_records: int) -> N
     for positions in ("all", "prompt", "generated", "last"):
         found = gr.record_effects(bridge, pairs, grid({"v": vectors}, [0, 1], [-0.4, 0.4], positions=positions))  # type: ignore[arg-type]
         groups: Any = found.groupby(["layer", "alpha"])
-        for (layer, alpha), group in groups:
+        for (key, alpha), group in groups:
+            layer = int(key)  # pandas 2 hands out NumPy's integers
             wanted = gr.score_pairs(
                 bridge,
                 tokenized,

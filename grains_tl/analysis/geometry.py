@@ -78,8 +78,8 @@ def cosine_map(vectors: SteeringVectors | Mapping[str, SteeringVectors], *, laye
 
     Example:
         >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
-        >>> cosine_map(v).loc["4", "5"]
-        np.float64(0.0)
+        >>> float(cosine_map(v).loc["4", "5"])
+        0.0
     """
     named = {"": vectors} if isinstance(vectors, SteeringVectors) else dict(vectors)
     if len({v.directions.shape[1] for v in named.values()}) != 1:

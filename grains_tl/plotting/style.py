@@ -93,14 +93,18 @@ def _notebook_png(fig: Any) -> tuple[bytes, dict[str, float]]:
 
 
 def numbers(frame: pd.DataFrame, name: str, columns: Sequence[str]) -> pd.DataFrame:
-    """The columns needed: names as text, the rest as floats with None as NaN (ValueError if any is missing)."""
+    """The columns needed: names as text, the rest as floats with None as NaN (ValueError if any is missing).
+
+    A number as a name that pandas has made a float (as it does where a row is added) is written without ``.0``.
+    """
     missing = [column for column in (name, *columns) if column not in frame.columns]
     if missing or not len(frame):
         raise ValueError(
             f"a table with rows and the columns {[name, *columns]} is needed; missing: {missing or 'rows'}"
         )
     found = {column: pd.to_numeric(frame[column], errors="coerce").astype(float) for column in columns}
-    return pd.DataFrame({name: frame[name].astype(str), **found}).reset_index(drop=True)
+    names = frame[name].map(lambda v: f"{v:.0f}" if isinstance(v, float) and v.is_integer() else v, na_action="ignore")
+    return pd.DataFrame({name: names.astype(str), **found}).reset_index(drop=True)
 
 
 def finite(scores: Any) -> list[float]:
