@@ -98,9 +98,7 @@ def run(
         return gr.build_vectors(model, pairs, method="integrated_gradients", **options)
 
     def theirs_whole() -> Tensor:
-        return plain_loop(
-            model.original_model, tokenized, steps, top_k, eos, lambda x: baselines.point(baseline, x)
-        )
+        return plain_loop(model.original_model, tokenized, steps, top_k, eos, lambda x: baselines.point(baseline, x))
 
     def autocast(job: Callable[[], Any]) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -146,8 +144,9 @@ def run(
 def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Lines of the table."""
     s, share = figures["seconds"], figures["share_of_fewest"]
+    what = f"{figures['records']} records, {figures['steps']} IG steps from {figures['baseline']}"
     return [
-        (f"build, {figures['records']} records, {figures['steps']} IG steps from {figures['baseline']}", f"{s['grains_tl']:.2f} s"),
+        (f"build, {what}", f"{s['grains_tl']:.2f} s"),
         ("the same, plain Hugging Face + captum loop", f"{s['plain loop']:.2f} s"),
         ("times faster", f"{figures['times_faster']:.2f}"),
         ("smallest cosine of the vectors over layers", f"{figures['smallest_cosine']:.6f}"),

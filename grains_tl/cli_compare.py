@@ -168,9 +168,8 @@ def write_page(table: Any, folder: Path, about: dict[str, Any]) -> Path:
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "comparison.csv", table.to_csv(index=False).encode())
-    return write_atomically(
-        folder / "comparison.html", page("Attribution methods compared", body, style=STYLE).encode("utf-8", "backslashreplace")
-    )
+    whole = page("Attribution methods compared", body, style=STYLE)
+    return write_atomically(folder / "comparison.html", whole.encode("utf-8", "backslashreplace"))
 
 
 def _records(args: argparse.Namespace, name: str, read: Callable[[str, int], Any]) -> tuple[list[Any], list[Any]]:

@@ -48,8 +48,8 @@ ABOUT = {
 
 #: At most so many records of a set: whole sentences as responses cost several times as much as single words.
 AT_MOST = {
-    "sentiment": {"build": 56, "choose": 24, "test": 104, "draws": 36},
-    "misconceptions": {"build": 28, "choose": 12, "test": 40, "draws": 20},
+    "sentiment": {"build": 48, "choose": 24, "test": 104, "draws": 30},
+    "misconceptions": {"build": 24, "choose": 12, "test": 40, "draws": 14},
 }
 
 #: Controls that are drawn from the chosen vector or its differences: ``fn(differences, n_draws=, seed=)``.
@@ -68,7 +68,8 @@ class DemoSettings:
         sets: which bundled preference sets.
         n_build, n_choose, n_test: records per split (at most ``AT_MOST``).
         n_test_draws: test records the many draws are measured on.
-        n_draws: draws of each control, and bootstrap resamples.
+        n_draws: draws of random tokens, and bootstrap resamples.
+        n_control_draws: draws of each of ``controls``.
         controls: besides random tokens, keys of ``CONTROLS``.
         n_cost: test records for the curve of effect against cost; 0 leaves it out.
         n_neutral: neutral texts the cost is measured on.
@@ -85,13 +86,14 @@ class DemoSettings:
     """
 
     sets: tuple[str, ...] = ("sentiment", "misconceptions")
-    n_build: int = 56
+    n_build: int = 48
     n_choose: int = 24
     n_test: int = 104
-    n_test_draws: int = 36
+    n_test_draws: int = 30
     n_draws: int = 20
+    n_control_draws: int = 10
     controls: tuple[str, ...] = ("random direction", "orthogonal direction", "shuffled labels")
-    n_cost: int = 24
+    n_cost: int = 16
     n_neutral: int = 8
     kl: float = 0.05
     methods: tuple[tuple[Method, int], ...] = (
@@ -277,7 +279,7 @@ def _draws(
     )
     return {
         RANDOM_TOKENS: random_token_vectors(random, seed=seed),
-        **{name: CONTROLS[name](own, n_draws=n_draws, seed=seed) for name in settings.controls},
+        **{name: CONTROLS[name](own, n_draws=settings.n_control_draws, seed=seed) for name in settings.controls},
         method: bootstrap_vectors(own, n_draws=n_draws, seed=seed),
         "CAA": bootstrap_vectors(differences["CAA"].at([layer]), n_draws=n_draws, seed=seed),
     }
