@@ -157,7 +157,7 @@ def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
 
     Example:
         >>> found = record_effects(model, vectors, pairs, alphas=[-0.2, 0.2])     # doctest: +SKIP
-        >>> two_sided(found)["effect"].mean()                                    # doctest: +SKIP
+        >>> two_sided(found)["change"].mean()                                    # doctest: +SKIP
     """
     by = [*SETTING, "draw", "record"]
     down = frame[frame["alpha"] < 0].assign(alpha=lambda f: -f["alpha"])
