@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grains_tl.batches import Batch
-from grains_tl.models import forward_logits, require_hook_names, resid_post
+from grains_tl.models import forward_logits, listed_hooks, require_hook_names, resid_post
 from grains_tl.objectives import Objective
 from grains_tl.scoring import (
     MAX_TOKENS,
@@ -109,8 +109,9 @@ def require_settings(model: HookedModel, settings: Sequence[Setting]) -> None:
     """
     for setting in settings:
         if not callable(setting.hooks):
-            require_hook_names(model, setting.hooks)
-            _require_reach(setting.layer, setting.hooks)
+            hooks = listed_hooks(setting.hooks)
+            require_hook_names(model, hooks)
+            _require_reach(setting.layer, hooks)
 
 
 def _require_reach(layer: int, fwd_hooks: FwdHooks) -> None:
