@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from grains_tl.batches import by_token_budget, image_inputs, pad_rows
 from grains_tl.masking import Masker, Selection
-from grains_tl.models import hooked, require_layers, resid_post, run_blocks
+from grains_tl.models import existing_layers, hooked, require_layers, resid_post, run_blocks
 from grains_tl.replacements import ImageMasker, Replacements, hide, replacements
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair
@@ -83,7 +83,8 @@ def cache_hook(
         def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
             if weights.shape != act.shape[:2]:
                 raise ValueError(f"weights {tuple(weights.shape)} do not fit activations {tuple(act.shape)}")
-            store[:, row] = (weights.to(act)[..., None] * act.detach()).sum(1).to(store)
+            # weights keep their precision: 1/n is no half-precision number, and differences of means are small
+            store[:, row] = (weights.to(act.device)[..., None] * act.detach()).sum(1).to(store)
 
         return hook_fn
 
@@ -108,7 +109,7 @@ def read_out(
     Args:
         model, tokenized: the model and records from ``tokenize_pairs``.
         masked: for every record the prompt positions to take out; ``None`` or empty for none.
-        layers: which layers to keep.
+        layers: which layers to keep; the result has them in this order.
         masker: how tokens are taken out.
         image_masker: what stands in for a patch (with the masker ``"attention"`` patches are knocked out too).
         readout: where to read.
@@ -119,12 +120,17 @@ def read_out(
     Returns:
         ``[record, layer, d_model]``, residual units.
 
+    Raises:
+        ValueError: layers that do not exist, an unknown read-out, not one list of positions per record, or a position
+            outside its prompt.
+
     Example:
         >>> read_out(model, tokenized, layers=[12, 15]).shape     # doctest: +SKIP
         torch.Size([24, 2, 576])
     """
     check_readout(readout)
     masked = [()] * len(tokenized) if masked is None else masked
+    _require_places(tokenized, masked)
     owner, rows = zip(*((i, row) for i, t in enumerate(tokenized) for row in _rows(t, readout)), strict=True)
     needed = masker != "attention" and any(masked)
     stand_ins = replacements(model, tokenized, masker, image_masker) if needed else None
@@ -135,7 +141,7 @@ def read_out(
         [tokenized[i] for i in owner],
         owner=owner,
         stand_ins=stand_ins,
-        layers=require_layers(model, layers),
+        layers=existing_layers(model, layers),
         norms=norms,
         max_tokens=max_tokens,
         progress=progress,
@@ -162,7 +168,7 @@ def read_out_responses(
         [t for t in tokenized for _ in range(2)],
         owner=range(len(rows)),
         stand_ins=None,
-        layers=require_layers(model, layers),
+        layers=existing_layers(model, layers),
         norms=None,
         max_tokens=max_tokens,
         progress=progress,
@@ -202,7 +208,7 @@ def _run_rows(
                 hooks = hooks + _norm_hooks(layers, [records[g].content for g in group], norms)
             inputs = image_inputs(model, [records[g].images for g in group], ids, offset)
             with hooked(model, hooks + cache_hook(layers, weights, store)):
-                run_blocks(model, ids, mask, layers[-1] + 1, inputs)
+                run_blocks(model, ids, mask, max(layers) + 1, inputs)
             out[group] = store
             bar.update(len(group))
     return out
@@ -234,11 +240,16 @@ def collect_differences(
     Returns:
         ``Differences``, both sides ``[record, layer, d_model]``, residual units.
 
+    Raises:
+        ValueError: as ``read_out``; also not one selection per record, or no content token in any prompt.
+
     Example:
         >>> found = collect_differences(model, tokenized, selections, layers=[12, 15])     # doctest: +SKIP
         >>> vectors = reduce_vectors(found)                                                # doctest: +SKIP
     """
     layers = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
+    if len(selections) != len(tokenized):
+        raise ValueError(f"{len(selections)} selections for {len(tokenized)} records; give one per record")
     up, down, norms = collect_with_norms(
         model,
         tokenized,
@@ -250,6 +261,8 @@ def collect_differences(
         max_tokens=max_tokens,
         progress=progress,
     )
+    if not norms.shape[1]:
+        raise ValueError("no prompt has a content token, so there is no residual norm to measure steps in")
     return Differences(up, down, tuple(layers), norms.median(dim=1).values)
 
 
@@ -278,6 +291,18 @@ def collect_with_norms(
     up = _masked_difference(model, tokenized, whole, [s.toward_chosen for s in selections], progress, common)
     down = _masked_difference(model, tokenized, whole, [s.toward_rejected for s in selections], progress, common)
     return up, down, torch.cat(norms, dim=1)
+
+
+def _require_places(tokenized: Sequence[TokenizedPair], masked: Sequence[Sequence[int]]) -> None:
+    """Refuse lists that are not those of the records: the wrong tokens would go, or none (ValueError)."""
+    if len(masked) != len(tokenized):
+        raise ValueError(f"{len(masked)} lists of masked positions for {len(tokenized)} records; give one per record")
+    for number, (pair, positions) in enumerate(zip(tokenized, masked, strict=True), start=1):
+        bad = [p for p in positions if not 0 <= p < len(pair.prompt)]
+        if bad:
+            raise ValueError(
+                f"record {number}: masked positions {bad}; its prompt has positions 0 to {len(pair.prompt) - 1}"
+            )
 
 
 def check_readout(readout: str) -> None:
@@ -316,14 +341,17 @@ def _rows(pair: TokenizedPair, readout: Readout) -> list[tuple[tuple[int, ...], 
 def _norm_hooks(
     layers: Sequence[int], contents: Sequence[Sequence[bool]], norms: list[Float[Tensor, "layer token"]]
 ) -> FwdHooks:
-    found: list[Tensor] = []
+    found: dict[int, Tensor] = {}
 
-    def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-        content = torch.zeros(act.shape[:2], dtype=torch.bool, device=act.device)
-        for row, flags in enumerate(contents):
-            content[row, : len(flags)] = torch.tensor(flags, device=act.device)
-        found.append(act.detach()[content].float().norm(dim=-1).cpu())
-        if len(found) == len(layers):
-            norms.append(torch.stack(found))
+    def keep(place: int) -> Any:
+        def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+            content = torch.zeros(act.shape[:2], dtype=torch.bool, device=act.device)
+            for row, flags in enumerate(contents):
+                content[row, : len(flags)] = torch.tensor(flags, device=act.device)
+            found[place] = act.detach()[content].float().norm(dim=-1).cpu()
+            if len(found) == len(layers):
+                norms.append(torch.stack([found[i] for i in range(len(layers))]))
 
-    return [(resid_post(layer), hook_fn) for layer in layers]
+        return hook_fn
+
+    return [(resid_post(layer), keep(place)) for place, layer in enumerate(layers)]

@@ -176,7 +176,7 @@ def score_choices(
         than the longest.
 
     Raises:
-        ValueError: from ``tokenize_choices``; before anything runs.
+        ValueError: from ``tokenize_choices``, or items of another kind; before anything runs.
 
     Example:
         >>> scores = score_choices(model, items, vectors.hooks(0.2, [12]))   # doctest: +SKIP
@@ -185,7 +185,12 @@ def score_choices(
     given = list(items)
     questions = [item for item in given if isinstance(item, MultipleChoice)]
     ready = [item for item in given if isinstance(item, TokenizedChoices)]
-    tokenized = ready if ready and not questions else tokenize_choices(model, questions)
+    if max(len(questions), len(ready)) < len(given):  # some would be left out without a word
+        raise ValueError(
+            f"items are {sorted({type(item).__name__ for item in given})}; MultipleChoice questions alone are needed, or "
+            "what tokenize_choices made of them"
+        )
+    tokenized = ready or tokenize_choices(model, questions)
     out = torch.full((len(tokenized), max(len(t.choices) for t in tokenized)), -torch.inf)
     with torch.no_grad(), tqdm(total=len(tokenized), desc="score", unit="question", disable=not progress) as bar:
         for slots, batch in choice_batches(model, tokenized, max_tokens=max_tokens):

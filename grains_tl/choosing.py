@@ -99,7 +99,7 @@ def choose(
             raise ValueError(
                 f"no cell costs {max_kl} nats per token or less, the cheapest {lowest:.3g}; add smaller alphas"
             )
-    best = cells.loc[cells["effect"].idxmax()]
+    best = cells.iloc[int(cells["effect"].to_numpy().argmax())]  # an index may repeat in joined tables
     why = f"largest effect ({best['effect']:+.3f} +- {best['effect_se']:.3f} nats, {int(best['n'])} records)"
     if max_kl is None:
         why += f" of {n_cells} cells, whatever they cost"
@@ -205,5 +205,5 @@ def report_choice(
         model, records, settings, objective=choice.objective, max_tokens=max_tokens, progress=progress
     )
     texts = neutral_texts(neutral) if isinstance(neutral, int) else neutral
-    costs = None if texts is None else text_costs(model, settings[:1], texts, max_tokens=max_tokens)
+    costs = None if texts is None else text_costs(model, settings[:1], texts, max_tokens=max_tokens, progress=progress)
     return summarize(found, costs, level=level)

@@ -92,7 +92,11 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
     methods: Sequence[Any] = [name.strip() for name in args.methods.split(",") if name.strip()]
     if args.limit < 1 or args.eval_limit < 0:
         raise ValueError(f"--limit {args.limit} --eval-limit {args.eval_limit}: at least one record is needed")
-    sets = {name: _records(args, name, read) for name in [*args.pairs, *(args.set or ([] if args.pairs else BUNDLED))]}
+    names = [*args.pairs, *(args.set or ([] if args.pairs else BUNDLED))]
+    stems = [Path(name).stem for name in names]  # what the table and the page call them
+    if len(set(stems)) < len(stems):
+        raise ValueError(f"--pairs, --set: some are called alike ({', '.join(stems)}); rename a file")
+    sets = {name: _records(args, name, read) for name in names}
     model = load(args)
     folder = Path(args.out)
     checkpoint = folder / "attributions.partial.jsonl"  # an interrupted run goes on from it

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl.evaluate import effects, mean_and_se
+from grains_tl.numbers import whole
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import HookedModel
 from grains_tl.uncertainty import compare, resampled_means
@@ -35,8 +36,9 @@ class Comparison:
         against: for every random control, how far the named vector lies above it (see ``uncertainty.compare``).
 
     Example:
-        >>> found = compare_with_controls(model, {"ours": vectors}, pairs)    # doctest: +SKIP
-        >>> found.table[["vector", "effect", "low", "high"]]                  # doctest: +SKIP
+        >>> found = compare_with_controls(                                                    # doctest: +SKIP
+        ...     model, choose, test, {"ours": vectors}, draws, name="ours", alpha=0.2, n_test_draws=20)
+        >>> found.table[["vector", "effect", "low", "high"]]                                  # doctest: +SKIP
     """
 
     table: pd.DataFrame
@@ -75,7 +77,8 @@ def compare_with_controls(
         progress: show bars.
 
     Raises:
-        ValueError: ``name`` without bootstrap vectors in ``draws``, or vectors of several layers.
+        ValueError: ``name`` without bootstrap vectors in ``draws``, no test records for the draws, or vectors of several
+            layers.
 
     Example:
         >>> vectors = baseline_vectors(model, build, ["caa"], layers=[21])              # doctest: +SKIP
@@ -85,7 +88,13 @@ def compare_with_controls(
         ...                       alpha=0.2, n_test_draws=20).table
     """
     if name not in vectors or name not in draws:
-        raise ValueError(f"name={name!r} needs a vector in vectors and its bootstrap vectors in draws")
+        raise ValueError(
+            f"name={name!r} needs a vector in vectors and its bootstrap vectors in draws; there are {list(vectors)} and "
+            f"{list(draws)}"
+        )
+    n_test_draws = whole("n_test_draws", n_test_draws, 1)
+    if not test:
+        raise ValueError("no test records; at least one is needed")
     base, found = effects(model, test, list(vectors.values()), alpha, progress=progress)
     part = test[:n_test_draws]
     names = [label for label, group in draws.items() for _ in group]

@@ -17,9 +17,8 @@ from tqdm.auto import tqdm
 from grains_tl.batches import Batch, batch_of, by_token_budget
 from grains_tl.checkpoint import Checkpoint, hash_of, open_checkpoint
 from grains_tl.choices import MultipleChoice
-from grains_tl.effects import SETTING, record_effects
-from grains_tl.evaluate import Setting, shared_passes
-from grains_tl.models import require_hook_names
+from grains_tl.effects import SETTING, record_effects, require_keys
+from grains_tl.evaluate import Setting, require_settings, shared_passes
 from grains_tl.numbers import listed
 from grains_tl.scoring import MAX_TOKENS, prepare_restart, restart_logits
 from grains_tl.tokens import prompt_ids
@@ -95,17 +94,17 @@ def text_costs(
         perplexities exp(nll).
 
     Raises:
-        ValueError: no texts, one of fewer than two tokens, or one longer than the context; before anything runs.
+        ValueError: no texts, one of fewer than two tokens, or one longer than the context, or settings without a ``key``
+            when there is a checkpoint; before anything runs.
 
     Example:
         >>> costs = text_costs(model, grid({"ours": vectors}, [12], [0.1, 0.2]))       # doctest: +SKIP
         >>> costs.groupby("alpha")["kl"].mean()                                        # doctest: +SKIP
     """
     rows = cost_rows(model, texts)
-    for setting in settings:
-        if not callable(setting.hooks):
-            require_hook_names(model, setting.hooks)
+    require_settings(model, settings)
     store = open_checkpoint(checkpoint, model)
+    require_keys(store, settings)
     names = [hash_of(row) for row in rows]
     keys = [[hash_of(["cost", s.key or str(k), name]) for name in names] for k, s in enumerate(settings)]
     budget = max(1, min(max_tokens, MAX_LOGITS // int(model.cfg.d_vocab)))
@@ -203,7 +202,9 @@ def letters(item: MultipleChoice) -> MultipleChoice:
         prompt = f"{item.prompt}\n{block}"
     else:
         last = item.prompt[-1]
-        prompt = [*item.prompt[:-1], {**last, "content": f"{last['content']}\n{block}"}]
+        own, parts = last["content"], [{"type": "text", "text": f"\n{block}"}]
+        asked = f"{own}\n{block}" if isinstance(own, str) else [*own, *parts]
+        prompt = [*item.prompt[:-1], {**last, "content": asked}]
     answers = tuple(f" {letter}" for letter in ascii_uppercase[: len(item.choices)])
     return MultipleChoice(prompt, answers, item.labels, item.meta)
 

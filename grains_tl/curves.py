@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grains_tl.attribution.removal import Removal, values_without
 from grains_tl.masking import Masker, Selection
+from grains_tl.numbers import finite, listed
 from grains_tl.objectives import Objective
 from grains_tl.replacements import ImageMasker
 from grains_tl.scoring import MAX_TOKENS
@@ -88,6 +89,7 @@ def curves(
         tensor(1.2311)
     """
     _require_same(tokenized, attributions)
+    shares = [finite("share", s) for s in listed("shares", shares)]
     if not shares or any(not 0 < s < 1 for s in shares):
         raise ValueError(f"shares={tuple(shares)}; they lie between 0 and 1 (both ends are always added)")
     steps = [0.0, *sorted(shares), 1.0]

@@ -117,7 +117,8 @@ def read_rows(source: Any) -> Iterator[tuple[int, Any]]:
     if isinstance(source, Mapping):
         raise ValueError("one mapping was given; wrap the record in a list: load_pairs([record])")
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas table: iterating it gives its header
-        source = source.to_dict("records")
+        # a missing cell is NaN or NA there, and NaN would pass for the text "nan"
+        source = source.astype(object).where(source.notna(), None).to_dict("records")
     if not hasattr(source, "__iter__"):
         raise ValueError(f"records are a {type(source).__name__}; a list of mappings, a path or a table is needed")
     yield from enumerate(source, start=1)

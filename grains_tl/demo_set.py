@@ -75,7 +75,7 @@ class DemoSettings:
         n_neutral: neutral texts the cost is measured on.
         kl: nats per token, where effects are compared at equal cost.
         methods: attributions to compare, with their number of path steps.
-        layers: candidate layers of the sweep.
+        layers: candidate layers of the sweep; of a model that has none of them, three of its own.
         alpha: step of the sweep and of the comparison, fraction of the layer's typical residual norm.
         alphas: of the cost curve, and candidates for the continuations: the largest whose KL stays under ``max_kl``.
         max_kl: nats, mean KL of the next-token distribution on the choosing split.
@@ -126,7 +126,7 @@ def run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: P
         m: [select_tokens(a, settings.top_k, spare_end=settings.spare_end) for a in found]
         for m, found in attributions.items()
     }
-    layers = [layer for layer in settings.layers if layer < model.cfg.n_layers]
+    layers = _layers(model, settings)
     differences = {
         method: collect_differences(model, tokens[0], chosen, layers=layers, masker=settings.masker, progress=progress)
         for method, chosen in selections.items()
@@ -186,6 +186,13 @@ def run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: P
         "continuations": _continuations(model, test, vectors[method], layer, alpha),
         "verdict": _verdict(compared, method, layer, settings.alpha, cost),
     }
+
+
+def _layers(model: HookedModel, settings: DemoSettings) -> list[int]:
+    """The candidates that the model has; of a model that has none of them, three at the depths that mattered."""
+    n_layers = int(model.cfg.n_layers)
+    found = sorted({layer for layer in settings.layers if layer < n_layers})
+    return found or sorted({n_layers * share // 5 for share in (2, 3, 4)})
 
 
 def _pick(pairs: list[PreferencePair], n: int, seed: int) -> list[PreferencePair]:

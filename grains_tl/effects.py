@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 from grains_tl.batches import Batch
 from grains_tl.checkpoint import Checkpoint, hash_of, open_checkpoint
 from grains_tl.choices import MultipleChoice, choice_batches, tokenize_choices
-from grains_tl.evaluate import Setting, run_settings
+from grains_tl.evaluate import Setting, require_settings, run_settings
 from grains_tl.images import load_images
-from grains_tl.models import require_hook_names
 from grains_tl.objectives import Objective, require_objective
 from grains_tl.scoring import MAX_TOKENS, score_batches
 from grains_tl.tokens import tokenize_pairs
@@ -78,13 +77,10 @@ def record_effects(
     """
     given, settings = list(records), list(settings)
     require_objective(objective)
-    for setting in settings:
-        if not callable(setting.hooks):
-            require_hook_names(model, setting.hooks)
+    require_settings(model, settings)
     batches, responses, names = _prepared(model, given, objective, max_tokens)
     store = open_checkpoint(checkpoint, model)
-    if store.path is not None and not all(s.key for s in settings):
-        raise ValueError("a checkpoint needs settings with a key, which grid() gives; custom hooks cannot be resumed")
+    require_keys(store, settings)
     keys = [
         [hash_of([key, name]) for name in names] for key in [BASE, *(s.key or str(i) for i, s in enumerate(settings))]
     ]
@@ -143,6 +139,12 @@ def record_effects(
     return frame
 
 
+def require_keys(store: Checkpoint, settings: Sequence[Setting]) -> None:
+    """Refuse settings that a file could not tell apart from those of another call (ValueError)."""
+    if store.path is not None and not all(s.key for s in settings):
+        raise ValueError("a checkpoint needs settings with a key, which grid() gives; custom hooks cannot be resumed")
+
+
 def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
     """Half the difference between +alpha and -alpha: cancels what any push of that size does, whatever its direction.
 
@@ -156,8 +158,8 @@ def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
         ValueError: no setting was measured with both signs.
 
     Example:
-        >>> found = record_effects(model, vectors, pairs, alphas=[-0.2, 0.2])     # doctest: +SKIP
-        >>> two_sided(found)["change"].mean()                                    # doctest: +SKIP
+        >>> found = record_effects(model, pairs, grid({"v": vectors}, alphas=[-0.2, 0.2]))     # doctest: +SKIP
+        >>> two_sided(found)["change"].mean()                                                 # doctest: +SKIP
     """
     by = [*SETTING, "draw", "record"]
     down = frame[frame["alpha"] < 0].assign(alpha=lambda f: -f["alpha"])
@@ -253,7 +255,7 @@ def _rows(
         "margin_token": margin_token,
         "correct": right.max(-1) > wrong.max(-1),
         "mc1": right[:, 0] > wrong.max(-1),
-        "mc2": 1 / (1 + np.exp(-margin)),
+        "mc2": np.exp(-np.logaddexp(0, -margin)),  # the sigmoid, without overflow
     }
     columns: dict[str, Any] = {name: [getattr(s, name) for s in settings] for name in [*SETTING, "draw"]}
     columns |= {"record": number, "record_id": record_id(record), "_setting": range(len(settings))}

@@ -15,7 +15,7 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDA
 
 def effect_at_kl(
     frame: pd.DataFrame,
-    costs: pd.DataFrame,
+    costs: pd.DataFrame | None,
     kl: float = 0.05,
     *,
     against: str | None = None,
@@ -31,7 +31,7 @@ def effect_at_kl(
 
     Args:
         frame: from ``record_effects``, several positive alphas for each vector.
-        costs: from ``text_costs`` for the same settings.
+        costs: from ``text_costs`` for the same settings; ``sweep_records`` gives both.
         kl: the budget, nats per token.
         against: name of a vector to compare the others with, on the same layer and scope where it has them, else on its
             only setting.
@@ -45,12 +45,14 @@ def effect_at_kl(
         measure larger alphas. With ``against``: ``difference``, ``difference_low``, ``difference_high`` (paired).
 
     Raises:
-        ValueError: a budget that is not positive, settings without positive alphas, costs of other settings, an unknown
-            name in ``against``.
+        ValueError: no costs, a budget that is not positive, settings without positive alphas, costs of other settings, an
+            unknown name in ``against``.
 
     Example:
         >>> effect_at_kl(effects, costs, kl=0.05, against="caa")                       # doctest: +SKIP
     """
+    if costs is None:
+        raise ValueError("no costs were measured; give neutral texts to sweep_records, or the table of text_costs")
     if not kl > 0:
         raise ValueError(f"kl={kl}; a budget above 0 nats per token is needed")
     curves = {setting: _curve(*parts) for setting, *parts in _curves(frame, costs)}

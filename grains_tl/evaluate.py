@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grains_tl.batches import Batch
-from grains_tl.models import forward_logits, require_hook_names, resid_post
+from grains_tl.models import forward_logits, listed_hooks, require_hook_names, resid_post
 from grains_tl.objectives import Objective
 from grains_tl.scoring import (
     MAX_TOKENS,
@@ -78,13 +79,15 @@ def measure(
     Returns:
         ``(base, steered)``: ``[record, 2]`` and ``[setting, record, 2]``, nats; column 0 chosen, 1 rejected.
 
+    Raises:
+        KeyError: a hook name that the model does not have.
+        ValueError: hooks that act before their setting's layer, which is not run again.
+
     Example:
         >>> settings = [Setting(12, vectors.hooks(0.2, [12]), vector="ours", alpha=0.2)]     # doctest: +SKIP
         >>> base, steered = measure(model, tokenized, settings)                             # doctest: +SKIP
     """
-    for setting in settings:
-        if not callable(setting.hooks):
-            require_hook_names(model, setting.hooks)
+    require_settings(model, settings)
     base = torch.zeros(len(tokenized), 2)
     steered = torch.zeros(len(settings), len(tokenized), 2)
     total = len(settings) * len(tokenized)
@@ -97,6 +100,30 @@ def measure(
                     steered[i, group] = logprobs.cpu()
                     bar.update(len(group))
     return base, steered
+
+
+def require_settings(model: HookedModel, settings: Sequence[Setting]) -> None:
+    """Refuse hooks that the model lacks (KeyError), or that would never run (ValueError).
+
+    Hooks that are made for each batch are looked at when they are there.
+    """
+    for setting in settings:
+        if not callable(setting.hooks):
+            hooks = listed_hooks(setting.hooks)
+            require_hook_names(model, hooks)
+            _require_reach(setting.layer, hooks)
+
+
+def _require_reach(layer: int, fwd_hooks: FwdHooks) -> None:
+    """Blocks up to ``layer`` are not run again: a hook in one of them would be left out without a word."""
+    for name, _ in fwd_hooks:
+        found = re.match(r"blocks\.(\d+)\.", str(name))
+        place = int(found[1]) if found else layer + 1 if str(name).startswith(("ln_final", "unembed")) else -1
+        if place < layer or (place == layer and name != resid_post(layer)):
+            raise ValueError(
+                f"a setting of layer {layer} has a hook on {name}, which would never run: all up to {resid_post(layer)} is "
+                "taken from the unsteered run. Give the lowest layer that the hooks act on, one less for hooks inside it"
+            )
 
 
 def run_settings(
@@ -128,6 +155,8 @@ def shared_passes(
     size = _room(restart.batch, max_tokens) if restart.tiles else 1
     for layer in sorted({s.layer for s in settings}):
         made = {i: hooks_for(s.hooks, restart.batch) for i, s in enumerate(settings) if s.layer == layer}
+        for hooks in made.values():
+            _require_reach(layer, hooks)
         idle = [i for i, hooks in made.items() if not hooks]
         alone = [i for i, hooks in made.items() if any(name != resid_post(layer) for name, _ in hooks)]
         shared = [i for i in made if i not in idle and i not in alone]

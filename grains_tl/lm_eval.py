@@ -198,10 +198,10 @@ def _score(
             hooks = hooks_for(fwd_hooks, batch)
             logits = forward_logits(model, batch.ids, batch.attention_mask, batch.keep, hooks)
             logits = logits[batch.target_row, batch.target_keep]
-            logprobs = token_logprobs(logits, batch.target_id).double()
-            missed = (logits.argmax(-1) != batch.target_id).double()
-            total = torch.zeros(len(group), 2, dtype=torch.float64, device=logits.device)
-            total.index_add_(0, batch.target_row, torch.stack([logprobs, missed], dim=1))
+            logprobs = token_logprobs(logits, batch.target_id).cpu().double()
+            missed = (logits.argmax(-1) != batch.target_id).cpu().double()
+            total = torch.zeros(len(group), 2, dtype=torch.float64)  # on the CPU: Apple GPUs have no such numbers
+            total.index_add_(0, batch.target_row.cpu(), torch.stack([logprobs, missed], dim=1))
             for i, (logprob, misses) in zip(group, total.tolist(), strict=True):
                 out[i] = (logprob, misses == 0)
             bar.update(len(group))

@@ -234,8 +234,8 @@ def device_of(model: HookedModel) -> torch.device:
     return next(model.parameters()).device  # type: ignore[attr-defined]
 
 
-def require_layers(model: HookedModel, layers: Sequence[int]) -> list[int]:
-    """The layers as a sorted list without repeats.
+def existing_layers(model: HookedModel, layers: Sequence[int]) -> list[int]:
+    """The layers as they were given, for what is read beside other lists of the caller's.
 
     Raises:
         ValueError: a layer is not in ``0 .. n_layers - 1``, or none is given.
@@ -247,7 +247,12 @@ def require_layers(model: HookedModel, layers: Sequence[int]) -> list[int]:
         raise ValueError(f"layers {bad} do not exist; the model has layers 0 to {n_layers - 1}")
     if not layers:
         raise ValueError(f"no layers given; choose from 0 to {n_layers - 1}")
-    return sorted(set(layers))
+    return layers
+
+
+def require_layers(model: HookedModel, layers: Sequence[int]) -> list[int]:
+    """``existing_layers`` sorted and without repeats."""
+    return sorted(set(existing_layers(model, layers)))
 
 
 def listed_hooks(fwd_hooks: Any) -> FwdHooks:
@@ -367,7 +372,7 @@ def model_identity(model: HookedModel) -> dict[str, Any]:
         "d_vocab": int(cfg.d_vocab),
         "fingerprint": {
             "logprobs": [round(x, 2) for x in logprobs[ids[0]].tolist()],
-            "norms": [float(f"{x:.4g}") for x in embed_tokens(model, ids)[0].double().norm(dim=-1).tolist()],
+            "norms": [float(f"{x:.4g}") for x in embed_tokens(model, ids)[0].cpu().double().norm(dim=-1).tolist()],
         },
     }
 

@@ -12,7 +12,7 @@ import torch
 from grains_tl.attributed import attribute_records, image_key, short_hash
 from grains_tl.attribution import Method, check_attribution_options
 from grains_tl.attribution.baselines import Baseline
-from grains_tl.attribution.methods import REMOVAL
+from grains_tl.attribution.methods import DRAWS, REMOVAL
 from grains_tl.caching import Readout, check_readout
 from grains_tl.groups import GroupBy, group, groups_of, select_groups
 from grains_tl.masking import Masker, Selection, check_budget, replacement_embedding, select_tokens
@@ -156,6 +156,7 @@ def build_vectors(
         "side": side,
         "readout": readout,
         "autocast": autocast_dtype(model),
+        "seed": extra.get("seed", 0) if method in DRAWS else None,
     }
     return reduce_vectors(
         differences, reduce=reduce, side=side, info=manifest(model, tokenized, settings, attributions)
@@ -235,7 +236,6 @@ def manifest(
         "template_hash": short_hash(str(template)),
         "median_relative_gap": float(torch.tensor(gaps).median()) if gaps else None,
         "converged_share": sum(bool(a.converged) for a in attributions) / len(gaps) if gaps else None,
-        "seed": None,  # nothing random happens in a build
         "versions": package_versions(),
     }
 

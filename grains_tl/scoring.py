@@ -162,7 +162,7 @@ def _continues(model: HookedModel, restart: Restart, n: int) -> bool:
     """Whether ``n`` copies of the batch, continued from the lowest cached layer, give its base numbers."""
     try:
         again = restart_many(model, restart, min(restart.resid), [[]] * n)
-    except (RuntimeError, TypeError, IndexError):  # an architecture with block arguments of another kind
+    except (RuntimeError, TypeError, ValueError, IndexError):  # an architecture with block arguments of another kind
         return False
     return bool((again - restart.base).abs().max() < exactness(model))
 

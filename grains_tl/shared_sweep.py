@@ -76,7 +76,7 @@ def _join(checkpoint: str | Path, target: Path) -> None:
     found = files(checkpoint)
     if found in ([], [target]):
         return
-    texts = [file.read_text(encoding="utf-8") for file in found]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in found]
     lines = dict.fromkeys(line for text in texts for line in text.split("\n")[1:-1])  # a torn last line stays behind
     header = texts[0].partition("\n")[0]
     write_atomically(target, "\n".join([header, *lines, ""]).encode())

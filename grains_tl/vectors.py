@@ -226,10 +226,11 @@ class SteeringVectors:
         """
         from safetensors.torch import save
 
+        # safetensors refuses tensors that share memory, such as one tensor given as both norms
         tensors = {
-            "directions": self.directions.contiguous(),
-            "magnitudes": self.magnitudes.contiguous(),
-            "resid_norms": self.resid_norms.contiguous(),
+            "directions": self.directions.clone().contiguous(),
+            "magnitudes": self.magnitudes.clone().contiguous(),
+            "resid_norms": self.resid_norms.clone().contiguous(),
         }
         about = {**self.info, "layers": list(self.layers), "hook_point": "blocks.{layer}.hook_resid_post"}
         manifest = json.dumps(about, default=plain)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl.models import device_of, embed_tokens
+from grains_tl.precision import full_precision
 from grains_tl.types import HookedModel
 from grains_tl.vectors import SteeringVectors
 
@@ -104,10 +105,12 @@ def embedding_neighbours(
         # one basis vector per row gives the columns of the unembedding, whatever class holds it
         basis = torch.eye(units.shape[1], device=units.device, dtype=_dtype(model))[None]
         unembed: Any = model.unembed  # type: ignore[attr-defined]
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(model):
             table = (unembed(basis) - unembed(0 * basis))[0].float().T
     table = torch.nn.functional.normalize(table - table.mean(0), dim=-1)
-    return _top_both_ways(model, (units @ table.T).cpu(), chosen.layers, n_top, "cosine")
+    with full_precision(model):
+        cosines = (units @ table.T).cpu()
+    return _top_both_ways(model, cosines, chosen.layers, n_top, "cosine")
 
 
 def _through_unembedding(model: HookedModel, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
@@ -115,7 +118,7 @@ def _through_unembedding(model: HookedModel, directions: Float[Tensor, "row d_mo
     scaled = (directions * directions.shape[-1] ** 0.5).to(device_of(model), _dtype(model))
     norm: Any = model.ln_final  # type: ignore[attr-defined]
     unembed: Any = model.unembed  # type: ignore[attr-defined]
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(model):
         up, down = (unembed(norm(h[:, None]))[:, 0].float() for h in (scaled, -scaled))
     logits = (up - down) / 2
     return (logits - logits.mean(-1, keepdim=True)).cpu()

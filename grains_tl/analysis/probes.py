@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from grains_tl.caching import read_out, read_out_responses
 from grains_tl.masking import Masker, Selection
-from grains_tl.models import hooked, require_layers
+from grains_tl.models import existing_layers, hooked
 from grains_tl.scoring import MAX_TOKENS
 from grains_tl.tokens import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
@@ -68,7 +68,7 @@ def residuals(
 
     Args:
         model, tokenized: the model and records.
-        layers: default all.
+        layers: default all; the result has them in this order.
         readout: see ``ProbeReadout``.
         selections: the tokens to mask, needed for ``"prompt_end"``.
         masker: how they are masked.
@@ -87,7 +87,7 @@ def residuals(
     """
     if readout not in get_args(ProbeReadout):
         raise ValueError(f"readout={readout!r}; it is one of {get_args(ProbeReadout)}")
-    at = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
+    at = existing_layers(model, range(model.cfg.n_layers) if layers is None else layers)
     with hooked(model, fwd_hooks or []):
         if readout == "response_end":
             return read_out_responses(model, tokenized, layers=at, max_tokens=max_tokens)
@@ -273,4 +273,4 @@ def _direction(x: NDArray[np.float64], strength: float) -> tuple[Float[Tensor, "
 
 
 def _cosine(vectors: SteeringVectors, layer: int, unit: Float[Tensor, "d_model"]) -> float:
-    return float(vectors.at([layer]).directions[0] @ unit) if layer in vectors.layers else float("nan")
+    return float((vectors.at([layer]).directions[0] * unit).sum()) if layer in vectors.layers else float("nan")

@@ -117,13 +117,13 @@ def _read_hooks(
 
     def read(part: Part) -> Any:
         def hook_fn(act: Tensor, hook: Any) -> None:
-            found[part] = act[row, last].float() @ unit
+            found[part] = (act[row, last].float() * unit).sum(-1)  # not a matrix product: autocast would round it
 
         return hook_fn
 
     def read_heads(at: int) -> Any:
         # [head, d_head]: what one unit of each entry of z writes along the direction
-        along = model.blocks[at].attn.W_O.detach().float() @ unit
+        along = (model.blocks[at].attn.W_O.detach().float() * unit).sum(-1)
 
         def hook_fn(act: Float[Tensor, "batch pos head d_head"], hook: Any) -> None:
             each = (act[row, last].float() * along).sum(-1)

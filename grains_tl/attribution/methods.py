@@ -40,6 +40,8 @@ Method = Literal[
 Nodes = Literal["gauss_legendre", "riemann", "adaptive"]
 #: Methods that only take tokens out: no gradients.
 REMOVAL = ("leave_one_out", "leave_k_out")
+#: Methods that draw at random.
+DRAWS = ("leave_k_out", "expected_gradients", "smoothgrad")
 #: Methods that go along a path from a baseline.
 PATH = ("integrated_gradients", "sequential_ig", "discretized_ig", "expected_gradients")
 #: A gap below this share of |f(x) - f(x')| counts as converged.

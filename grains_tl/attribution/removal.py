@@ -172,7 +172,9 @@ def leave_k_out_scores(
     removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
     designs = []
     for record, own in enumerate(units):
-        design = _balanced_draws(len(own), min(k, max(1, len(own) - 1)), n_draws, generators[record])
+        # nothing to take out, nothing to draw from
+        n = n_draws if own else 0
+        design = _balanced_draws(len(own), min(k, max(1, len(own) - 1)), n, generators[record])
         designs.append(design)
         removals += [
             (record, [p for u, out in enumerate(row) if out for p in own[u]]) for row in design.bool().tolist()
@@ -185,12 +187,14 @@ def leave_k_out_scores(
     for record, (own, design) in enumerate(zip(units, designs, strict=True)):
         drops = values[record] - found[begin : begin + len(design)]
         begin += len(design)
+        row = torch.full((len(tokenized[record].prompt),), float("nan"))
+        scores.append(row)
+        if not own:
+            continue
         # the smallest solution that fits; the float64 driver that allows rank deficiency
         fitted = torch.linalg.lstsq(design.double(), drops.double()[:, None], driver="gelsd").solution[:, 0].float()
-        row = torch.full((len(tokenized[record].prompt),), float("nan"))
         for unit, score in zip(own, fitted.tolist(), strict=True):
             row[list(unit)] = score / len(unit)
-        scores.append(row)
     return scores, values
 
 

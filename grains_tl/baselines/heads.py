@@ -152,7 +152,7 @@ def head_vectors(
     rows = [_direction(found[:, :, i], probes[i][1], direction, candidates[i]) for i in best]
     heads = tuple(candidates[i] for i in best)
     directions = torch.stack(rows)
-    along = torch.einsum("rshd,hd->rsh", found[:, :, best], directions).flatten(0, 1)
+    along = (found[:, :, best] * directions).sum(-1).flatten(0, 1)  # not a matrix product: autocast would round it
     norms: list[Tensor] = []
     read_out(model, tokenized, layers=[max(layer for layer, _ in heads)], norms=norms, max_tokens=max_tokens)
     return HeadVectors(
@@ -160,7 +160,10 @@ def head_vectors(
         directions=directions,
         sigmas=along.std(0, correction=0),
         writes=torch.stack(
-            [d @ output_weights(model, layer)[head] for d, (layer, head) in zip(rows, heads, strict=True)]
+            [
+                (d[:, None] * output_weights(model, layer)[head]).sum(0)
+                for d, (layer, head) in zip(rows, heads, strict=True)
+            ]
         ),
         resid_norm=torch.cat(norms, dim=1).median().item(),
         accuracies=torch.tensor([probes[i][0] for i in best]),

@@ -42,7 +42,10 @@ def with_system_prompt(
             return replace(pair, prompt=instruction + separator + pair.prompt)
         first, *rest = pair.prompt
         if first.get("role") == "system":
-            return replace(pair, prompt=[{**first, "content": f"{instruction}{separator}{first['content']}"}, *rest])
+            own = first["content"]
+            parts = [{"type": "text", "text": instruction + separator}]
+            joined = instruction + separator + own if isinstance(own, str) else [*parts, *own]
+            return replace(pair, prompt=[{**first, "content": joined}, *rest])
         return replace(pair, prompt=[{"role": "system", "content": instruction}, *pair.prompt])
 
     return [rewritten(pair) for pair in pairs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -146,8 +146,3 @@ def preference_win_rate(logprobs: Float[Tensor, "record 2"]) -> tuple[float, flo
         raise ValueError("no records; at least one preference pair is needed")
     wins = ((logprobs[:, 0] - logprobs[:, 1]).sign().double() / 2 + 0.5).cpu().numpy()
     return float(wins.mean()), standard_error(wins)
-
-
-def as_rows(scores: Mapping[str, YesNoScores]) -> pd.DataFrame:
-    """Named scores as a table."""
-    return pd.DataFrame([{"name": name, **asdict(s)} for name, s in scores.items()])

@@ -119,7 +119,7 @@ def candidates(
         Vectors by name (draws are numbered), and one row per attribution method: its median relative gap, and the share
         of the masked tokens that are patches.
     """
-    tokenized = tokenize_pairs(model, pairs)
+    tokenized, layers = tokenize_pairs(model, pairs), sorted(set(layers))
     common: dict[str, Any] = {"masker": masker, "image_masker": image_masker, "max_tokens": MAX_TOKENS}
     found, about, first = {}, [], None
     for method, n_steps in methods:

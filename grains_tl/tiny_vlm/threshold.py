@@ -42,7 +42,7 @@ def yes_no_vectors(
     attributions = attribute_all(model, tokenized, content_only=True, **options)
     selections = [select_tokens(a, top_k) for a in attributions]
     differences = collect_differences(model, tokenized, selections, layers=layers, **options)
-    caa = caa_differences(model, tokenized, layers=layers, resid_norms=differences.resid_norms)
+    caa = caa_differences(model, tokenized, layers=differences.layers, resid_norms=differences.resid_norms)
     return {
         "leave_one_out, mean": reduce_vectors(differences),
         "leave_one_out, pca": reduce_vectors(differences, reduce="pca"),
