@@ -49,7 +49,7 @@ ABOUT = {
 #: At most so many records of a set: whole sentences as responses cost several times as much as single words.
 AT_MOST = {
     "sentiment": {"build": 48, "choose": 24, "test": 104, "draws": 30},
-    "misconceptions": {"build": 24, "choose": 12, "test": 40, "draws": 14},
+    "misconceptions": {"build": 24, "choose": 12, "test": 40, "draws": 10},
 }
 
 #: Controls that are drawn from the chosen vector or its differences: ``fn(differences, n_draws=, seed=)``.

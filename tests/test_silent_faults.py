@@ -81,7 +81,7 @@ def test_masked_positions_are_those_of_the_records(bridge: Any, tokenized: list[
 def test_questions_are_not_dropped(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     question = gr.MultipleChoice("the film was", (" good", " bad"), (True, False))
     with pytest.raises(ValueError, match=r"\['MultipleChoice', 'PreferencePair'\]"):
-        gr.score_choices(bridge, [question, pairs[0]])  # type: ignore[list-item]
+        gr.score_choices(bridge, [question, pairs[0]])  # type: ignore[arg-type]
 
 
 # -- hooks that never run ---------------------------------------------------------------------------------------------
@@ -218,7 +218,8 @@ def test_comparison_with_no_records_for_the_draws(
 @pytest.mark.usefixtures("unchecked")
 def test_shares_of_curves_as_an_array(bridge: Any, tokenized: list[gr.TokenizedPair]) -> None:
     found = gr.attribute_all(bridge, tokenized[:1])
-    one, other = (gr.curves(bridge, tokenized[:1], found, shares=s) for s in (np.array([0.2, 0.5]), [0.2, 0.5]))
+    given: list[Any] = [np.array([0.2, 0.5]), [0.2, 0.5]]
+    one, other = (gr.curves(bridge, tokenized[:1], found, shares=shares) for shares in given)
     assert torch.equal(one.deleted, other.deleted)
 
 
@@ -230,9 +231,11 @@ def test_messages_of_parts_stay_parts() -> None:
     system = {"role": "system", "content": [{"type": "text", "text": "old"}]}
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "2 + 2?"}]}
     pair = gr.with_system_prompt([gr.PreferencePair([system, user], "4", "5")], "new")[0]
-    texts = [part["text"] for part in pair.prompt[0]["content"]]  # type: ignore[index]
-    assert texts == ["new\n\n", "old"] and pair.prompt[1] == user
-    asked = gr.letters(gr.MultipleChoice([user], ("4", "5"), (True, False))).prompt[0]["content"]  # type: ignore[index]
+    messages: Any = pair.prompt
+    texts = [part["text"] for part in messages[0]["content"]]
+    assert texts == ["new\n\n", "old"] and messages[1] == user
+    letters: Any = gr.letters(gr.MultipleChoice([user], ("4", "5"), (True, False))).prompt
+    asked = letters[0]["content"]
     assert asked[:2] == user["content"] and asked[2]["text"] == "\nA. 4\nB. 5\nAnswer:"
 
 
