@@ -17,6 +17,7 @@ import torch
 from benchmarks import build_vectors, growth, memory, steering
 from benchmarks.common import load
 from grains_tl.attribution.baselines import BASELINES
+from grains_tl.scoring import MAX_TOKENS
 from grains_tl.vectors import package_versions
 
 PARTS = ("build", "steering", "growth", "memory")
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=50, help="building records")
     parser.add_argument("--steps", type=int, default=20, help="IG steps")
     parser.add_argument("--baseline", default="zero", choices=BASELINES, help="where the IG path begins")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="token budget of a pass, building")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--sweep-records", type=int, default=8)
     parser.add_argument("--json", default="benchmarks.json", help="file for the figures")
@@ -52,7 +54,7 @@ def main() -> None:
     if "build" in parts or "steering" in parts:
         model = load(args.model)
     if "build" in parts:
-        options = {"records": args.records, "steps": args.steps, "baseline": args.baseline, "repeats": args.repeats}
+        options = {name: getattr(args, name) for name in ("records", "steps", "baseline", "max_tokens", "repeats")}
         figures["build"] = build_vectors.run(model, **options)
         table += build_vectors.rows(figures["build"])
     if "steering" in parts:

@@ -17,6 +17,7 @@ from torch import Tensor
 import grains_tl as gr
 from benchmarks.common import Operations, count_operations, floating_point_operations, matrix_rate, timed
 from grains_tl.attribution.baselines import Baselines
+from grains_tl.scoring import MAX_TOKENS
 from grains_tl.sharing import branch_length
 from grains_tl.tokens import TokenizedPair, token_rules
 
@@ -77,7 +78,14 @@ def plain_loop(
 
 
 def run(
-    model: Any, *, records: int, steps: int, baseline: str = "zero", top_k: int = 3, repeats: int = 3
+    model: Any,
+    *,
+    records: int,
+    steps: int,
+    baseline: str = "zero",
+    max_tokens: int = MAX_TOKENS,
+    top_k: int = 3,
+    repeats: int = 3,
 ) -> dict[str, Any]:
     """Seconds, operations and agreement of both sides."""
     pairs = gr.load_bundled("sentiment", "build")[:records]
@@ -85,7 +93,11 @@ def run(
     eos = token_rules(model).eos
     options: dict[str, Any] = {"masker": "eos", "n_steps": steps, "top_k": top_k, "progress": False}
     baselines = Baselines(model)
-    options |= {"baseline": baseline, "method_options": {"nodes": "gauss_legendre"}}  # as the plain loop
+    options |= {
+        "baseline": baseline,
+        "max_tokens": max_tokens,
+        "method_options": {"nodes": "gauss_legendre"},
+    }  # as the plain loop
     counted: list[Operations] = []
 
     def ours_counted() -> gr.SteeringVectors:  # counting costs microseconds a pass
@@ -125,6 +137,7 @@ def run(
         "records": len(pairs),
         "steps": steps,
         "baseline": baseline,
+        "max_tokens": max_tokens,
         "seconds": seconds,
         "times_faster": seconds["plain loop"] / seconds["grains_tl"],
         "operations": vars(done),
