@@ -30,7 +30,7 @@ class Choice:
         records: hashes of the records used for choosing; ``report_choice`` refuses them.
 
     Example:
-        >>> picked = choose(frame, pairs)                 # doctest: +SKIP
+        >>> picked = choose(frame, max_kl=0.1)            # doctest: +SKIP
         >>> vectors.hooks(picked.alpha, [picked.layer])    # doctest: +SKIP
     """
 
@@ -53,6 +53,8 @@ def choose(
     max_kl: float | None = None,
     vector: str | None = None,
     records: Iterable[Record] | None = None,
+    operator: Operator | None = None,
+    objective: Objective | None = None,
 ) -> Choice:
     """The cell with the largest effect that does not cost too much.
 
@@ -63,6 +65,7 @@ def choose(
         max_kl: budget, nats per token of KL(steered || base) on the neutral texts; ``None`` for none.
         vector: choose among the cells of this one only.
         records: what the sweep was measured on; needed only where the frame has lost its ``attrs`` (read from a csv).
+        operator, objective: of the sweep, for such a frame; default ``"add_renorm"`` and ``"sum"``, as in ``sweep``.
 
     Raises:
         ValueError: no cell fits, no costs to compare with the budget, or a frame that does not say on which records it
@@ -112,8 +115,8 @@ def choose(
         layer=int(best["layer"]),
         alpha=float(best["alpha"]),
         positions=best["positions"],
-        operator=frame.attrs.get("operator", "add_renorm"),
-        objective=frame.attrs.get("objective", "sum"),
+        operator=operator or frame.attrs.get("operator", "add_renorm"),
+        objective=objective or frame.attrs.get("objective", "sum"),
         why=why,
         records=frozenset(used),
     )

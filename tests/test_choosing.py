@@ -108,6 +108,16 @@ def test_a_frame_without_its_records_is_refused(bridge: Any, tmp_path: Path) -> 
     assert gr.choose(read, records=used).records == gr.choose(frame).records
 
 
+def test_a_table_from_a_csv_can_be_told_how_it_was_made(bridge: Any, tmp_path: Path) -> None:
+    used = records(6)
+    options: dict[str, Any] = {"operator": "add", "objective": "mean"}
+    frame = gr.sweep(bridge, vectors_of(), used, alphas=[0.2], progress=False, **options)
+    frame.to_csv(tmp_path / "sweep.csv", index=False)
+    read = pd.read_csv(tmp_path / "sweep.csv")
+    found, wanted = gr.choose(read, records=used, **options), gr.choose(frame)
+    assert (found.operator, found.objective) == (wanted.operator, wanted.objective) == ("add", "mean")
+
+
 def test_the_budget(bridge: Any) -> None:
     """The largest effect within the budget, by a plain search."""
     frame = gr.sweep(
