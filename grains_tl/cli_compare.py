@@ -62,7 +62,7 @@ def add_parser(commands: Any, model_options: Callable[..., None]) -> argparse.Ar
     parser.add_argument(
         "--methods", default=",".join(DEFAULT_METHODS), help=f"comma-separated, of {', '.join(get_args(Method))}"
     )
-    parser.add_argument("--n-steps", type=int, default=32, help="gradients per record of the path methods (default 32)")
+    parser.add_argument("--n-steps", type=int, default=16, help="gradients per record of the path methods (default 16)")
     parser.add_argument("--top-k", type=int, default=2, help="tokens taken out on each side (default 2)")
     parser.add_argument("--masker", default="mean_embedding", choices=get_args(Masker))
     parser.add_argument("--layer", type=int, help="layer to steer at (default two thirds of the way up)")
