@@ -137,7 +137,8 @@ def launch(world: int, arguments: list[str]) -> None:
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(free_port())]  # with 0, accelerate 1.1 waits for ever
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, "-m", "grains_tl", *arguments], capture_output=True, text=True, env=environment)
+    command += ["-m", "grains_tl", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
