@@ -65,11 +65,11 @@ def choose(
         max_kl: budget, nats per token of KL(steered || base) on the neutral texts; ``None`` for none.
         vector: choose among the cells of this one only.
         records: what the sweep was measured on; needed only where the frame has lost its ``attrs`` (read from a csv).
-        operator, objective: of the sweep, for such a frame; default ``"add_renorm"`` and ``"sum"``, as in ``sweep``.
+        operator, objective: of the sweep, for a frame without these columns; default ``"add_renorm"`` and ``"sum"``.
 
     Raises:
-        ValueError: no cell fits, no costs to compare with the budget, or a frame that does not say on which records it
-            was measured.
+        ValueError: no cell fits, no costs to compare with the budget, cells of different objectives, or a frame that does
+            not say on which records it was measured.
 
     Example:
         >>> frame = pd.DataFrame({"vector": "v", "positions": "all", "layer": [3, 4, 5], "alpha": 0.2, "n": 8,
@@ -87,6 +87,11 @@ def choose(
     if vector is not None:
         cells = cells[cells["vector"] == vector]
     cells = cells[np.isfinite(cells["effect"])]
+    if "objective" in cells and cells["objective"].nunique() > 1:
+        raise ValueError(
+            f"cells of the objectives {sorted(set(cells['objective']))}: nats of the one are not those of the other; choose "
+            "among one: choose(frame[frame.objective == 'sum'])"
+        )
     if cells.empty:
         raise ValueError(
             f"no cell with a positive alpha{f' of vector {vector!r}' if vector else ''}; there are vectors "
@@ -115,8 +120,8 @@ def choose(
         layer=int(best["layer"]),
         alpha=float(best["alpha"]),
         positions=best["positions"],
-        operator=operator or frame.attrs.get("operator", "add_renorm"),
-        objective=objective or frame.attrs.get("objective", "sum"),
+        operator=best.get("operator") or operator or "add_renorm",
+        objective=best.get("objective") or objective or "sum",
         why=why,
         records=frozenset(used),
     )

@@ -19,7 +19,7 @@ from grains_tl.checkpoint import Checkpoint, hash_of, open_checkpoint
 from grains_tl.choices import MultipleChoice
 from grains_tl.effects import SETTING, record_effects, require_keys
 from grains_tl.evaluate import Setting, require_settings, shared_passes
-from grains_tl.numbers import listed
+from grains_tl.numbers import listed, whole
 from grains_tl.scoring import MAX_TOKENS, prepare_restart, restart_logits
 from grains_tl.tokens import prompt_ids
 from grains_tl.types import HookedModel, Text
@@ -41,7 +41,7 @@ def neutral_texts(n: int | None = None) -> list[str]:
         (30, 'The ferry')
     """
     lines = (resources.files("grains_tl") / "data_files" / "neutral.jsonl").read_text(encoding="utf-8").splitlines()
-    if n is not None and not 1 <= n <= len(lines):
+    if n is not None and not 1 <= whole("n", n) <= len(lines):
         raise ValueError(f"{n} neutral texts; there are 1 to {len(lines)}")
     return [json.loads(line)["text"] for line in lines[:n]]
 

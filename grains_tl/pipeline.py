@@ -224,7 +224,7 @@ def manifest(
     """What goes into ``SteeringVectors.info``: model, settings, token rules, template hash, data hash, gaps, versions."""
     template = getattr(model.tokenizer, "chat_template", None) or ""
     gaps = [a.relative_gap for a in attributions if a.relative_gap is not None]
-    identity = model_identity(model)
+    identity = model_identity(model, bare=True)
     shape = {key: identity[key] for key in ("n_layers", "d_model", "n_heads", "d_vocab")}
     return {
         "model": {**identity, "config_hash": short_hash(shape)},

@@ -41,16 +41,17 @@ def steer_hook(
             ``SteeringVectors.hooks`` gives these from ``alpha``.
         operator: see ``Operator``. With ``"add"``, ``"add_renorm"`` and ``"ablate"`` an amount of 0 changes no bit.
         positions: all, a named scope, or a ``[batch, pos]`` mask (positions decoded one by one are then left alone).
-        prompt_len: where the prompt ends, an int or one per row; named scopes use it in runs over whole sequences.
-            Without it a run over several positions is taken as the prompt. Decoding with a key-value cache hands over
-            one position at a time: that is a generated one, unless ``prompt_len`` is 1.
+        prompt_len: where the prompt ends, an int or one per row, counted from the row's first position, padding
+            included (rows padded on the left end their prompts at one place: an int). Named scopes use it in runs over
+            whole sequences. Without it a run over several positions is taken as the prompt. Decoding with a key-value
+            cache hands over one position at a time: that is a generated one, unless ``prompt_len`` is 1.
 
     Returns:
         ``[(name, fn)]`` for ``run_with_hooks`` or ``model.hooks``, next to any other hooks.
 
     Raises:
         ValueError: zero or non-finite direction, non-finite amount, unknown operator or scope; during the run, a
-            ``d_model`` or mask shape that does not fit.
+            ``d_model``, mask shape or ``prompt_len`` that does not fit.
 
     Example:
         >>> hooks = steer_hook(0, torch.tensor([3.0, 4.0]), amount=5.0, operator="add")
@@ -71,6 +72,7 @@ def steer_hook(
             f"positions={positions!r}; it is one of {get_args(Positions)} or a boolean [batch, pos] tensor, True where to "
             "steer (not a list of places)"
         )
+    prompt_len = _border(prompt_len)
     size = direction.float().norm()
     if not torch.isfinite(size) or size == 0:
         raise ValueError(f"the direction at layer {layer} has norm {size:.3g}; a finite, non-zero vector is needed")
@@ -88,6 +90,16 @@ def steer_hook(
         return new if scope is None else torch.where(scope[..., None], new, act)
 
     return [(resid_post(layer), hook_fn)]
+
+
+def _border(prompt_len: Any) -> int | Int[Tensor, "batch"] | None:
+    if prompt_len is None:
+        return None
+    if not isinstance(prompt_len, torch.Tensor) or prompt_len.ndim == 0:
+        return whole("prompt_len", prompt_len, 1)
+    if prompt_len.ndim != 1 or prompt_len.is_floating_point() or prompt_len.numel() == 0 or int(prompt_len.min()) < 1:
+        raise ValueError(f"prompt_len={prompt_len.tolist()}; a whole number from 1 on is needed, or one per row")
+    return prompt_len
 
 
 def _apply(
@@ -109,7 +121,7 @@ def _apply(
 def _scope(
     act: Float[Tensor, "batch pos d_model"],
     positions: Positions | Bool[Tensor, "mask_batch mask_pos"],
-    prompt_len: int | Int[Tensor, "batch"] | None,
+    prompt_len: int | Int[Tensor, "given"] | None,
 ) -> Bool[Tensor, "rows pos"] | None:
     """True where to steer; ``None`` for everywhere."""
     if isinstance(positions, str) and positions == "all":
@@ -126,6 +138,10 @@ def _scope(
         border = torch.full((1, 1), n_pos if n_pos > 1 else 0, device=act.device)
     else:
         border = torch.as_tensor(prompt_len, device=act.device).reshape(-1, 1)
+        if len(border) not in (1, batch):
+            raise ValueError(f"prompt_len has {len(border)} rows, the run has {batch}; give one number for each row")
+        if n_pos > 1 and int(border.max()) > n_pos:
+            raise ValueError(f"prompt_len={int(border.max())} is beyond the {n_pos} positions of this run")
         if n_pos == 1:  # a decoding step, except for the only token of a one-token prompt
             border = (border == 1).long()
     if positions == "prompt":

@@ -62,9 +62,9 @@ def sweep(
         One row per vector, scope, layer and alpha: ``vector``, ``positions``, ``layer``, ``alpha``, ``effect`` (mean
         paired change of the margin, nats) with ``effect_se``, ``low``, ``high`` and ``verdict``, ``wrong_way``,
         ``accuracy``, ``margin``, ``base_margin``, ``n``, with ``neutral`` also ``kl``, ``perplexity`` and the other
-        columns of ``summarize``. ``sweep_records`` has the same per record. ``frame.attrs`` holds ``token_layers`` (tokens
-        times blocks that were run), ``naive_token_layers`` (what a loop over settings, records and responses runs), and
-        the hashes of the records.
+        columns of ``summarize``, and the ``operator`` and ``objective`` of the call. ``sweep_records`` has the same per
+        record. ``frame.attrs`` holds ``token_layers`` (tokens times blocks that were run), ``naive_token_layers`` (what a
+        loop over settings, records and responses runs), and the hashes of the records.
 
     Raises:
         ValueError: bad records, a layer that is not stored, vectors of another model; before anything runs.
@@ -88,7 +88,8 @@ def sweep(
         progress=progress,
         checkpoint=checkpoint,
     )
-    return summarize(found, costs)
+    # columns rather than attrs: they survive a csv file and joined tables
+    return summarize(found, costs).assign(operator=operator, objective=objective)
 
 
 def sweep_records(
@@ -154,7 +155,6 @@ def sweep_records(
             costs = text_costs(model, settings, texts, max_tokens=max_tokens, progress=progress, checkpoint=store)
     loop = found.attrs.pop("tokens") + (0 if costs is None else costs.attrs["tokens"])
     found.attrs |= {
-        "operator": operator,
         "token_layers": sum(count),
         "naive_token_layers": loop * (len(settings) + 1) * int(model.cfg.n_layers),
     }

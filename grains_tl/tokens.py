@@ -30,8 +30,9 @@ class TokenRules:
     """What was decided about a tokenizer.
 
     Attributes:
-        bos: id put before plain-text prompts, or ``None``: added exactly if the tokenizer itself adds it. Chat templates
-            write their own markers, nothing is added to them.
+        bos: id put before plain-text prompts, or ``None``: added if the tokenizer itself adds it, unless the model's
+            ``cfg.default_prepend_bos`` is off, as in ``model.to_tokens``. Chat templates write their own markers, nothing
+            is added to them.
         eos: end-of-text / end-of-turn id, the replacement of tokens masked with ``"eos"`` (as in GrAInS for LLMs).
         pad: id under padding; the attention mask hides it, so any id will do where there is no pad token.
         special: ids that are never content.
@@ -75,12 +76,13 @@ def token_rules(model: HookedModel) -> TokenRules:
     # TransformerLens may have given the tokenizer special tokens that the embedding has no row for
     known = range(int(model.cfg.d_vocab))
     special = {int(i) for i in tokenizer.all_special_ids if i in known}
+    adds_bos = bool(probe) and probe[0] == bos and getattr(model.cfg, "default_prepend_bos", None) is not False
     candidates = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id, bos) if i in known]
     fallback = candidates[0] if candidates else 0
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id in known else fallback
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id in known else fallback
     return TokenRules(
-        bos=int(bos) if bos is not None and probe and probe[0] == bos else None,
+        bos=int(bos) if bos is not None and adds_bos else None,
         eos=int(eos),
         pad=int(pad),
         special=frozenset(special),

@@ -83,7 +83,7 @@ class PreferencePair:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attribution:
     """Signed scores of the input tokens of one record.
 
@@ -134,7 +134,9 @@ class Attribution:
         return abs(self.gap) / max(abs(self.objective - self.baseline_objective), 1e-12)
 
     def __str__(self) -> str:
-        order = self.scores.nan_to_num(0.0).abs().argsort(descending=True)[:5].tolist()
+        # what can be selected; markers of a chat template often score higher, and mean nothing
+        size = self.scores.nan_to_num(0.0).abs().masked_fill(~self.content, -1.0)
+        order = size.argsort(descending=True)[: min(5, int(self.content.sum()))].tolist()
         top = ", ".join(f"{self.tokens[i]!r} {self.scores[i]:+.2f}" for i in order)
         gap = "none" if self.gap is None else f"{self.gap:+.2f} nats"
         return f"{self.method}: f(x) = {self.objective:+.2f} nats, gap {gap}; largest: {top}"

@@ -33,7 +33,7 @@ FORMAT = "grains_tl.steering_vectors"
 FORMAT_VERSION = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SteeringVectors:
     """One direction per layer, with its size and the scale that ``alpha`` is measured in.
 
@@ -80,6 +80,13 @@ class SteeringVectors:
         for name, sizes in (("magnitudes", self.magnitudes), ("resid_norms", self.resid_norms)):
             if not bool(torch.isfinite(sizes).all()) or bool((sizes < 0).any()):
                 raise ValueError(f"{name} are {sizes.tolist()}; finite lengths are needed")
+
+    def __repr__(self) -> str:
+        made = [str(self.info["method"])] if "method" in self.info else []
+        made += [str(self.info["model"].get("name"))] if isinstance(self.info.get("model"), Mapping) else []
+        made += [f"{self.info['n_records']} records"] if "n_records" in self.info else []
+        what = f"layers {list(self.layers)}, d_model {self.directions.shape[1]}"
+        return f"SteeringVectors({', '.join([what, *made])})"
 
     @classmethod
     def from_raw(
@@ -134,7 +141,8 @@ class SteeringVectors:
             ``[(hook name, fn)]``, one per layer.
 
         Raises:
-            ValueError: a layer that is not stored, several stored layers and none named, a non-finite ``alpha``.
+            ValueError: a layer that is not stored or stands there twice, several stored layers and none named, a
+                non-finite ``alpha``.
         """
         if scale not in ("residual", "raw"):
             raise ValueError(f"scale={scale!r}; it is 'residual' or 'raw'")
@@ -145,6 +153,8 @@ class SteeringVectors:
         chosen = self.layers if layers is None else layer_numbers(layers)
         if not chosen:
             raise ValueError(f"no layers given, so nothing would be steered; stored are {list(self.layers)}")
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"layers {list(chosen)} steer one layer twice; name each once, and give a larger alpha")
         for layer in chosen:
             row = self._row(layer)
             unit = self.resid_norms[row] if scale == "residual" else self.magnitudes[row]
@@ -245,7 +255,7 @@ class SteeringVectors:
             ValueError: naming what differs (model shape, or the weights' fingerprint).
         """
         made_for = self.info.get("model")
-        have = model_identity(model)
+        have = model_identity(model, bare=True)
         if made_for is None:
             if self.directions.shape[1] != have["d_model"] or max(self.layers) >= have["n_layers"]:
                 raise ValueError(

@@ -123,7 +123,7 @@ CONTROLS = ("random_direction", "orthogonal_direction", "shuffled_labels", "rand
 def baseline_draws(
     model: HookedModel,
     pairs: Iterable[PreferencePair],
-    names: Sequence[str | Baseline] = CONTROLS,
+    names: Sequence[str | Baseline] | None = None,
     *,
     layers: Sequence[int],
     n_draws: int = 20,
@@ -134,7 +134,8 @@ def baseline_draws(
 
     Args:
         model, pairs: the model and its building records.
-        names: keys of ``BASELINES``, or functions of one's own with the same signature.
+        names: keys of ``BASELINES``, or functions of one's own with the same signature; default the ``CONTROLS``,
+            ``"orthogonal_direction"`` only where there is a ``like``.
         layers: which layers.
         n_draws: draws of each; the read-outs that draws share are run once.
         seed: of the draws; every baseline draws from a generator of its own, so that a result does not depend on its
@@ -153,13 +154,15 @@ def baseline_draws(
         >>> len(draws["shuffled_labels"])                                              # doctest: +SKIP
         20
     """
+    if names is None:
+        names = [name for name in CONTROLS if name != "orthogonal_direction" or options.get("like") is not None]
     functions = _functions(names)
     if n_draws < 1:
         raise ValueError(f"n_draws={n_draws}; at least one draw is needed")
     wanted = tuple(require_layers(model, layers))
     records = BuildingRecords(model, tokenize_pairs(model, pairs), wanted, **options)
     _check(records, functions)
-    made_for = model_identity(model)
+    made_for = model_identity(model, bare=True)
     drawn: dict[str, list[SteeringVectors]] = {}
     for name, function in functions.items():
         generator = torch.Generator().manual_seed(seed)

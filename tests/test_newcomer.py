@@ -1,0 +1,172 @@
+"""What somebody met who used the package for the first time: wrong numbers without a word, or false words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_hf, tiny_tokenizer
+
+import grains_tl as gr
+from grains_tl.models import model_identity, same_fingerprint, without_hooks
+from grains_tl.steering import steer_hook
+
+UNIT = torch.tensor([1.0, 0.0])
+
+
+def steered(n_rows: int, n_pos: int, **options: Any) -> torch.Tensor:
+    """Where a hook changes zeros."""
+    act = torch.zeros(n_rows, n_pos, 2)
+    return steer_hook(0, UNIT, 1.0, operator="add", **options)[0][1](act, hook=None)[..., 0] != 0
+
+
+# -- the text interface of a loaded model and the package's own ids ---------------------------------------------------
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("kind", ["bridge", "hooked"])
+def test_texts_become_the_same_ids_everywhere(kind: Any, adds_bos: bool, tmp_path: Any) -> None:
+    if kind == "hooked":
+        pytest.importorskip("transformer_lens.HookedTransformer")
+    from test_tokens import bos_tokenizer
+
+    tiny_hf().save_pretrained(tmp_path)
+    (bos_tokenizer() if adds_bos else tiny_tokenizer()).save_pretrained(tmp_path)
+    model = gr.load_model(str(tmp_path), kind=kind)
+    pair = gr.tokenize_pairs(model, [gr.PreferencePair("the film was", " good", " bad")])[0]
+    assert model.to_tokens("the film was")[0].tolist() == list(pair.prompt)
+    assert (gr.token_rules(model).bos is not None) == adds_bos == bool(model.cfg.default_prepend_bos)
+
+
+def test_a_bos_that_was_switched_off_stays_off(tmp_path: Any) -> None:
+    pytest.importorskip("transformer_lens.HookedTransformer")
+    import transformer_lens
+    from test_tokens import bos_tokenizer
+
+    shape = {"n_layers": 1, "d_model": 8, "n_ctx": 16, "d_head": 4, "d_vocab": len(bos_tokenizer()), "act_fn": "relu"}
+    for wanted in (False, True):
+        cfg = transformer_lens.HookedTransformerConfig(**shape, default_prepend_bos=wanted)
+        tokenizer = bos_tokenizer()
+        tokenizer.init_kwargs |= {"name_or_path": "tiny", "add_bos_token": True}
+        model = transformer_lens.HookedTransformer(cfg, tokenizer=tokenizer)
+        pair = gr.tokenize_pairs(model, [gr.PreferencePair("the film was", " good", " bad")])[0]
+        assert model.to_tokens("the film was")[0].tolist() == list(pair.prompt)
+
+
+# -- which model vectors belong to ------------------------------------------------------------------------------------
+
+
+def test_hooks_of_the_user_do_not_make_it_another_model(model: Any, pairs: list[gr.PreferencePair]) -> None:
+    calls = []
+
+    def own(act: torch.Tensor, hook: Any) -> torch.Tensor:
+        calls.append(1)
+        return act + 1.0
+
+    vectors = gr.build_vectors(model, pairs, top_k=1)
+    ids = torch.tensor([[3, 4, 5]])
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", own), ("blocks.1.hook_resid_post", own)]):
+        before = model(ids)
+        vectors.require_match(model)
+        frame = gr.sweep(model, vectors, pairs, layers=[1], alphas=[0.2], progress=False)
+        built = gr.build_vectors(model, pairs, top_k=1)
+        with without_hooks(model):
+            n, bare = len(calls), model(ids)
+            assert len(calls) == n
+        assert torch.equal(model(ids), before)  # they are back
+        with pytest.raises(RuntimeError, match="inside"), without_hooks(model):
+            raise RuntimeError("inside")
+        assert torch.equal(model(ids), before)
+        assert model_identity(model) != model_identity(model, bare=True)  # rows of a checkpoint are of what was run
+    assert torch.equal(model(ids), bare)
+    assert not torch.equal(bare, before)
+    built.require_match(model)
+    assert (built.raw - vectors.raw).abs().max() > 1e-3  # the hooks did act on the build
+    plain = gr.sweep(model, vectors, pairs, layers=[1], alphas=[0.2], progress=False)
+    assert (frame["base_margin"] - plain["base_margin"]).abs().max() > 1e-4
+
+
+def test_bfloat16_is_the_same_model_and_other_weights_are_not() -> None:
+    """Measured on SmolLM2: float32, bfloat16, and float32 of other weights of that size."""
+    norms = [3.2, 3.1, 2.9, 3.0, 3.3, 2.8]
+    full = {"logprobs": [-11.36, -13.83, -14.87, -11.63, -5.96, -18.62], "norms": norms}
+    half = {"logprobs": [-11.15, -13.83, -14.46, -11.65, -5.9, -18.52], "norms": norms}
+    other = {"logprobs": [-11.36, -13.83, -14.87, -11.63, -6.96, -18.62], "norms": norms}
+    assert same_fingerprint(full, half)
+    assert same_fingerprint(half, full)
+    assert not same_fingerprint(full, other)
+
+
+# -- steering ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_len_must_fit_the_run() -> None:
+    assert steered(2, 4, positions="prompt", prompt_len=torch.tensor([1, 3])).sum(1).tolist() == [1, 3]
+    with pytest.raises(ValueError, match="prompt_len has 4 rows, the run has 1"):
+        steered(1, 4, positions="prompt", prompt_len=torch.tensor([1, 2, 3, 4]))
+    with pytest.raises(ValueError, match="prompt_len=9 is beyond the 4 positions"):
+        steered(1, 4, positions="generated", prompt_len=9)
+    assert steered(1, 1, positions="generated", prompt_len=9).all()  # a decoding step
+    for bad in (0, -2, torch.tensor([0, 2])):
+        with pytest.raises(ValueError, match="prompt_len="):
+            steered(2, 4, positions="prompt", prompt_len=bad)
+
+
+def test_one_layer_is_steered_once() -> None:
+    vectors = gr.SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
+    with pytest.raises(ValueError, match=r"layers \[5, 5\] steer one layer twice"):
+        vectors.hooks(0.2, [5, 5])
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_joined_tables_know_their_operators(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    vectors = gr.build_vectors(bridge, pairs, top_k=1)
+    cells: list[tuple[int, Any]] = [(0, "add_renorm"), (1, "add")]
+    frames = [
+        gr.sweep(bridge, vectors, pairs, layers=[layer], alphas=[0.2], operator=operator, progress=False)
+        for layer, operator in cells
+    ]
+    joined = pd.concat(frames)
+    for best, frame in enumerate(frames):
+        joined["effect"] = [1.0 + (best == i) for i in (0, 1)]
+        choice = gr.choose(joined, records=pairs)
+        assert (choice.layer, choice.operator) == (best, frame["operator"].iloc[0])
+    with pytest.raises(ValueError, match="objectives"):
+        gr.choose(joined.assign(objective=["sum", "mean"]), records=pairs)
+
+
+def test_true_is_no_number_of_texts(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    vectors = gr.build_vectors(bridge, pairs, top_k=1)
+    with pytest.raises(ValueError, match="whole number"):
+        gr.sweep(bridge, vectors, pairs, neutral=True, progress=False)
+
+
+def test_controls_by_default(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    draws = gr.baseline_draws(bridge, pairs, layers=[1], n_draws=1)
+    assert set(draws) == {"random_direction", "shuffled_labels", "random_tokens"}
+    vectors = gr.build_vectors(bridge, pairs, top_k=1)
+    assert "orthogonal_direction" in gr.baseline_draws(bridge, pairs, layers=[1], n_draws=1, like=vectors)
+
+
+# -- what is printed --------------------------------------------------------------------------------------------------
+
+
+def test_vectors_say_what_they_are(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    vectors = gr.build_vectors(bridge, pairs, top_k=1)
+    assert repr(vectors).startswith(f"SteeringVectors(layers {list(vectors.layers)}, d_model")
+    assert f"{len(pairs)} records" in repr(vectors)
+    assert len(repr([vectors] * 20)) < 4000
+    assert vectors in [vectors]
+    assert vectors != gr.build_vectors(bridge, pairs, top_k=1)  # objects; .cosine compares them
+
+
+def test_printed_scores_are_those_that_can_be_chosen() -> None:
+    scores, content = torch.tensor([9.0, 0.5, -1.0]), torch.tensor([False, True, True])
+    a = gr.Attribution(
+        scores, ["<bos>", " good", " bad"], content, torch.zeros(3, dtype=torch.bool), None, 1.5, None, "m"
+    )
+    assert str(a).endswith("largest: ' bad' -1.00, ' good' +0.50")
