@@ -105,7 +105,7 @@ def choose(
         cells = cells[cells["kl"] <= max_kl]
         if cells.empty:
             raise ValueError(
-                f"no cell costs {max_kl} nats per token or less, the cheapest {lowest:.3g}; add smaller alphas"
+                f"no cell costs {max_kl} nats per token or less, the cheapest {lowest:.4g}; add smaller alphas"
             )
     best = cells.iloc[int(cells["effect"].to_numpy().argmax())]  # an index may repeat in joined tables
     why = f"largest effect ({best['effect']:+.3f} +- {best['effect_se']:.3f} nats, {int(best['n'])} records)"

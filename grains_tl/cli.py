@@ -38,9 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"grains-tl {args.command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ngrains-tl {args.command}: interrupted; finished records are kept", file=sys.stderr)
+        kept = _checkpoint(args)
+        said = f"; what was finished is in {kept}, and the same command goes on from it" if kept else ""
+        print(f"\ngrains-tl {args.command}: interrupted{said}", file=sys.stderr)
         return 130
     return 0
+
+
+def _checkpoint(args: argparse.Namespace) -> Path | None:
+    """The file or folder that holds finished results, if there is one yet."""
+    if args.command == "build":
+        place = Path(f"{args.out}.partial.jsonl")
+    elif args.command == "sweep":
+        place = Path(args.checkpoint or f"{args.out}.records.jsonl")
+    elif args.command in ("demo", "compare-attributions"):
+        place = Path(args.out)
+    else:
+        return None
+    return place if place.exists() else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,7 +147,7 @@ def _pair_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=COLUMN",
-        help="where prompt, chosen or rejected stand: a column name or a template such as 'prompt=Q: {Question}\\nA:'",
+        help="where prompt, chosen, rejected, image stand: a column name or a template such as 'prompt=Q: {Question}\\nA:'",
     )
     parser.add_argument("--limit", type=_positive, help="use the first N records")
 
@@ -174,10 +189,10 @@ def _numbers(text: str) -> list[float]:
 
 
 def _number(text: str) -> float:
-    numbers = _numbers(text)
-    if len(numbers) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: one number is needed")
-    return numbers[0]
+    try:
+        return finite("number", float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one finite number such as 0.3") from None
 
 
 def _positive(text: str) -> int:
@@ -311,6 +326,8 @@ def _steer(args: argparse.Namespace) -> None:
     vectors = load_vectors(args.vectors)
     layers = args.layer or [vectors.layers[len(vectors.layers) // 2]]
     vectors.hooks(args.alpha, layers)  # refuses them now, not after the model is loaded and has written the base text
+    if not all(prompt.strip() for prompt in args.prompt):
+        raise ValueError("--prompt is empty; some text is needed")
     model = _load(args, vectors.info.get("model", {}).get("name"))
     vectors.require_match(model)
     prompts = [[{"role": "user", "content": p}] if args.chat else p for p in args.prompt]

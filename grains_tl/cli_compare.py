@@ -86,10 +86,13 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
     """
     import pandas as pd
 
+    from grains_tl.attribution import Method
     from grains_tl.faithfulness import compare_attributions
     from grains_tl.models import model_identity
 
     methods: Sequence[Any] = [name.strip() for name in args.methods.split(",") if name.strip()]
+    if unknown := sorted(set(methods) - set(get_args(Method))):
+        raise ValueError(f"--methods: no method {unknown}; there are {', '.join(get_args(Method))}")
     if args.limit < 1 or args.eval_limit < 0:
         raise ValueError(f"--limit {args.limit} --eval-limit {args.eval_limit}: at least one record is needed")
     names = [*args.pairs, *(args.set or ([] if args.pairs else BUNDLED))]

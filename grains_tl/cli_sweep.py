@@ -38,6 +38,7 @@ def add_sweep_options(
 def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[str | None], Any]) -> None:
     """Sweep on one part of the records, choose, report on the other."""
     from grains_tl.choosing import choose, report_choice, split_records
+    from grains_tl.effects import record_id
     from grains_tl.files import write_atomically
     from grains_tl.processes import finish, launched
     from grains_tl.shared_sweep import shared_sweep
@@ -51,6 +52,15 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
     if len(set(stems)) < len(stems):
         raise ValueError(f"--vectors: the files are called alike ({', '.join(stems)}); rename one")
     vectors = {stem: load_vectors(path) for stem, path in zip(stems, args.vectors, strict=True)}
+    for stem, one in vectors.items():
+        lacking = sorted(set(args.layers or []) - set(one.layers))
+        if lacking:
+            raise ValueError(f"--layers: {stem} has no layers {lacking}; stored are {list(one.layers)}")
+    both = {record_id(pair) for pair in pairs} & {record_id(pair) for pair in test}
+    if both:
+        raise ValueError(
+            f"--test: {len(both)} of its records are in --pairs too; a report needs records that chose nothing"
+        )
     model = load(next(iter(vectors.values())).info.get("model", {}).get("name"))
     checkpoint = args.checkpoint or (f"{args.out}.records.jsonl" if args.out else None)
     processes = launched()
@@ -79,7 +89,11 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
     if not (frame["alpha"] > 0).any():
         print("no cell is chosen: that needs positive alphas")
         return
-    choice = choose(frame, max_kl=args.max_kl if args.neutral else None)
+    try:
+        choice = choose(frame, max_kl=args.max_kl if args.neutral else None)
+    except ValueError as error:  # the table is there and stays
+        print(f"no cell is chosen: {error}")
+        return
     print(f"\nchosen on {len(pairs)} records: {choice}")
     if not test:
         print("not reported: that needs other records (--test FILE, or --report-share)")

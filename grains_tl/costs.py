@@ -233,5 +233,5 @@ def retention(
         >>> frame = retention(model, questions, grid({"ours": vectors}, [12], [0.2]))            # doctest: +SKIP
         >>> summarize(frame)[["base_accuracy", "accuracy", "accuracy_se"]]                       # doctest: +SKIP
     """
-    asked = [item if all(len(c.strip()) == 1 for c in item.choices) else letters(item) for item in items]
+    asked = [item if all(c.strip() in set(ascii_uppercase) for c in item.choices) else letters(item) for item in items]
     return record_effects(model, asked, settings, max_tokens=max_tokens, progress=progress, checkpoint=checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import resources
 from itertools import takewhile
 from pathlib import Path
@@ -16,6 +16,8 @@ from grains_tl.numbers import whole
 from grains_tl.types import PreferencePair
 
 FIELDS = ("prompt", "chosen", "rejected")
+#: Where a record's image or images may stand; the second is TRL's name.
+IMAGES = ("image", "images")
 BUNDLED = ("sentiment", "misconceptions")
 #: No record is longer; a file without line breaks is refused before it fills the memory.
 MAX_LINE = 2**25
@@ -34,7 +36,8 @@ def load_pairs(
             ``datasets.Dataset`` or ``pandas.DataFrame``.
         columns: where the fields stand if they have other names: a column name, or a template with ``{column}`` in it,
             e.g. ``{"prompt": "Q: {Question}\\nA:", "chosen": " {Best Answer}"}``. A semicolon list such as TruthfulQA's
-            is read with ``{Incorrect Answers[0]}``: the first of its items.
+            is read with ``{Incorrect Answers[0]}``: the first of its items. ``"image"`` too has a default, the column
+            ``image`` or ``images``.
         limit: keep the first ``limit`` records.
 
     Returns:
@@ -57,9 +60,9 @@ def load_pairs(
     if columns is not None and not isinstance(columns, Mapping):
         raise ValueError(f"columns={columns!r}; a mapping such as {{'prompt': '<your column>'}} is needed")
     limit = None if limit is None else whole("limit", limit, 1)
-    unknown = set(columns or {}) - set(FIELDS)
+    unknown = set(columns or {}) - {*FIELDS, "image"}
     if unknown:
-        raise ValueError(f"columns maps {sorted(unknown)}, but a record has only {FIELDS}")
+        raise ValueError(f"columns maps {sorted(unknown)}, but a record has only {(*FIELDS, 'image')}")
     pairs: list[PreferencePair] = []
     for row_number, row in read_rows(source):
         if limit is not None and len(pairs) >= limit:
@@ -164,7 +167,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
-            yield number, _json(line, f"{path}, line {number}")
+            yield number, _json(line.rstrip("\r\n"), f"{path}, line {number}")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -219,11 +222,22 @@ def _pair(row: Any, columns: Mapping[str, str], number: int) -> PreferencePair:
         row = _with_prompt(row)
     values = {name: _field(row, name, columns.get(name, name), number) for name in FIELDS}
     used = set(columns.values()) | set(FIELDS)
-    meta = {str(key): value for key, value in row.items() if key not in used and key != "image"}
+    image, taken = _image(row, columns.get("image"), number)
+    meta = {str(key): value for key, value in row.items() if key not in used and key not in taken}
     try:
-        return PreferencePair(**values, image=row.get("image"), meta=meta)
+        return PreferencePair(**values, image=image, meta=meta)
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from None
+
+
+def _image(row: Mapping[str, Any], column: str | None, number: int) -> tuple[Any, Collection[str]]:
+    """The record's image or images, if it has any, and the columns they came from."""
+    if column is not None and column not in row:
+        raise KeyError(f"row {number} has no column {column!r} for 'image'; it has {list(row)}")
+    names = IMAGES if column is None else (column,)
+    found = [row[name] for name in names if row.get(name) is not None]
+    image = found[0] if found else None
+    return None if isinstance(image, (list, str)) and not image else image, names
 
 
 def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -249,7 +263,7 @@ def _field(row: Mapping[str, Any], name: str, column: str, number: int) -> Any:
     except KeyError as error:
         raise KeyError(
             f"row {number} has no column {error!s} for {name!r}; it has {list(row)}. "
-            f'Map it: columns={{"{name}": "<your column>"}}'
+            f'Map it: columns={{"{name}": "<your column>"}}, in a shell --column {name}="<your column>"'
         ) from None
     if value is None:
         raise ValueError(f"row {number}: {name} is missing (the cell {column!r} is empty)")

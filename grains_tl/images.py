@@ -221,6 +221,21 @@ def _framed(model: HookedModel, token: str) -> str:
     return f"{start}{token}{end}"
 
 
+def refuse_lost_image(model: HookedModel, text: str, ids: Sequence[int]) -> None:
+    """A prompt with a place for an image and no image would be scored as text, with numbers that mean nothing.
+
+    Raises:
+        ValueError: an image token or placeholder in a prompt that came without an image.
+    """
+    if not getattr(model.cfg, "is_multimodal", False):
+        return
+    processor = getattr(model, "processor", None)
+    if image_token_id(model) in ids or (processor is not None and _placeholder(model) in text):
+        raise ValueError(
+            "the prompt has a place for an image, but no image came with it; give image=..., or take it out"
+        )
+
+
 def as_parts(message: Message) -> dict[str, Any]:
     """The message with its content as a list of parts, as the templates of vision-language models take it."""
     content = message.get("content", "")

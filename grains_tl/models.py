@@ -7,6 +7,7 @@ the user already has.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata, util
@@ -54,7 +55,7 @@ def load_model(
 
     Raises:
         ImportError: ``kind="hooked"`` with TransformerLens 4, or a GGUF file without the ``gguf`` package.
-        ValueError: an unknown ``kind``, or ``kind="hooked"`` for a vision-language model.
+        ValueError: an unknown ``kind``, ``kind="hooked"`` for a vision-language model, or a device torch cannot use here.
         FileNotFoundError: ``path`` does not exist.
         OSError: transformers finds no such model.
 
@@ -65,6 +66,7 @@ def load_model(
     """
     if kind not in ("bridge", "hooked"):
         raise ValueError(f"kind={kind!r}; it is 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)")
+    _require_device(device)
     if kind == "hooked" and name == TINY_VLM:
         raise ValueError(f"HookedTransformer has no vision; load {TINY_VLM!r} with kind='bridge'")
     if kind == "hooked":
@@ -78,6 +80,15 @@ def load_model(
     if processor is not None:
         model.processor = processor
     return _prompts_as_the_tokenizer_makes_them(model).eval().requires_grad_(False)
+
+
+def _require_device(device: str | torch.device) -> None:
+    """Said now, not after the weights were read."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={str(device)!r} cannot be used here ({reason}); try device='cpu'") from None
 
 
 def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any, Any, str]:
@@ -141,7 +152,9 @@ def _prompts_as_the_tokenizer_makes_them(model: Any) -> Any:
 def _bridge(hf_model: Any, tokenizer: Any, label: str) -> Any:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    with _torchvision_not_required():
+    with _torchvision_not_required(), warnings.catch_warnings():
+        # a dozen lines on vision towers in TransformerLens 3; the language model has all its hooks
+        warnings.filterwarnings("ignore", message="Hook alias", category=UserWarning)
         return build_bridge_from_module(
             hf_model,
             type(hf_model).__name__,
@@ -341,7 +354,7 @@ def forward_logits(
         side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
         resid = model(ids, attention_mask=attention_mask, padding_side=side, stop_at_layer=model.cfg.n_layers)
         with full_precision(model):
-            return model.unembed(model.ln_final(resid[:, keep]))  # type: ignore[attr-defined]
+            return model.unembed(final_norm(model, resid[:, keep]))  # type: ignore[attr-defined]
 
 
 def _require_images(model: HookedModel, ids: Int[Tensor, "batch pos"], inputs: Mapping[str, Tensor] | None) -> None:
@@ -417,6 +430,12 @@ def same_fingerprint(a: dict[str, list[float]] | None, b: dict[str, list[float]]
         return False
     near = all(abs(x - y) < 0.3 + 0.02 * abs(y) for x, y in zip(a["logprobs"], b["logprobs"], strict=True))
     return near and all(abs(x - y) <= 0.01 * y + 1e-6 for x, y in zip(a["norms"], b["norms"], strict=True))
+
+
+def final_norm(model: HookedModel, resid: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
+    """What the unembedding reads; a HookedTransformer with ``normalization_type=None`` has no ``ln_final``."""
+    norm = getattr(model, "ln_final", None)
+    return resid if norm is None else norm(resid)
 
 
 def embed_tokens(model: HookedModel, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape d_model"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grains_tl.batches import Batch, by_token_budget, scoring_batch
-from grains_tl.models import hooked, is_bridge, listed_hooks, require_layers, resid_post
+from grains_tl.models import final_norm, hooked, is_bridge, listed_hooks, require_layers, resid_post
 from grains_tl.objectives import Objective, token_logprobs
 from grains_tl.packing import BlockInputs, Packing, pack_batch
 from grains_tl.precision import exactness, full_precision
@@ -212,7 +212,7 @@ def restart_logits(
         row, pos = row.to(final.device), pos.to(final.device)  # of a model on several devices, the last one
         read = final.unflatten(0, (len(settings), -1))[:, row, pos].flatten(0, 1)[:, None]
         with full_precision(model):
-            logits = model.unembed(model.ln_final(read))  # type: ignore[attr-defined]
+            logits = model.unembed(final_norm(model, read))  # type: ignore[attr-defined]
         return logits.view(len(settings), len(batch.target_row), -1)
 
 

@@ -11,9 +11,9 @@ import pandas as pd
 from grains_tl.effects import Record
 from grains_tl.models import require_layers
 from grains_tl.processes import ALONE, Processes, files
-from grains_tl.sweep import Vectors, sweep
+from grains_tl.sweep import Vectors, named_vectors, sweep
 from grains_tl.types import HookedModel
-from grains_tl.vectors import SteeringVectors, write_atomically
+from grains_tl.vectors import write_atomically
 
 
 def shared_sweep(
@@ -37,9 +37,9 @@ def shared_sweep(
     Raises:
         ValueError: fewer layers than processes, or whatever ``sweep`` refuses.
     """
-    named = [vectors] if isinstance(vectors, SteeringVectors) else list(vectors.values())
+    named = named_vectors(vectors)
     chosen = options.pop("layers", None)
-    layers = require_layers(model, [layer for v in named for layer in v.layers] if chosen is None else chosen)
+    layers = require_layers(model, [layer for v in named.values() for layer in v.layers] if chosen is None else chosen)
     if len(layers) < processes.world:
         raise ValueError(f"{len(layers)} layers for {processes.world} processes; start at most {len(layers)}")
     own = None if checkpoint is None else processes.own_file(checkpoint)
@@ -47,7 +47,10 @@ def shared_sweep(
         _join(checkpoint, own)
     # neighbours go to different processes: a low layer costs more than a high one
     mine = [layers[i] for i in processes.share(len(layers))]
-    part = sweep(model, vectors, pairs, layers=mine, checkpoint=own, **options)
+    if chosen is None:  # vectors need not have the same layers
+        own_layers = {name: [layer for layer in v.layers if layer in mine] for name, v in named.items()}
+        named = {name: v.at(own_layers[name]) for name, v in named.items() if own_layers[name]}
+    part = sweep(model, named, pairs, layers=None if chosen is None else mine, checkpoint=own, **options)
     if processes.world == 1:
         return part
     parts = processes.gather([part])
@@ -55,7 +58,8 @@ def shared_sweep(
         _join(checkpoint, Path(checkpoint))
     frame = pd.concat(parts, ignore_index=True)
     order = ["vector", "positions"]
-    first = {column: {value: i for i, value in enumerate(parts[0][column].unique())} for column in order}
+    listed = {"vector": list(named_vectors(vectors)), "positions": parts[0]["positions"].unique()}
+    first = {column: {value: i for i, value in enumerate(listed[column])} for column in order}
     frame = frame.sort_values(
         [*order, "layer"],
         key=lambda c: c.map(first[c.name]) if c.name in first else c,

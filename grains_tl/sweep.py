@@ -131,7 +131,7 @@ def sweep_records(
             f"vectors are a {type(vectors).__name__}; SteeringVectors (load_vectors(path)) or {{name: SteeringVectors}} "
             "are needed"
         )
-    named = {str(vectors.info.get("method", "vector")): vectors} if isinstance(vectors, SteeringVectors) else vectors
+    named = named_vectors(vectors)
     for one in named.values():
         one.require_match(model)
     settings = grid(named, layers, alphas, operator=operator, positions=positions)
@@ -211,6 +211,11 @@ def grid(
     if not settings:
         raise ValueError("nothing to measure; give vectors, layers, scopes and alphas, for example alphas=[-0.2, 0.2]")
     return settings
+
+
+def named_vectors(vectors: Vectors) -> Mapping[str, SteeringVectors]:
+    """Vectors by name; a single one goes by the method it was built with."""
+    return {str(vectors.info.get("method", "vector")): vectors} if isinstance(vectors, SteeringVectors) else vectors
 
 
 def _hooks(

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
-from grains_tl.images import ImageInputs, as_parts, load_images, process_images, template_owner, with_placeholders
+from grains_tl.images import (
+    ImageInputs,
+    as_parts,
+    load_images,
+    process_images,
+    refuse_lost_image,
+    template_owner,
+    with_placeholders,
+)
 from grains_tl.types import (
     HookedModel,
     Message,
@@ -212,6 +220,8 @@ def prompt_inputs(model: HookedModel, prompt: Text, image: Any = None) -> tuple[
     ids, images = _encode(model.tokenizer, rules, prompt, text)[0], None
     if pictures:
         ids, images = process_images(model, text, pictures, bos=_bos(rules, prompt))
+    else:
+        refuse_lost_image(model, text, ids)
     if len(ids) >= rules.n_ctx:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's context holds {rules.n_ctx}; shorten it")
     return ids, images
@@ -227,7 +237,8 @@ def tokenize_responses(
     """
     rules = token_rules(model)
     names = [f"response {i}" for i in range(1, len(responses) + 1)]
-    _, ids, _, border, full = _split(model, rules, prompt, dict(zip(names, responses, strict=True)))
+    text, ids, _, border, full = _split(model, rules, prompt, dict(zip(names, responses, strict=True)))
+    refuse_lost_image(model, text, ids)
     _require_context(rules, border, {name: one[border:] for name, one in zip(names, full, strict=True)})
     return tuple(ids[:border]), tuple(tuple(one[border:]) for one in full)
 
@@ -283,6 +294,8 @@ def _tokenize(model: HookedModel, rules: TokenRules, pair: PreferencePair) -> To
         if prompt[border:] != given_away or any(images.is_image[border:]):
             raise ValueError("a token merges across the border of prompt and response at an image; put text between")
         images = _until(images, border)
+    else:
+        refuse_lost_image(model, prompt_text, prompt)
     _require_context(rules, border, {"chosen": chosen, "rejected": rejected})
     return TokenizedPair(
         prompt=tuple(prompt[:border]),

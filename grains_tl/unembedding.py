@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl.batches import Batch
-from grains_tl.models import hooked, is_bridge
+from grains_tl.models import final_norm, hooked, is_bridge
 from grains_tl.precision import exact_unembedding, full_precision
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -45,5 +45,5 @@ def target_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None =
                 stop_at_layer=model.cfg.n_layers,
             )
             with full_precision(model):
-                logits = model.unembed(model.ln_final(pick(resid)))  # type: ignore[attr-defined]
+                logits = model.unembed(final_norm(model, pick(resid)))  # type: ignore[attr-defined]
     return logits[0][again.to(logits.device)].to(batch.ids.device)

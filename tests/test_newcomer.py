@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pandas as pd
@@ -10,6 +12,7 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 
 import grains_tl as gr
+from grains_tl.cli import main
 from grains_tl.models import model_identity, same_fingerprint, without_hooks
 from grains_tl.steering import steer_hook
 
@@ -170,3 +173,146 @@ def test_printed_scores_are_those_that_can_be_chosen() -> None:
         scores, ["<bos>", " good", " bad"], content, torch.zeros(3, dtype=torch.bool), None, 1.5, None, "m"
     )
     assert str(a).endswith("largest: ' bad' -1.00, ' good' +0.50")
+
+
+# -- records with images ----------------------------------------------------------------------------------------------
+
+
+def test_images_are_found_under_both_names() -> None:
+    row = {"prompt": "p", "chosen": " a", "rejected": " b"}
+    assert gr.load_pairs([{**row, "images": ["a.png", "b.png"], "note": 1}])[0].image == ["a.png", "b.png"]
+    assert gr.load_pairs([{**row, "images": ["a.png"], "note": 1}])[0].meta == {"note": 1}
+    assert gr.load_pairs([{**row, "images": []}])[0].image is None
+    assert gr.load_pairs([{**row, "img": "c.png"}], {"image": "img"})[0].image == "c.png"
+    with pytest.raises(KeyError, match="no column 'img' for 'image'"):
+        gr.load_pairs([row], {"image": "img"})
+
+
+def test_a_lost_image_is_noticed() -> None:
+    vlm = gr.load_model("tiny-vlm")
+    pair = gr.PreferencePair("<image> question : is there a 3 ? answer :", " yes", " no")
+    question = gr.MultipleChoice(pair.prompt, (" yes", " no"), (True, False))
+    for call in (
+        lambda: gr.attribute(vlm, pair),
+        lambda: gr.tokenize_pairs(vlm, [pair]),
+        lambda: gr.score_choices(vlm, [question]),
+        lambda: gr.generate(vlm, [pair.prompt], max_new_tokens=1),
+    ):
+        with pytest.raises(ValueError, match="place for an image, but no image came"):
+            call()
+
+
+# -- models without a final norm --------------------------------------------------------------------------------------
+
+
+def test_a_model_without_norms(pairs: list[gr.PreferencePair]) -> None:
+    pytest.importorskip("transformer_lens.HookedTransformer")
+    import transformer_lens
+
+    shape = {"n_layers": 2, "d_model": 8, "n_ctx": 32, "d_head": 4, "d_vocab": len(tiny_tokenizer()), "act_fn": "relu"}
+    cfg = transformer_lens.HookedTransformerConfig(**shape, normalization_type=None, default_prepend_bos=False)
+    tokenizer = tiny_tokenizer()
+    tokenizer.init_kwargs |= {"name_or_path": "tiny", "add_bos_token": True}
+    model = transformer_lens.HookedTransformer(cfg, tokenizer=tokenizer).eval()
+    tokenized = gr.tokenize_pairs(model, pairs[:1])[0]
+    logprobs = [
+        model(torch.tensor([[*tokenized.prompt, *response]]))[0, len(tokenized.prompt) - 1 : -1]
+        .log_softmax(-1)[range(len(response)), list(response)]
+        .sum()
+        for response in (tokenized.chosen, tokenized.rejected)
+    ]
+    assert gr.attribute(model, pairs[0]).objective == pytest.approx((logprobs[0] - logprobs[1]).item(), abs=1e-4)
+    vectors = gr.build_vectors(model, pairs, top_k=1)
+    assert len(gr.sweep(model, vectors, pairs, progress=False)) == 4
+    assert len(gr.analysis.logit_lens(model, vectors)) > 0
+
+
+# -- questions in letters ---------------------------------------------------------------------------------------------
+
+
+def test_digits_are_no_letters(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def note(model: Any, items: Any, *_: Any, **__: Any) -> pd.DataFrame:
+        asked.extend(items)
+        return pd.DataFrame()
+
+    monkeypatch.setattr("grains_tl.costs.record_effects", note)
+    right = (True, False)
+    gr.retention(bridge, [gr.MultipleChoice("2 + 2?", (" 4", " 5"), right)], [])
+    gr.retention(bridge, [gr.MultipleChoice("A. 4\nB. 5\n", (" A", " B"), right)], [])
+    assert [item.choices for item in asked] == [(" A", " B")] * 2
+    assert "A. 4" in asked[0].prompt
+    assert asked[1].prompt == "A. 4\nB. 5\n"
+
+
+# -- the shell --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Any, bridge: Any, pairs: list[gr.PreferencePair]) -> Any:
+    tiny_hf().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    vectors = gr.build_vectors(gr.load_model(str(tmp_path / "model")), pairs, top_k=1)
+    for layer in (0, 1):
+        vectors.at([layer]).save(tmp_path / f"v{layer}.safetensors")
+    return tmp_path
+
+
+def shell(folder: Any, command: str, *arguments: str) -> int:
+    paths = [a.replace("@", f"{folder}/") for a in arguments]
+    return main([command, *paths, *([] if "--model" in arguments else ["--model", str(folder / "model")])])
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the model was loaded")
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    (["sweep", "--vectors", "@v0.safetensors", "--pairs", "@pairs.jsonl", "--test", "@pairs.jsonl"], "in --pairs too"),
+    (["sweep", "--vectors", "@v0.safetensors", "--pairs", "@pairs.jsonl", "--layers", "1"], r"v0 has no layers \[1\]"),
+    (["compare-attributions", "--methods", "foo"], r"no method \['foo'\]"),
+    (["steer", "--vectors", "@v0.safetensors", "--prompt", " "], "--prompt is empty"),
+    (["attribute", "--pairs", "@pairs.jsonl", "--device", "cuda"], "device='cuda' cannot be used here"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), REFUSED, ids=lambda x: x[0] if isinstance(x, list) else "")
+def test_refused_before_the_model_is_loaded(
+    arguments: list[str], said: str, folder: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has what is asked for")
+    monkeypatch.setattr("grains_tl.models._load_hugging_face", never)
+    assert shell(folder, *arguments) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_sweep_of_vectors_with_different_layers(folder: Any, bridge: Any) -> None:
+    files = ["--vectors", "@v0.safetensors", "--vectors", "@v1.safetensors", "--pairs", "@pairs.jsonl"]
+    options = ["--neutral", "0", "--report-share", "0", "--alphas=-0.2,0.2", "--out", "@t.csv"]
+    assert shell(folder, "sweep", *files, *options) == 0
+    table = pd.read_csv(folder / "t.csv")
+    assert sorted(zip(table["vector"], table["layer"], strict=True)) == [("v0", 0)] * 2 + [("v1", 1)] * 2
+    assert set(table["operator"]) == {"add_renorm"}
+
+
+def test_a_table_stays_where_no_cell_is_cheap_enough(folder: Any, capsys: Any) -> None:
+    options = ["--neutral", "2", "--max-kl", "1e-9", "--report-share", "0", "--alphas", "0.2", "--out", "@t.csv"]
+    assert shell(folder, "sweep", "--vectors", "@v0.safetensors", "--pairs", "@pairs.jsonl", *options) == 0
+    assert "no cell is chosen: no cell costs 1e-09" in capsys.readouterr().out
+    assert (folder / "t.csv").exists()
+
+
+def test_an_interrupt_says_what_is_kept(folder: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grains_tl.models.load_model", interrupt)
+    assert shell(folder, "attribute", "--pairs", "@pairs.jsonl") == 130
+    assert capsys.readouterr().err.strip().endswith("interrupted")
+    (folder / "new.safetensors.partial.jsonl").write_text("")
+    assert shell(folder, "build", "--pairs", "@pairs.jsonl", "--out", "@new.safetensors") == 130
+    assert "new.safetensors.partial.jsonl, and the same command goes on" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.models import device_of, embed_tokens
+from grains_tl.models import device_of, embed_tokens, final_norm
 from grains_tl.precision import full_precision
 from grains_tl.types import HookedModel
 from grains_tl.vectors import SteeringVectors
@@ -116,10 +116,9 @@ def embedding_neighbours(
 def _through_unembedding(model: HookedModel, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
     # at the length of a residual with mean square 1 the norm's epsilon does not matter
     scaled = (directions * directions.shape[-1] ** 0.5).to(device_of(model), _dtype(model))
-    norm: Any = model.ln_final  # type: ignore[attr-defined]
     unembed: Any = model.unembed  # type: ignore[attr-defined]
     with torch.no_grad(), full_precision(model):
-        up, down = (unembed(norm(h[:, None]))[:, 0].float() for h in (scaled, -scaled))
+        up, down = (unembed(final_norm(model, h[:, None]))[:, 0].float() for h in (scaled, -scaled))
     logits = (up - down) / 2
     return (logits - logits.mean(-1, keepdim=True)).cpu()
 
