@@ -339,13 +339,11 @@ def _steer(args: argparse.Namespace) -> None:
 
     base = generate(model, prompts, max_new_tokens=args.max_new_tokens)
     steered = generate(model, prompts, hooks, max_new_tokens=args.max_new_tokens)
+    what = f"{args.operator} {args.alpha:+g}, layer {', '.join(map(str, layers))}"
+    what += "" if args.positions == "all" else f", {args.positions}"
     for prompt, before, after in zip(args.prompt, base, steered, strict=True):
         print(f"prompt: {prompt}")
-        print(
-            side_by_side(
-                before, after, ("base", f"steered: alpha {args.alpha:+g}, layer {', '.join(map(str, layers))}")
-            )
-        )
+        print(side_by_side(before, after, ("base", what)))
 
 
 def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 56) -> str:

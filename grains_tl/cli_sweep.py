@@ -89,11 +89,7 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
     if not (frame["alpha"] > 0).any():
         print("no cell is chosen: that needs positive alphas")
         return
-    try:
-        choice = choose(frame, max_kl=args.max_kl if args.neutral else None)
-    except ValueError as error:  # the table is there and stays
-        print(f"no cell is chosen: {error}")
-        return
+    choice = choose(frame, max_kl=args.max_kl if args.neutral else None)
     print(f"\nchosen on {len(pairs)} records: {choice}")
     if not test:
         print("not reported: that needs other records (--test FILE, or --report-share)")

@@ -50,7 +50,8 @@ def load_pairs(
         FileNotFoundError: the path does not exist.
 
     Warns:
-        UserWarning: records that stand there twice; they are kept, and count twice.
+        UserWarning: records that stand there twice (they are kept, and count twice); responses that are glued to the
+            prompt's last word, because they have no leading space.
 
     Example:
         >>> pairs = load_pairs([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
@@ -71,6 +72,7 @@ def load_pairs(
     if not pairs:
         raise ValueError(f"no records in {_name(source)}; a list or file with at least one preference pair is needed")
     _warn_of_repeats(pairs, source)
+    _warn_of_glue(pairs, source)
     return pairs
 
 
@@ -210,6 +212,25 @@ def _warn_of_repeats(pairs: list[PreferencePair], source: Any) -> None:
         warnings.warn(
             f"{_name(source)}: {len(again)} of {len(pairs)} records repeat earlier ones (the first: record {again[0]}); "
             "they count twice, and standard errors take them as independent",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_glue(pairs: list[PreferencePair], source: Any) -> None:
+    """Only between unaccented letters and digits: other scripts may do without spaces."""
+    glued = [
+        (number, f"{prompt.split()[-1]}{response.split()[0]}")
+        for number, pair in enumerate(pairs, start=1)
+        for prompt, response in ((pair.prompt, pair.chosen), (pair.prompt, pair.rejected))
+        if isinstance(prompt, str) and isinstance(response, str)
+        if all(end.isascii() and end.isalnum() for end in (prompt[-1:], response[:1]))
+    ]
+    if glued:
+        number, word = glued[0]
+        warnings.warn(
+            f"{_name(source)}: {len(glued)} of {2 * len(pairs)} responses follow the prompt without a space (record "
+            f"{number} reads ...{word!r}); begin them with one",
             UserWarning,
             stacklevel=3,
         )

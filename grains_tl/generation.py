@@ -66,6 +66,10 @@ def generate(
     if temperature < 0:
         raise ValueError(f"temperature={temperature}; 0 (greedy) or a positive number")
     require_eval(model)
+    if images is not None and not isinstance(images, (list, tuple)):
+        raise ValueError(
+            f"images is a {type(images).__name__}; a list with one entry per prompt is needed: images=[image]"
+        )
     images = [None] * len(prompts) if images is None else list(images)
     if len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(images)} images; give one entry per prompt (None for none)")

@@ -42,6 +42,7 @@ def summarize(
         - with draws (resampled or random vectors): ``n_draws``, ``draw_low``, ``draw_high``, an interval that resamples
           building draws and test records together. Draws without a vector of their own are averaged, and their spread
           is in that interval alone.
+        - of a sweep: its ``operator`` and ``objective``;
         - with costs: ``kl``, ``kl_se`` (nats per token), ``base_perplexity``, ``perplexity``, ``agreement``.
 
     Raises:
@@ -63,6 +64,8 @@ def summarize(
         spent = pd.DataFrame([{**setting, **_cost(group)} for setting, group in _settings(costs)])
         table = table.merge(spent, on=SETTING, how="left")
     table.attrs = dict(frame.attrs)
+    if "operator" in table.attrs:  # of a sweep: columns survive a csv file and joined tables, attrs do not
+        table = table.assign(operator=table.attrs["operator"], objective=table.attrs["objective"])
     return table
 
 

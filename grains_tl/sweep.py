@@ -88,8 +88,7 @@ def sweep(
         progress=progress,
         checkpoint=checkpoint,
     )
-    # columns rather than attrs: they survive a csv file and joined tables
-    return summarize(found, costs).assign(operator=operator, objective=objective)
+    return summarize(found, costs)
 
 
 def sweep_records(
@@ -125,6 +124,8 @@ def sweep_records(
     """
     if isinstance(pairs, PreferencePair):
         raise ValueError("records are a PreferencePair; a list of PreferencePair is needed: [pair] for one")
+    if isinstance(pairs, (str, Path)):
+        raise ValueError(f"records are the path {str(pairs)!r}; read them first: gr.load_pairs({str(pairs)!r})")
     records = listed("records", pairs)
     if not isinstance(vectors, (SteeringVectors, Mapping)):
         raise ValueError(
@@ -155,6 +156,7 @@ def sweep_records(
             costs = text_costs(model, settings, texts, max_tokens=max_tokens, progress=progress, checkpoint=store)
     loop = found.attrs.pop("tokens") + (0 if costs is None else costs.attrs["tokens"])
     found.attrs |= {
+        "operator": operator,
         "token_layers": sum(count),
         "naive_token_layers": loop * (len(settings) + 1) * int(model.cfg.n_layers),
     }
@@ -162,7 +164,7 @@ def sweep_records(
 
 
 def grid(
-    vectors: Mapping[str, SteeringVectors],
+    vectors: Vectors,
     layers: Sequence[int] | None = None,
     alphas: Sequence[float] = (-0.2, 0.2),
     *,
@@ -173,7 +175,7 @@ def grid(
     """Settings for every vector, scope, layer and alpha, for ``record_effects`` and ``text_costs``.
 
     Args:
-        vectors: by name.
+        vectors: one, or several by name.
         layers: default all that a vector has.
         alphas, operator, positions: as in ``sweep``.
         draws: by name, resampled versions of a vector (``bootstrap_vectors``) or draws of a control.
@@ -190,7 +192,7 @@ def grid(
     steps = list(dict.fromkeys(finite("alpha", alpha) for alpha in listed("alphas", alphas)))
     wanted = None if layers is None else layer_numbers(layers)
     scopes = [positions] if isinstance(positions, str) else list(positions)
-    members = [(name, -1, one) for name, one in vectors.items()]
+    members = [(name, -1, one) for name, one in named_vectors(vectors).items()]
     members += [(name, i, one) for name, several in (draws or {}).items() for i, one in enumerate(several)]
     settings = [
         Setting(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -20,6 +21,7 @@ from grains_tl.files import write_atomically
 from grains_tl.models import model_identity, same_fingerprint
 from grains_tl.numbers import finite, layer_numbers, plain
 from grains_tl.steering import Operator, Positions, steer_hook
+from grains_tl.tokens import token_rules
 from grains_tl.types import FwdHooks, HookedModel
 
 #: ``"mean"``: mean(d+) - mean(d-). ``"svd"``: first right singular vector of the per-record differences d+ - d-.
@@ -253,6 +255,9 @@ class SteeringVectors:
 
         Raises:
             ValueError: naming what differs (model shape, or the weights' fingerprint).
+
+        Warns:
+            UserWarning: the same weights behind a tokenizer that treats BOS in another way.
         """
         made_for = self.info.get("model")
         have = model_identity(model, bare=True)
@@ -272,6 +277,18 @@ class SteeringVectors:
                 f"these vectors were made for {made_for.get('name')}, the model is {have['name']}; different: "
                 f"{'; '.join(different)}. Build vectors for this model, or load the one they belong to"
             )
+        made, here = str(self.info.get("token_rules", "")).partition(";")[0], _bos_rule(model)
+        if made and here and made != here:
+            warnings.warn(
+                f"the vectors were built with {made}, this model's tokenizer gives {here} (TransformerLens may reload "
+                "one so that it adds BOS): prompts begin with another token. gr.load_model keeps the tokenizer's own rule",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _bos_rule(model: HookedModel) -> str | None:
+    return None if getattr(model, "tokenizer", None) is None else token_rules(model).describe().partition(";")[0]
 
 
 def load_vectors(path: str | Path, model: HookedModel | None = None) -> SteeringVectors:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+import warnings
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -301,8 +302,8 @@ def test_a_sweep_of_vectors_with_different_layers(folder: Any, bridge: Any) -> N
 
 def test_a_table_stays_where_no_cell_is_cheap_enough(folder: Any, capsys: Any) -> None:
     options = ["--neutral", "2", "--max-kl", "1e-9", "--report-share", "0", "--alphas", "0.2", "--out", "@t.csv"]
-    assert shell(folder, "sweep", "--vectors", "@v0.safetensors", "--pairs", "@pairs.jsonl", *options) == 0
-    assert "no cell is chosen: no cell costs 1e-09" in capsys.readouterr().out
+    assert shell(folder, "sweep", "--vectors", "@v0.safetensors", "--pairs", "@pairs.jsonl", *options) == 2
+    assert "no cell costs 1e-09 nats per token or less" in capsys.readouterr().err
     assert (folder / "t.csv").exists()
 
 
@@ -316,3 +317,41 @@ def test_an_interrupt_says_what_is_kept(folder: Any, capsys: Any, monkeypatch: p
     (folder / "new.safetensors.partial.jsonl").write_text("")
     assert shell(folder, "build", "--pairs", "@pairs.jsonl", "--out", "@new.safetensors") == 130
     assert "new.safetensors.partial.jsonl, and the same command goes on" in capsys.readouterr().err
+
+
+# -- words, paths, BOS ------------------------------------------------------------------------------------------------
+
+
+def test_glued_responses_are_noticed() -> None:
+    row = {"prompt": "The film was", "chosen": "great", "rejected": " bad"}
+    with pytest.warns(UserWarning, match=r"1 of 2 responses .* \(record 1 reads \.\.\.'wasgreat'\)"):
+        gr.load_pairs([row])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gr.load_pairs([{**row, "chosen": " great"}, {**row, "prompt": "这部电影", "chosen": "很好"}])
+        gr.load_pairs([{**row, "prompt": "It was (", "chosen": "great)"}])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_path_or_a_picture_where_a_list_is_wanted(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    vectors = gr.build_vectors(bridge, pairs, top_k=1)
+    with pytest.raises(ValueError, match=r"read them first: gr.load_pairs\('p.jsonl'\)"):
+        gr.sweep(bridge, vectors, cast(Any, "p.jsonl"))
+    with pytest.raises(ValueError, match=r"images=\[image\]"):
+        gr.generate(bridge, ["the film"], images=cast(Any, "a.png"))
+
+
+def test_another_bos_rule_is_said(tmp_path: Any, pairs: list[gr.PreferencePair]) -> None:
+    from test_tokens import bos_tokenizer
+
+    models = []
+    for name, tokenizer in (("without", tiny_tokenizer()), ("with", bos_tokenizer())):
+        tiny_hf().save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        models.append(gr.load_model(str(tmp_path / name)))
+    vectors = gr.build_vectors(models[0], pairs, top_k=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vectors.require_match(models[0])
+    with pytest.warns(UserWarning, match="built with no BOS added, this model's tokenizer gives BOS id"):
+        vectors.require_match(models[1])

@@ -228,7 +228,7 @@ def test_the_shell_runs_under_autocast_when_asked(
 SHELL: dict[str, tuple[list[str], str]] = {
     "alpha NaN": (
         ["steer", "--vectors={f}/v.safetensors", "--prompt=a", "--alpha=nan"],
-        "not a list of finite numbers",
+        "not one finite number",
     ),
     "layer not stored": (["steer", "--vectors={f}/v.safetensors", "--prompt=a", "--layer=7"], "no vector for layer 7"),
     "layers backwards": (["steer", "--vectors={f}/v.safetensors", "--prompt=a", "--layer=2-0"], "the lower one first"),
