@@ -24,7 +24,7 @@ from grains_tl.scoring import (
     restart_many,
     score_batches,
 )
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors import SteeringVectors
 
@@ -57,7 +57,7 @@ class Setting:
 
 def measure(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     settings: Sequence[Setting],
     *,
     objective: Objective = "sum",
@@ -70,7 +70,7 @@ def measure(
     (equal to a full run to about 1e-5 nats; checked at the start, with full runs as the fallback).
 
     Args:
-        model, tokenized: the model and records from ``tokenize_pairs``.
+        model, tokenized: the model and the records, tokenized or not.
         settings: what to measure.
         objective: how response tokens are combined.
         max_tokens: token budget of one pass.
@@ -87,6 +87,7 @@ def measure(
         >>> settings = [Setting(12, vectors.hooks(0.2, [12]), vector="ours", alpha=0.2)]     # doctest: +SKIP
         >>> base, steered = measure(model, tokenized, settings)                             # doctest: +SKIP
     """
+    tokenized = as_tokenized(model, tokenized)
     require_settings(model, settings)
     base = torch.zeros(len(tokenized), 2)
     steered = torch.zeros(len(settings), len(tokenized), 2)
@@ -218,7 +219,7 @@ def mean_and_se(values: Float[Tensor, "*shape record"]) -> tuple[Float[Tensor, "
 
 def next_token_kl(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     fwd_hooks: HooksForBatch,
     *,
     max_tokens: int = MAX_TOKENS,
@@ -226,7 +227,7 @@ def next_token_kl(
     """KL(steered || base) of the next-token distribution at the end of each prompt, nats: what steering costs there.
 
     Args:
-        model, tokenized: the model and records from ``tokenize_pairs``.
+        model, tokenized: the model and the records, tokenized or not.
         fwd_hooks: the steering, hooks or a function ``Batch -> hooks``.
         max_tokens: token budget of one pass.
 
@@ -237,6 +238,7 @@ def next_token_kl(
         >>> next_token_kl(model, tokenized, vectors.hooks(0.2, [24])).mean()     # doctest: +SKIP
         tensor(0.2214)
     """
+    tokenized = as_tokenized(model, tokenized)
     out = torch.zeros(len(tokenized))
     with torch.no_grad():
         for group, batch in score_batches(model, tokenized, max_tokens=max_tokens):

@@ -16,7 +16,7 @@ from grains_tl.evaluate import mean_and_se
 from grains_tl.models import require_layers, resid_post
 from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors import SteeringVectors
 
@@ -81,7 +81,7 @@ def span(directions: Sequence[Float[Tensor, "d_model"]]) -> Float[Tensor, "rank 
 
 def ablation_table(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     vectors: SteeringVectors,
     *,
     layers: Sequence[Sequence[int]] | None = None,
@@ -97,7 +97,7 @@ def ablation_table(
     """What the model loses without the direction, beside random directions of the same rank.
 
     Args:
-        model, tokenized: the model and the records to measure on.
+        model, tokenized: the model and the records to measure on, tokenized or not.
         vectors: the direction.
         layers: sets of layers to ablate at, one measurement each; default every stored layer alone, then all at once.
         others: further vectors whose span with ``vectors`` is taken out.
@@ -118,6 +118,7 @@ def ablation_table(
         >>> table = ablation_table(model, tokenized, vectors, layers=[[18], [21], [18, 21]])   # doctest: +SKIP
         >>> table.groupby(["layers", "vector"]).change.mean()                                  # doctest: +SKIP
     """
+    tokenized = as_tokenized(model, tokenized)
     every = [vectors, *others]
     for v in every:
         v.require_match(model)
