@@ -81,14 +81,14 @@ def measure(
 
     Raises:
         KeyError: a hook name that the model does not have.
-        ValueError: hooks that act before their setting's layer, which is not run again.
+        ValueError: no list of settings, or hooks that act before their setting's layer, which is not run again.
 
     Example:
         >>> settings = [Setting(12, vectors.hooks(0.2, [12]), vector="ours", alpha=0.2)]     # doctest: +SKIP
         >>> base, steered = measure(model, tokenized, settings)                             # doctest: +SKIP
     """
     tokenized = as_tokenized(model, tokenized)
-    require_settings(model, settings)
+    settings = require_settings(model, settings)
     base = torch.zeros(len(tokenized), 2)
     steered = torch.zeros(len(settings), len(tokenized), 2)
     total = len(settings) * len(tokenized)
@@ -103,16 +103,28 @@ def measure(
     return base, steered
 
 
-def require_settings(model: HookedModel, settings: Sequence[Setting]) -> None:
-    """Refuse hooks that the model lacks (KeyError), or that would never run (ValueError).
+def require_settings(model: HookedModel, settings: Sequence[Setting]) -> list[Setting]:
+    """The settings as a list.
 
     Hooks that are made for each batch are looked at when they are there.
+
+    Raises:
+        KeyError: a hook that the model lacks.
+        ValueError: something else than settings, such as hooks or one setting alone, or hooks that would never run.
     """
+    wanted = "a list of Setting is needed: grid(vectors, layers, alphas) makes it, or [Setting(layer, hooks)]"
+    if isinstance(settings, Setting) or not hasattr(settings, "__iter__"):
+        raise ValueError(f"settings are one {type(settings).__name__}; {wanted}")
+    settings = list(settings)
+    for number, setting in enumerate(settings, start=1):
+        if not isinstance(setting, Setting):
+            raise ValueError(f"setting {number} is a {type(setting).__name__}; {wanted}")
     for setting in settings:
         if not callable(setting.hooks):
             hooks = listed_hooks(setting.hooks)
             require_hook_names(model, hooks)
             _require_reach(setting.layer, hooks)
+    return settings
 
 
 def _require_reach(layer: int, fwd_hooks: FwdHooks) -> None:
