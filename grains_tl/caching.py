@@ -16,7 +16,7 @@ from grains_tl.masking import Masker, Selection
 from grains_tl.models import existing_layers, hooked, require_layers, resid_post, run_blocks
 from grains_tl.replacements import ImageMasker, Replacements, hide, replacements
 from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 
 #: Where the residual is read: at the prompt's last token (the paper), at the response's last token, or as the mean over
@@ -93,7 +93,7 @@ def cache_hook(
 
 def read_out(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     masked: Sequence[Sequence[int]] | None = None,
     *,
     layers: Sequence[int],
@@ -107,7 +107,7 @@ def read_out(
     """Residuals of every record at the read-out position, with some of its prompt tokens taken out.
 
     Args:
-        model, tokenized: the model and records from ``tokenize_pairs``.
+        model, tokenized: the model and the records, tokenized or not.
         masked: for every record the prompt positions to take out; ``None`` or empty for none.
         layers: which layers to keep; the result has them in this order.
         masker: how tokens are taken out.
@@ -128,6 +128,7 @@ def read_out(
         >>> read_out(model, tokenized, layers=[12, 15]).shape     # doctest: +SKIP
         torch.Size([24, 2, 576])
     """
+    tokenized = as_tokenized(model, tokenized)
     check_readout(readout)
     masked = [()] * len(tokenized) if masked is None else masked
     _require_places(tokenized, masked)
@@ -216,7 +217,7 @@ def _run_rows(
 
 def collect_differences(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     selections: Sequence[Selection],
     *,
     layers: Sequence[int] | None = None,
@@ -232,7 +233,7 @@ def collect_differences(
     tokens on one side contributes zero there.
 
     Args:
-        model, tokenized: the model and records from ``tokenize_pairs``.
+        model, tokenized: the model and the records, tokenized or not.
         selections: which tokens to mask, one per record.
         layers: default all.
         masker, image_masker, readout, max_tokens, progress: as in ``read_out``.
@@ -247,6 +248,7 @@ def collect_differences(
         >>> found = collect_differences(model, tokenized, selections, layers=[12, 15])     # doctest: +SKIP
         >>> vectors = reduce_vectors(found)                                                # doctest: +SKIP
     """
+    tokenized = as_tokenized(model, tokenized)
     layers = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
     if len(selections) != len(tokenized):
         raise ValueError(f"{len(selections)} selections for {len(tokenized)} records; give one per record")

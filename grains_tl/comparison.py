@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grains_tl.evaluate import effects, mean_and_se
 from grains_tl.numbers import whole
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, as_tokenized
 from grains_tl.types import HookedModel
 from grains_tl.uncertainty import compare, resampled_means
 from grains_tl.vectors import SteeringVectors
@@ -49,8 +49,8 @@ class Comparison:
 
 def compare_with_controls(
     model: HookedModel,
-    choose: Sequence[TokenizedPair],
-    test: Sequence[TokenizedPair],
+    choose: Records,
+    test: Records,
     vectors: Mapping[str, SteeringVectors],
     draws: Mapping[str, Sequence[SteeringVectors]],
     *,
@@ -64,8 +64,8 @@ def compare_with_controls(
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
-        choose: records on which each random-token draw may tune its sign, a sceptic's control.
-        test: records to report on.
+        choose: records on which each random-token draw may tune its sign, a sceptic's control; tokenized or not.
+        test: records to report on, tokenized or not.
         vectors: single-layer vectors by name.
         draws: controls by any name (see ``baseline_draws`` and ``controls``), and bootstrap vectors under the name of
             the vector they belong to. ``"random_tokens"``, if there, also gives the control with tuned signs and
@@ -95,6 +95,7 @@ def compare_with_controls(
     n_test_draws = whole("n_test_draws", n_test_draws, 1)
     if not test:
         raise ValueError("no test records; at least one is needed")
+    choose, test = as_tokenized(model, choose), as_tokenized(model, test)
     base, found = effects(model, test, list(vectors.values()), alpha, progress=progress)
     part = test[:n_test_draws]
     names = [label for label, group in draws.items() for _ in group]

@@ -14,7 +14,7 @@ from grains_tl.caching import Differences, Readout, read_out, read_out_responses
 from grains_tl.masking import Masker, Selection, random_selection
 from grains_tl.replacements import ImageMasker
 from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
 from grains_tl.vectors import SteeringVectors, reduce_vectors
 
@@ -140,7 +140,7 @@ def shuffled_label_vectors(
 
 def random_token_differences(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     selections: Sequence[Selection],
     *,
     layers: Sequence[int],
@@ -159,7 +159,7 @@ def random_token_differences(
     As many patches and as many text tokens, where there is an image.
 
     Args:
-        model, tokenized: the model and the building records.
+        model, tokenized: the model and the building records, tokenized or not.
         selections: the selections to imitate in number.
         layers: which layers (running stops above the highest).
         resid_norms: ``[layer]``, copied into the results.
@@ -176,6 +176,7 @@ def random_token_differences(
         >>> draws = random_token_differences(
         ...     model, tokenized, selections, layers=[12], resid_norms=found.resid_norms, n_draws=5)     # doctest: +SKIP
     """
+    tokenized = as_tokenized(model, tokenized)
     generator = torch.Generator().manual_seed(seed)
     whole = read_out(model, tokenized, layers=layers, masker=masker, readout=readout, max_tokens=max_tokens)
     common: dict[str, Any] = {
@@ -235,7 +236,7 @@ def random_token_vectors(differences: Sequence[Differences], *, seed: int = 0) -
 
 def caa_differences(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     *,
     layers: Sequence[int],
     resid_norms: Float[Tensor, "layer"],
@@ -246,7 +247,7 @@ def caa_differences(
     Returned as ``Differences`` with the second side zero, so that it is reduced and resampled like the others.
 
     Args:
-        model, tokenized: the model and records from ``tokenize_pairs``.
+        model, tokenized: the model and the records, tokenized or not.
         layers: which layers.
         resid_norms: ``[layer]`` the unit of ``alpha``, copied into the result.
         max_tokens: token budget of one pass.
@@ -257,6 +258,7 @@ def caa_differences(
     Example:
         >>> caa = reduce_vectors(caa_differences(model, tokenized, layers=[12], resid_norms=norms))     # doctest: +SKIP
     """
+    tokenized = as_tokenized(model, tokenized)
     found = read_out_responses(model, tokenized, layers=layers, max_tokens=max_tokens)
     difference = found[:, 0] - found[:, 1]
     return Differences(difference, torch.zeros_like(difference), tuple(layers), resid_norms)

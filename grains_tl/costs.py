@@ -94,15 +94,15 @@ def text_costs(
         perplexities exp(nll).
 
     Raises:
-        ValueError: no texts, one of fewer than two tokens, or one longer than the context, or settings without a ``key``
-            when there is a checkpoint; before anything runs.
+        ValueError: no texts, one of fewer than two tokens, or one longer than the context, no list of settings, or
+            settings without a ``key`` when there is a checkpoint; before anything runs.
 
     Example:
         >>> costs = text_costs(model, grid({"ours": vectors}, [12], [0.1, 0.2]))       # doctest: +SKIP
         >>> costs.groupby("alpha")["kl"].mean()                                        # doctest: +SKIP
     """
     rows = cost_rows(model, texts)
-    require_settings(model, settings)
+    settings = require_settings(model, settings)
     store = open_checkpoint(checkpoint, model)
     require_keys(store, settings)
     names = [hash_of(row) for row in rows]

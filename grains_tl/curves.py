@@ -15,7 +15,7 @@ from grains_tl.numbers import finite, listed
 from grains_tl.objectives import Objective
 from grains_tl.replacements import ImageMasker
 from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, TokenizedPair, as_tokenized
 from grains_tl.types import Attribution, HookedModel
 
 #: Shares of the content tokens at which the curves are read.
@@ -56,7 +56,7 @@ class Curves:
 
 def curves(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     attributions: Sequence[Attribution],
     *,
     shares: Sequence[float] = SHARES,
@@ -70,7 +70,7 @@ def curves(
     Areas are in nats and are not divided by f(x) - f(nothing), which is often near zero for a contrastive objective.
 
     Args:
-        model, tokenized: the model and its records.
+        model, tokenized: the model and the records, tokenized or not.
         attributions: one per record; tokens without a score (NaN) count as 0.
         shares: where to read the curves, besides 0 and 1.
         objective: as in ``attribute``.
@@ -88,6 +88,7 @@ def curves(
         >>> found.deletion_area.mean()                         # doctest: +SKIP
         tensor(1.2311)
     """
+    tokenized = as_tokenized(model, tokenized)
     _require_same(tokenized, attributions)
     shares = [finite("share", s) for s in listed("shares", shares)]
     if not shares or any(not 0 < s < 1 for s in shares):

@@ -28,6 +28,8 @@ Record = PreferencePair | MultipleChoice
 #: The columns that name a setting.
 SETTING = ["vector", "positions", "layer", "alpha"]
 BASE = "base"
+#: What to give where a summary came.
+PER_RECORD = "the per-record table of record_effects or sweep_records"
 
 
 def record_effects(
@@ -75,9 +77,8 @@ def record_effects(
         >>> frame = record_effects(model, pairs, grid({"ours": vectors}, [12], [0.2]))     # doctest: +SKIP
         >>> frame.sort_values("change").head()                  # the records it hurts     # doctest: +SKIP
     """
-    given, settings = list(records), list(settings)
+    given, settings = list(records), require_settings(model, settings)
     require_objective(objective)
-    require_settings(model, settings)
     batches, responses, names = _prepared(model, given, objective, max_tokens)
     store = open_checkpoint(checkpoint, model)
     require_keys(store, settings)
@@ -145,6 +146,15 @@ def require_keys(store: Checkpoint, settings: Sequence[Setting]) -> None:
         raise ValueError("a checkpoint needs settings with a key, which grid() gives; custom hooks cannot be resumed")
 
 
+def require_columns(table: Any, columns: Sequence[str], wanted: str, name: str = "frame") -> None:
+    """Refuse a table without some columns, or something else than a table (ValueError); ``wanted``: what to give."""
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"the {name} is a {type(table).__name__}; give {wanted}")
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise ValueError(f"the {name} lacks {missing}; give {wanted}")
+
+
 def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
     """Half the difference between +alpha and -alpha: cancels what any push of that size does, whatever its direction.
 
@@ -155,13 +165,15 @@ def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
         The same columns as far as they mean something for both signs together, rows of positive alpha only; nats.
 
     Raises:
-        ValueError: no setting was measured with both signs.
+        ValueError: no setting was measured with both signs, or a frame without the columns of ``record_effects``.
 
     Example:
         >>> found = record_effects(model, pairs, grid({"v": vectors}, alphas=[-0.2, 0.2]))     # doctest: +SKIP
         >>> two_sided(found)["change"].mean()                                                 # doctest: +SKIP
     """
     by = [*SETTING, "draw", "record"]
+    needed = [*by, "record_id", "base_margin", "base_margin_token", "change", "change_token"]
+    require_columns(frame, needed, PER_RECORD)
     down = frame[frame["alpha"] < 0].assign(alpha=lambda f: -f["alpha"])
     both = frame[frame["alpha"] > 0].merge(down[[*by, "change", "change_token"]], on=by, suffixes=("", "_down"))
     if both.empty:

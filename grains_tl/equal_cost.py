@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grains_tl.effects import PER_RECORD, SETTING, require_columns
+
 #: alphas ``[alpha]``, changes ``[alpha, record]``, KL per token ``[alpha, text]``, tokens ``[text]``
 Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
@@ -45,14 +47,17 @@ def effect_at_kl(
         measure larger alphas. With ``against``: ``difference``, ``difference_low``, ``difference_high`` (paired).
 
     Raises:
-        ValueError: no costs, a budget that is not positive, settings without positive alphas, costs of other settings, an
-            unknown name in ``against``.
+        ValueError: no costs, tables of something else (a summary, say), a budget that is not positive, settings without
+            positive alphas, costs of other settings, an unknown name in ``against``.
 
     Example:
         >>> effect_at_kl(effects, costs, kl=0.05, against="caa")                       # doctest: +SKIP
     """
     if costs is None:
         raise ValueError("no costs were measured; give neutral texts to sweep_records, or the table of text_costs")
+    require_columns(frame, (*SETTING, "draw", "record", "change"), PER_RECORD)
+    per_text = "the per-text table of text_costs, or the second of sweep_records"
+    require_columns(costs, (*SETTING, "draw", "text", "n_tokens", "kl"), per_text, "table of costs")
     if not kl > 0:
         raise ValueError(f"kl={kl}; a budget above 0 nats per token is needed")
     curves = {setting: _curve(*parts) for setting, *parts in _curves(frame, costs)}

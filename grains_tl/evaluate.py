@@ -24,7 +24,7 @@ from grains_tl.scoring import (
     restart_many,
     score_batches,
 )
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors import SteeringVectors
 
@@ -57,7 +57,7 @@ class Setting:
 
 def measure(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     settings: Sequence[Setting],
     *,
     objective: Objective = "sum",
@@ -70,7 +70,7 @@ def measure(
     (equal to a full run to about 1e-5 nats; checked at the start, with full runs as the fallback).
 
     Args:
-        model, tokenized: the model and records from ``tokenize_pairs``.
+        model, tokenized: the model and the records, tokenized or not.
         settings: what to measure.
         objective: how response tokens are combined.
         max_tokens: token budget of one pass.
@@ -81,13 +81,14 @@ def measure(
 
     Raises:
         KeyError: a hook name that the model does not have.
-        ValueError: hooks that act before their setting's layer, which is not run again.
+        ValueError: no list of settings, or hooks that act before their setting's layer, which is not run again.
 
     Example:
         >>> settings = [Setting(12, vectors.hooks(0.2, [12]), vector="ours", alpha=0.2)]     # doctest: +SKIP
         >>> base, steered = measure(model, tokenized, settings)                             # doctest: +SKIP
     """
-    require_settings(model, settings)
+    tokenized = as_tokenized(model, tokenized)
+    settings = require_settings(model, settings)
     base = torch.zeros(len(tokenized), 2)
     steered = torch.zeros(len(settings), len(tokenized), 2)
     total = len(settings) * len(tokenized)
@@ -102,16 +103,28 @@ def measure(
     return base, steered
 
 
-def require_settings(model: HookedModel, settings: Sequence[Setting]) -> None:
-    """Refuse hooks that the model lacks (KeyError), or that would never run (ValueError).
+def require_settings(model: HookedModel, settings: Sequence[Setting]) -> list[Setting]:
+    """The settings as a list.
 
     Hooks that are made for each batch are looked at when they are there.
+
+    Raises:
+        KeyError: a hook that the model lacks.
+        ValueError: something else than settings, such as hooks or one setting alone, or hooks that would never run.
     """
+    wanted = "a list of Setting is needed: grid(vectors, layers, alphas) makes it, or [Setting(layer, hooks)]"
+    if isinstance(settings, Setting) or not hasattr(settings, "__iter__"):
+        raise ValueError(f"settings are one {type(settings).__name__}; {wanted}")
+    settings = list(settings)
+    for number, setting in enumerate(settings, start=1):
+        if not isinstance(setting, Setting):
+            raise ValueError(f"setting {number} is a {type(setting).__name__}; {wanted}")
     for setting in settings:
         if not callable(setting.hooks):
             hooks = listed_hooks(setting.hooks)
             require_hook_names(model, hooks)
             _require_reach(setting.layer, hooks)
+    return settings
 
 
 def _require_reach(layer: int, fwd_hooks: FwdHooks) -> None:
@@ -218,7 +231,7 @@ def mean_and_se(values: Float[Tensor, "*shape record"]) -> tuple[Float[Tensor, "
 
 def next_token_kl(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     fwd_hooks: HooksForBatch,
     *,
     max_tokens: int = MAX_TOKENS,
@@ -226,7 +239,7 @@ def next_token_kl(
     """KL(steered || base) of the next-token distribution at the end of each prompt, nats: what steering costs there.
 
     Args:
-        model, tokenized: the model and records from ``tokenize_pairs``.
+        model, tokenized: the model and the records, tokenized or not.
         fwd_hooks: the steering, hooks or a function ``Batch -> hooks``.
         max_tokens: token budget of one pass.
 
@@ -237,6 +250,7 @@ def next_token_kl(
         >>> next_token_kl(model, tokenized, vectors.hooks(0.2, [24])).mean()     # doctest: +SKIP
         tensor(0.2214)
     """
+    tokenized = as_tokenized(model, tokenized)
     out = torch.zeros(len(tokenized))
     with torch.no_grad():
         for group, batch in score_batches(model, tokenized, max_tokens=max_tokens):

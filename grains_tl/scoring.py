@@ -21,7 +21,7 @@ from grains_tl.models import final_norm, hooked, is_bridge, listed_hooks, requir
 from grains_tl.objectives import Objective, token_logprobs
 from grains_tl.packing import BlockInputs, Packing, pack_batch
 from grains_tl.precision import exactness, full_precision
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.unembedding import target_logits
 
@@ -55,7 +55,7 @@ def score_batches(
 
 def score_pairs(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     fwd_hooks: HooksForBatch | None = None,
     *,
     objective: Objective = "sum",
@@ -66,7 +66,7 @@ def score_pairs(
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
-        tokenized: from ``tokenize_pairs``.
+        tokenized: the records, tokenized or not.
         fwd_hooks: hooks to run with, or a function ``Batch -> hooks``.
         objective: how response tokens are combined.
         max_tokens: token budget of one forward pass.
@@ -80,6 +80,7 @@ def score_pairs(
         >>> (logprobs[:, 0] - logprobs[:, 1]).mean()                               # doctest: +SKIP
         tensor(4.8312)
     """
+    tokenized = as_tokenized(model, tokenized)
     out = torch.zeros(len(tokenized), 2)
     with torch.no_grad(), tqdm(total=len(tokenized), desc="score", unit="record", disable=not progress) as bar:
         for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):

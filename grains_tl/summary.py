@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from grains_tl.effects import SETTING
+from grains_tl.effects import PER_RECORD, SETTING, require_columns
 from grains_tl.uncertainty import resampled_means, standard_error
 
 #: What ``verdict`` can say; see ``summarize``.
@@ -55,9 +55,7 @@ def summarize(
         >>> summarize(change)[["effect", "effect_se", "verdict"]].round(2).values.tolist()
         [[2.0, 0.58, 'no effect']]
     """
-    missing = [name for name in (*SETTING, "draw", "record", "change") if name not in frame]
-    if missing:
-        raise ValueError(f"the frame lacks {missing}; give the per-record table of record_effects or sweep_records")
+    require_columns(frame, (*SETTING, "draw", "record", "change"), PER_RECORD)
     rows = [{**setting, **_effect(group, level, seed)} for setting, group in _settings(frame)]
     table = pd.DataFrame(rows)
     if costs is not None:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from os import PathLike
 from typing import Any
 
 from grains_tl.images import (
@@ -193,6 +194,38 @@ def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[
         except ValueError as error:
             raise ValueError(f"record {number}: {error}") from None
     return tokenized
+
+
+#: What functions take that measure records: as they were loaded, or as ``tokenize_pairs`` made them.
+Records = Sequence[TokenizedPair] | Sequence[PreferencePair]
+
+
+def as_tokenized(model: HookedModel, records: Any) -> list[TokenizedPair]:
+    """The records tokenized, whether they were or not.
+
+    Args:
+        model: as for ``tokenize_pairs``.
+        records: a list of ``PreferencePair``, or of ``TokenizedPair``, which stays as it is.
+
+    Raises:
+        ValueError: one record alone, both kinds in one list, or something else; also as ``tokenize_pairs``.
+
+    Example:
+        >>> as_tokenized(model, pairs) == tokenize_pairs(model, pairs)     # doctest: +SKIP
+        True
+    """
+    wanted = "a list of PreferencePair (load_pairs) or of TokenizedPair (tokenize_pairs) is needed"
+    single = isinstance(records, (TokenizedPair, PreferencePair, str, PathLike, Mapping))
+    if single or not hasattr(records, "__iter__"):
+        raise ValueError(f"records are a {type(records).__name__}; {wanted}: [record] for one")
+    given = list(records)
+    tokenized = [r for r in given if isinstance(r, TokenizedPair)]
+    if len(tokenized) == len(given):
+        return tokenized
+    if tokenized:
+        number, other = next((i, r) for i, r in enumerate(given, start=1) if not isinstance(r, TokenizedPair))
+        raise ValueError(f"record {number} is a {type(other).__name__} among TokenizedPair; {wanted}, all of one kind")
+    return tokenize_pairs(model, given)
 
 
 def prompt_ids(model: HookedModel, prompt: Text) -> list[int]:

@@ -14,9 +14,10 @@ from grains_tl.analysis.runs import margins_and_kl
 from grains_tl.controls import random_direction_vectors
 from grains_tl.evaluate import mean_and_se
 from grains_tl.models import require_layers, resid_post
+from grains_tl.numbers import layer_numbers, listed
 from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors import SteeringVectors
 
@@ -44,7 +45,7 @@ def ablate_hooks(
         ``[(hook name, fn)]``, pure functions for ``run_with_hooks`` next to any others.
 
     Raises:
-        ValueError: a layer that is not stored or has no ``center``, no vectors, different ``d_model``.
+        ValueError: no list of layers, a layer below 0, not stored or without ``center``, no vectors, different ``d_model``.
 
     Example:
         >>> v = SteeringVectors(torch.tensor([[0.0, 1.0]]), (4,), torch.ones(1), torch.ones(1))
@@ -55,7 +56,9 @@ def ablate_hooks(
     every = [vectors] if isinstance(vectors, SteeringVectors) else list(vectors)
     if not every:
         raise ValueError("no vectors given; at least one direction is needed to take out")
-    at = list(every[0].layers if layers is None else layers)
+    at = layer_numbers(every[0].layers if layers is None else layers)
+    if any(layer < 0 for layer in at):
+        raise ValueError(f"layers={at}; layers are counted from 0, from the bottom")
     if center is not None and set(at) - set(center):
         raise ValueError(f"center lacks layers {sorted(set(at) - set(center))}; give one residual per ablated layer")
     hooks: FwdHooks = []
@@ -81,10 +84,10 @@ def span(directions: Sequence[Float[Tensor, "d_model"]]) -> Float[Tensor, "rank 
 
 def ablation_table(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     vectors: SteeringVectors,
     *,
-    layers: Sequence[Sequence[int]] | None = None,
+    layers: Sequence[Sequence[int] | int] | None = None,
     others: Sequence[SteeringVectors] = (),
     from_layer: int | None = None,
     center: Mapping[int, Float[Tensor, "d_model"]] | None = None,
@@ -97,9 +100,10 @@ def ablation_table(
     """What the model loses without the direction, beside random directions of the same rank.
 
     Args:
-        model, tokenized: the model and the records to measure on.
+        model, tokenized: the model and the records to measure on, tokenized or not.
         vectors: the direction.
-        layers: sets of layers to ablate at, one measurement each; default every stored layer alone, then all at once.
+        layers: sets of layers to ablate at, one measurement each (a number is a set of one); default every stored layer
+            alone, then all at once.
         others: further vectors whose span with ``vectors`` is taken out.
         from_layer, center: as in ``ablate_hooks``.
         n_random: draws of random directions, as many in each as vectors are given.
@@ -118,12 +122,14 @@ def ablation_table(
         >>> table = ablation_table(model, tokenized, vectors, layers=[[18], [21], [18, 21]])   # doctest: +SKIP
         >>> table.groupby(["layers", "vector"]).change.mean()                                  # doctest: +SKIP
     """
+    tokenized = as_tokenized(model, tokenized)
     every = [vectors, *others]
     for v in every:
         v.require_match(model)
     stored = list(vectors.layers)
-    wanted = [[layer] for layer in stored] + [stored] * (len(stored) > 1) if layers is None else layers
-    sets = [require_layers(model, s) for s in wanted]
+    wanted = [*stored, stored] if len(stored) > 1 else stored
+    given: list[Any] = wanted if layers is None else listed("layers", layers)
+    sets = [require_layers(model, s if hasattr(s, "__iter__") else [s]) for s in given]
     if from_layer is not None:
         every = [v.at([from_layer]) for v in every]
     drawn = [random_direction_vectors(v, n_draws=n_random, seed=seed + i) for i, v in enumerate(every)]

@@ -177,7 +177,7 @@ def building_records(
         and ``toward_rejected``, the tokens masked on either side.
 
     Raises:
-        ValueError: a layer that is not stored, or lists of different lengths.
+        ValueError: a layer that is not stored, lists of different lengths, or records that are not tokenized.
 
     Example:
         >>> from grains_tl.caching import Differences
@@ -197,6 +197,10 @@ def building_records(
     for name, given in (("tokenized", tokenized), ("selections", selections)):
         if given is not None and len(given) != len(table):
             raise ValueError(f"{len(given)} {name} for {len(table)} differences; give those they were collected from")
+    for number, pair in enumerate(tokenized or (), start=1):
+        if not isinstance(pair, TokenizedPair):
+            kind = type(pair).__name__
+            raise ValueError(f"record {number} is a {kind}; a TokenizedPair is needed: tokenize_pairs(model, pairs)")
     if tokenized is not None:
         table["prompt"] = ["".join(t.strings) for t in tokenized]
         if selections is not None:

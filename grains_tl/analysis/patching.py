@@ -25,7 +25,7 @@ from grains_tl.evaluate import margins
 from grains_tl.models import require_hook_names
 from grains_tl.objectives import Objective
 from grains_tl.scoring import MAX_TOKENS, HooksForBatch, batch_logprobs, hooks_for, score_batches
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 
 
@@ -75,7 +75,7 @@ def patch_hook(
 
 def patch(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     steering: HooksForBatch,
     *,
     component: Component | Sequence[Component] = "mlp_out",
@@ -96,7 +96,7 @@ def patch(
     components act together.
 
     Args:
-        model, tokenized: the model and records.
+        model, tokenized: the model and the records, tokenized or not.
         steering: hooks of the steered run, ``vectors.hooks(0.2, [15])``, or a function ``Batch -> hooks``.
         component: what to exchange; with ``by="layer"`` or ``"all"`` several can be exchanged together.
         by: one site per ``"layer"``, per ``"head"`` (component ``"z"``), per layer and ``"pos"``, or ``"all"`` layers
@@ -125,6 +125,7 @@ def patch(
         >>> heads = patch(model, tokenized, vectors.hooks(0.2, [15]), component="z", by="head")   # doctest: +SKIP
         >>> heads.nlargest(3, "effect")                                                          # doctest: +SKIP
     """
+    tokenized = as_tokenized(model, tokenized)
     components: tuple[Component, ...] = (component,) if isinstance(component, str) else tuple(component)
     check_options(components, by, into, method)
     if not callable(steering) and not steering:

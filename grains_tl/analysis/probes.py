@@ -19,7 +19,7 @@ from grains_tl.caching import read_out, read_out_responses
 from grains_tl.masking import Masker, Selection
 from grains_tl.models import existing_layers, hooked
 from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors import SteeringVectors
 
@@ -52,7 +52,7 @@ class Probes:
 
 def residuals(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     *,
     layers: Sequence[int] | None = None,
     readout: ProbeReadout = "prompt_end",
@@ -67,7 +67,7 @@ def residuals(
     ``"prompt_end"`` has no response in it.
 
     Args:
-        model, tokenized: the model and records.
+        model, tokenized: the model and the records, tokenized or not.
         layers: default all; the result has them in this order.
         readout: see ``ProbeReadout``.
         selections: the tokens to mask, needed for ``"prompt_end"``.
@@ -85,6 +85,7 @@ def residuals(
         >>> residuals(model, tokenized, layers=[12], readout="response_end").shape     # doctest: +SKIP
         torch.Size([24, 2, 1, 576])
     """
+    tokenized = as_tokenized(model, tokenized)
     if readout not in get_args(ProbeReadout):
         raise ValueError(f"readout={readout!r}; it is one of {get_args(ProbeReadout)}")
     at = existing_layers(model, range(model.cfg.n_layers) if layers is None else layers)

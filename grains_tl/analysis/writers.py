@@ -16,7 +16,7 @@ from grains_tl.masking import Masker, Selection
 from grains_tl.models import hooked, resid_post, run_blocks
 from grains_tl.replacements import hide, replacements
 from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors import SteeringVectors
 
@@ -26,7 +26,7 @@ Part = tuple[str, int, int]
 
 def writers(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     vectors: SteeringVectors,
     *,
     layer: int,
@@ -45,7 +45,7 @@ def writers(
     parts before projection; this works on padded batches of both model classes and keeps no full activations.
 
     Args:
-        model, tokenized: the model and records.
+        model, tokenized: the model and the records, tokenized or not.
         vectors: the directions.
         layer: whose direction, and how far up to look: components of the blocks 0 to ``layer``.
         selections: the masked tokens of each record; ``None`` to split the plain prompt's projection.
@@ -65,6 +65,7 @@ def writers(
         >>> table = writers(model, tokenized, vectors, layer=21, selections=selections)   # doctest: +SKIP
         >>> table.nlargest(5, "projection")                                               # doctest: +SKIP
     """
+    tokenized = as_tokenized(model, tokenized)
     vectors.require_match(model)
     unit = vectors.at([layer]).directions[0]
     common: dict[str, Any] = {"layer": layer, "masker": masker, "max_tokens": max_tokens}

@@ -33,7 +33,7 @@ from grains_tl.numbers import whole
 from grains_tl.objectives import Objective, token_weights
 from grains_tl.replacements import ImageMasker, check_image_masker
 from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import TokenizedPair, tokenize_pairs
+from grains_tl.tokens import Records, TokenizedPair, as_tokenized, tokenize_pairs
 from grains_tl.types import Attribution, HookedModel, PreferencePair
 
 #: Passes that records go through together: f(x), and what is refined round by round, then fill their passes.
@@ -150,7 +150,7 @@ def attribute(
 
 def attribute_all(
     model: HookedModel,
-    tokenized: Sequence[TokenizedPair],
+    tokenized: Records,
     *,
     method: Method = "leave_one_out",
     n_steps: int = 32,
@@ -169,11 +169,12 @@ def attribute_all(
     progress: bool = False,
     on_result: Callable[[int, Attribution], Any] | None = None,
 ) -> list[Attribution]:
-    """``attribute`` for many tokenized records, in full batches.
+    """``attribute`` for many records, in full batches.
 
     Args:
-        model, tokenized, method, n_steps, baseline, objective, masker, image_masker, nodes, layer, noise, k, seed,
-            content_only, group_by, max_tokens: as in ``attribute``.
+        model, method, n_steps, baseline, objective, masker, image_masker, nodes, layer, noise, k, seed, content_only,
+            group_by, max_tokens: as in ``attribute``.
+        tokenized: the records, tokenized or not.
         progress: show a bar.
         on_result: called with (index, attribution) as soon as a record is finished, so that it can be kept.
 
@@ -186,6 +187,7 @@ def attribute_all(
     Example:
         >>> found = attribute_all(model, tokenize_pairs(model, pairs), method="leave_one_out")     # doctest: +SKIP
     """
+    tokenized = as_tokenized(model, tokenized)
     n_steps, k, seed = whole("n_steps", n_steps), whole("k", k), whole("seed", seed)
     check_attribution_options(
         method, n_steps, baseline, objective, nodes=nodes, layer=layer, k=k, noise=noise, model=model

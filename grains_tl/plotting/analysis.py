@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from grains_tl.analysis.probes import Probes
 from grains_tl.plotting.style import CHOSEN, COLOURS, DRAW, GREY, figure, numbers, shortened, style
 
 
@@ -21,12 +22,16 @@ def plot_cosines(table: pd.DataFrame, *, title: str = "", label: str = "cosine")
         A matplotlib ``Figure``.
 
     Raises:
-        ValueError: a table that is not square.
+        ValueError: no table, or one that is not square.
 
     Example:
         >>> names = ["ours", "CAA"]
         >>> fig = plot_cosines(pd.DataFrame([[1.0, 0.3], [0.3, 1.0]], names, names))
     """
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(
+            f"a {type(table).__name__} came; a table is needed: plot_cosines(analysis.cosine_map(vectors))"
+        )
     n = len(table)
     if table.shape != (n, n) or not n:
         raise ValueError(f"a table of shape {table.shape}; a square one from analysis.cosine_map is needed")
@@ -48,21 +53,28 @@ def plot_cosines(table: pd.DataFrame, *, title: str = "", label: str = "cosine")
     return fig
 
 
-def plot_probes(frame: pd.DataFrame, *, title: str = "") -> Any:
+def plot_probes(frame: pd.DataFrame | Probes, *, title: str = "") -> Any:
     """Probe accuracy over layers with its standard error, above the floor of shuffled labels.
 
     Args:
-        frame: ``layer``, ``accuracy``, ``se``, ``floor``, ``floor_high``, as in ``analysis.fit_probes(...).frame``.
+        frame: from ``analysis.fit_probes``, the probes or their ``frame``: ``layer``, ``accuracy``, ``se``, ``floor``,
+            ``floor_high``.
         title: of the figure.
 
     Returns:
         A matplotlib ``Figure``.
 
+    Raises:
+        ValueError: something else, missing columns or no rows.
+
     Example:
         >>> rows = {"layer": [18, 21], "accuracy": [0.7, 0.8], "se": [0.05, 0.04]}
         >>> fig = plot_probes(pd.DataFrame({**rows, "floor": [0.5, 0.5], "floor_high": [0.6, 0.6]}))
     """
-    rows = numbers(frame.assign(name="probe"), "name", ("layer", "accuracy", "se", "floor", "floor_high"))
+    table = frame.frame if isinstance(frame, Probes) else frame
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"a {type(table).__name__} came; give analysis.fit_probes(features, layers)")
+    rows = numbers(table.assign(name="probe"), "name", ("layer", "accuracy", "se", "floor", "floor_high"))
     with style():
         fig = figure(8.0, 3.6, constrained=True)
         ax = fig.add_subplot()

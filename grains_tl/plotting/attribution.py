@@ -52,26 +52,34 @@ def plot_convergence(frame: pd.DataFrame, *, title: str = "") -> Any:
     return fig
 
 
-def plot_curves(found: Mapping[str, Curves], *, title: str = "") -> Any:
+def plot_curves(found: Mapping[str, Curves] | Curves, *, title: str = "") -> Any:
     """Deletion and insertion: how far f falls, or rises, on average over records; higher is more faithful.
 
     Args:
-        found: name of the method -> its ``curves``, all on the same records.
+        found: name of the method -> its ``curves``, all on the same records; or the curves of one method.
         title: of the figure.
 
     Returns:
         A matplotlib ``Figure`` of two panels; bands are one standard error over records.
 
     Raises:
-        ValueError: nothing to draw.
+        ValueError: nothing to draw, or something else than curves.
 
     Example:
         >>> import torch
         >>> one = Curves(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.5, 2.0]]))
         >>> fig = plot_curves({"leave_one_out": one})
     """
+    wanted = "pass {name: curves(model, tokenized, attributions)}"
+    if isinstance(found, Curves):
+        found = {"curves": found}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"a {type(found).__name__} came; {wanted}")
     if not found:
-        raise ValueError("no curves given; pass {name: curves(model, tokenized, attributions)}")
+        raise ValueError(f"no curves given; {wanted}")
+    for name, c in found.items():
+        if not isinstance(c, Curves):
+            raise ValueError(f"{name!r} is a {type(c).__name__}, not curves; {wanted}")
     with style():
         fig = figure(8.0, 4.0, constrained=True)
         axes = fig.subplots(1, 2)

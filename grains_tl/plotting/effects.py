@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from grains_tl.comparison import Comparison
 from grains_tl.plotting.style import (
     CHOSEN,
     COLOURS,
@@ -23,18 +24,20 @@ from grains_tl.plotting.style import (
     style,
     text_widths,
 )
+from grains_tl.plotting.sweeps import EFFECT
 
 EFFECT_LABEL = "effect: half the change of the margin\nbetween +alpha and \u2212alpha, nats"
 
 
-def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None, *, label: str = EFFECT_LABEL) -> Any:
+def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None, *, label: str | None = None) -> Any:
     """Effect over layers, one line per vector, with bands of 1.96 standard errors.
 
     Args:
-        sweep_frame: columns ``layer``, ``vector``, ``effect`` and ``se`` (nats), one row per layer and vector; NaN
-            leaves a gap.
+        sweep_frame: columns ``layer``, ``vector``, ``effect`` and ``se`` (nats; ``effect_se`` in a table of ``sweep``),
+            one row per layer and vector; NaN leaves a gap.
         chosen_layer: marked by a dotted line.
-        label: what ``effect`` is, with its unit; the default is the one of ``evaluate.effects``.
+        label: what ``effect`` is, with its unit; by default that of ``sweep`` where there is ``effect_se``, else that of
+            ``evaluate.effects``.
 
     Returns:
         A matplotlib ``Figure``.
@@ -48,6 +51,8 @@ def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None, *, l
     """
     from matplotlib.ticker import MaxNLocator
 
+    if isinstance(sweep_frame, pd.DataFrame) and "effect_se" in sweep_frame and "se" not in sweep_frame:
+        sweep_frame, label = sweep_frame.rename(columns={"effect_se": "se"}), EFFECT if label is None else label
     frame = numbers(sweep_frame, "vector", ("layer", "effect", "se"))
     twice = frame[frame.duplicated(["layer", "vector"])]
     if len(twice):
@@ -73,7 +78,7 @@ def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None, *, l
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         ax.margins(x=0.03)
         ax.set_xlabel("layer (steered after this block, counted from 0)")
-        ax.set_ylabel(label)
+        ax.set_ylabel(EFFECT_LABEL if label is None else label)
         columns = max(1, min(4, int(7.6 / (0.65 + max(text_widths([line.get_label() for line in lines]))))))
         legend = fig.legend(
             handles=lines, loc="outside upper left", ncols=columns, title="bands: \u00b1 1.96 se over records"
@@ -84,11 +89,12 @@ def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None, *, l
     return fig
 
 
-def plot_controls(table_frame: pd.DataFrame, draws: Mapping[str, Sequence[Any]]) -> Any:
+def plot_controls(table_frame: pd.DataFrame | Comparison, draws: Mapping[str, Sequence[Any]] | None = None) -> Any:
     """Each vector's effect and interval on its own row, with the single draws as small dots behind.
 
     Args:
-        table_frame: columns ``vector``, ``effect``, ``low`` and ``high`` (nats), one row per vector.
+        table_frame: columns ``vector``, ``effect``, ``low`` and ``high`` (nats), one row per vector; or what
+            ``compare_with_controls`` gave, which brings its draws.
         draws: effects of single draws by vector name, nats (None and NaN are left out); names without a row get one
             with the dots alone.
 
@@ -96,7 +102,7 @@ def plot_controls(table_frame: pd.DataFrame, draws: Mapping[str, Sequence[Any]])
         A matplotlib ``Figure``; it grows with the number of rows.
 
     Raises:
-        ValueError: missing columns or no rows.
+        ValueError: missing columns, no rows, or a table without draws.
 
     Example:
         >>> table = pd.DataFrame({"vector": ["ours"], "effect": [2.5], "low": [2.1], "high": [2.9]})
@@ -104,7 +110,13 @@ def plot_controls(table_frame: pd.DataFrame, draws: Mapping[str, Sequence[Any]])
     """
     from matplotlib.lines import Line2D
 
+    if isinstance(table_frame, Comparison):
+        table_frame, draws = table_frame.table, table_frame.draws if draws is None else draws
     frame = numbers(table_frame, "vector", ("effect", "low", "high"))
+    if not isinstance(draws, Mapping):
+        raise ValueError(
+            f"draws={draws!r}; effects by name are needed: plot_controls(found.table, found.draws), or plot_controls(found)"
+        )
     alone = [name for name in draws if name not in set(frame.vector)]
     names = [*frame.vector, *alone]
     with style():

@@ -97,6 +97,8 @@ def numbers(frame: pd.DataFrame, name: str, columns: Sequence[str]) -> pd.DataFr
 
     A number as a name that pandas has made a float (as it does where a row is added) is written without ``.0``.
     """
+    if not isinstance(frame, pd.DataFrame):
+        raise ValueError(f"a {type(frame).__name__} came; a table with the columns {[name, *columns]} is needed")
     missing = [column for column in (name, *columns) if column not in frame.columns]
     if missing or not len(frame):
         raise ValueError(

@@ -84,6 +84,9 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
     Returns:
         A matplotlib ``Figure`` with the colour bar in nats; the title has the method, f(x) and the completeness gap.
 
+    Raises:
+        ValueError: something else than one attribution.
+
     Example:
         >>> import torch
         >>> a = Attribution(torch.tensor([0.5, -1.0]), [" good", " bad"], torch.tensor([True] * 2),
@@ -94,6 +97,11 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.patches import Rectangle
 
+    if not isinstance(attribution, Attribution):
+        raise ValueError(
+            f"a {type(attribution).__name__} came; one Attribution is needed: plot_tokens(attributions[0]) for the first of "
+            "several, show_tokens(tokens, scores) for plain tokens"
+        )
     scores = finite(attribution.scores)
     top = largest(scores)
     labelled = sorted((i for i, s in enumerate(scores) if s != 0), key=lambda i: -abs(scores[i]))[:n_labels]
