@@ -339,7 +339,8 @@ def _steer(args: argparse.Namespace) -> None:
 
     base = generate(model, prompts, max_new_tokens=args.max_new_tokens)
     steered = generate(model, prompts, hooks, max_new_tokens=args.max_new_tokens)
-    what = f"{args.operator} {args.alpha:+g}, layer {', '.join(map(str, layers))}"
+    what = f"steered: alpha {args.alpha:+g}, layer {', '.join(map(str, layers))}"
+    what += "" if args.operator == "add_renorm" else f", {args.operator}"
     what += "" if args.positions == "all" else f", {args.positions}"
     for prompt, before, after in zip(args.prompt, base, steered, strict=True):
         print(f"prompt: {prompt}")

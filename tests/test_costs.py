@@ -82,7 +82,7 @@ def test_bundled_texts() -> None:
 # -- knowledge and generations ----------------------------------------------------------------------------------------
 
 
-def test_retention_by_letters() -> None:
+def test_retention_by_letters(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vector that is one letter's unembedding answers that letter, which half of the questions want."""
     model = tiny_model()
     items = [gr.MultipleChoice("was it good ?", (" yes", " no"), (first, not first)) for first in (True, False)] * 4
@@ -92,6 +92,7 @@ def test_retention_by_letters() -> None:
     chat = gr.letters(gr.MultipleChoice([{"role": "user", "content": "was it good ?"}], ("yes", "no"), (True, False)))
     assert chat.prompt[-1] == {"role": "user", "content": asked.prompt}
     # this tokenizer has no letters: words of the vocabulary of one letter's length stand for them
+    monkeypatch.setattr("grains_tl.costs.ascii_uppercase", "a?")
     items = [gr.MultipleChoice(i.prompt, (" a", " ?"), i.labels) for i in items]
     unembed = model.original_model.lm_head.weight
     a, other = model.tokenizer("a ?")["input_ids"]

@@ -355,3 +355,13 @@ def test_another_bos_rule_is_said(tmp_path: Any, pairs: list[gr.PreferencePair])
         vectors.require_match(models[0])
     with pytest.warns(UserWarning, match="built with no BOS added, this model's tokenizer gives BOS id"):
         vectors.require_match(models[1])
+
+
+def test_the_heading_says_what_was_done(folder: Any, capsys: Any) -> None:
+    options = ["--prompt", "the film was", "--max-new-tokens", "2"]
+    for extra, said in (
+        ([], "steered: alpha +0.3, layer 0"),
+        (["--operator", "ablate", "--positions", "generated"], "steered: alpha +0.3, layer 0, ablate, generated"),
+    ):
+        assert shell(folder, "steer", "--vectors", "@v0.safetensors", *options, *extra) == 0
+        assert capsys.readouterr().out.splitlines()[1].partition(" | ")[2].strip() == said
