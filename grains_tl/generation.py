@@ -66,7 +66,7 @@ def generate(
     if temperature < 0:
         raise ValueError(f"temperature={temperature}; 0 (greedy) or a positive number")
     require_eval(model)
-    if images is not None and not isinstance(images, (list, tuple)):
+    if images is not None and (isinstance(images, str) or not hasattr(images, "__iter__")):
         raise ValueError(
             f"images is a {type(images).__name__}; a list with one entry per prompt is needed: images=[image]"
         )
