@@ -93,11 +93,8 @@ def run(
     eos = token_rules(model).eos
     options: dict[str, Any] = {"masker": "eos", "n_steps": steps, "top_k": top_k, "progress": False}
     baselines = Baselines(model)
-    options |= {
-        "baseline": baseline,
-        "max_tokens": max_tokens,
-        "method_options": {"nodes": "gauss_legendre"},
-    }  # as the plain loop
+    options |= {"baseline": baseline, "method_options": {"nodes": "gauss_legendre"}}  # as the plain loop
+    options["max_tokens"] = max_tokens
     counted: list[Operations] = []
 
     def ours_counted() -> gr.SteeringVectors:  # counting costs microseconds a pass

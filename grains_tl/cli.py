@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grains_tl.cli_export import add_export, run_export
-from grains_tl.cli_sweep import add_sweep_options
+from grains_tl.cli_sweep import add_sweep_options, sweep_checkpoint
 from grains_tl.numbers import finite
 
 EXAMPLES = """examples:
@@ -38,24 +38,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"grains-tl {args.command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = _checkpoint(args)
+        kept = _finished(args)
         said = f"; what was finished is in {kept}, and the same command goes on from it" if kept else ""
         print(f"\ngrains-tl {args.command}: interrupted{said}", file=sys.stderr)
         return 130
     return 0
 
 
-def _checkpoint(args: argparse.Namespace) -> Path | None:
+def _finished(args: argparse.Namespace) -> Path | None:
     """The file or folder that holds finished results, if there is one yet."""
+    place: Path | None = None
     if args.command == "build":
-        place = Path(f"{args.out}.partial.jsonl")
+        place = _partial(args)
     elif args.command == "sweep":
-        place = Path(args.checkpoint or f"{args.out}.records.jsonl")
+        place = sweep_checkpoint(args)
     elif args.command in ("demo", "compare-attributions"):
         place = Path(args.out)
-    else:
-        return None
-    return place if place.exists() else None
+    return place if place is not None and place.exists() else None
+
+
+def _partial(args: argparse.Namespace) -> Path:
+    """Where ``build`` keeps finished attributions until the vectors are there."""
+    return Path(f"{args.out}.partial.jsonl")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -282,7 +286,7 @@ def _build(args: argparse.Namespace) -> None:
 
     pairs = _pairs(args)
     processes = launched()
-    checkpoint = Path(f"{args.out}.partial.jsonl")
+    checkpoint = _partial(args)
     vectors = build_vectors(
         _load(args),
         pairs,

@@ -35,6 +35,12 @@ def add_sweep_options(
     parser.add_argument("--checkpoint", help="finished results (default beside --out); the same command goes on there")
 
 
+def sweep_checkpoint(args: argparse.Namespace) -> Path | None:
+    """Where finished results are kept: the file that was asked for, else one beside the table."""
+    named = args.checkpoint or (f"{args.out}.records.jsonl" if args.out else None)
+    return Path(named) if named else None
+
+
 def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[str | None], Any]) -> None:
     """Sweep on one part of the records, choose, report on the other."""
     from grains_tl.choosing import choose, report_choice, split_records
@@ -62,7 +68,7 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
             f"--test: {len(both)} of its records are in --pairs too; a report needs records that chose nothing"
         )
     model = load(next(iter(vectors.values())).info.get("model", {}).get("name"))
-    checkpoint = args.checkpoint or (f"{args.out}.records.jsonl" if args.out else None)
+    checkpoint = sweep_checkpoint(args)
     processes = launched()
     frame = shared_sweep(
         model,

@@ -61,9 +61,10 @@ def load_pairs(
     if columns is not None and not isinstance(columns, Mapping):
         raise ValueError(f"columns={columns!r}; a mapping such as {{'prompt': '<your column>'}} is needed")
     limit = None if limit is None else whole("limit", limit, 1)
-    unknown = set(columns or {}) - {*FIELDS, "image"}
+    known = (*FIELDS, "image")
+    unknown = set(columns or {}) - set(known)
     if unknown:
-        raise ValueError(f"columns maps {sorted(unknown)}, but a record has only {(*FIELDS, 'image')}")
+        raise ValueError(f"columns maps {sorted(unknown)}, but a record has only {known}")
     pairs: list[PreferencePair] = []
     for row_number, row in read_rows(source):
         if limit is not None and len(pairs) >= limit:

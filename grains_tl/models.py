@@ -142,10 +142,15 @@ def _keep_tokenizer_as_is(tokenizer: Any, label: str) -> None:
     tokenizer.init_kwargs["add_bos_token"] = True
 
 
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer itself puts BOS before a text."""
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
 def _prompts_as_the_tokenizer_makes_them(model: Any) -> Any:
     """``model.to_tokens("text")`` gives the ids that the whole package uses: BOS exactly if the tokenizer adds it."""
-    ids = model.tokenizer("a")["input_ids"]
-    model.cfg.default_prepend_bos = bool(ids) and ids[0] == model.tokenizer.bos_token_id
+    model.cfg.default_prepend_bos = adds_bos(model.tokenizer)
     return model
 
 
@@ -376,10 +381,8 @@ def without_image_tokens(model: HookedModel, ids: Int[Tensor, "batch pos"]) -> I
 @contextmanager
 def without_hooks(model: HookedModel) -> Iterator[None]:
     """The model as it is without any hook on its hook points; afterwards they are back, in their order."""
-    held = []
-    for point in {id(p): p for p in model.hook_dict.values()}.values():  # type: ignore[attr-defined]
-        if point._forward_hooks:
-            held.append((point._forward_hooks, dict(point._forward_hooks)))
+    points = model.hook_dict.values()  # type: ignore[attr-defined]
+    held = [(point._forward_hooks, dict(point._forward_hooks)) for point in points if point._forward_hooks]
     try:
         for hooks, _ in held:
             hooks.clear()

@@ -47,10 +47,11 @@ def shared_sweep(
         _join(checkpoint, own)
     # neighbours go to different processes: a low layer costs more than a high one
     mine = [layers[i] for i in processes.share(len(layers))]
+    part_of = named
     if chosen is None:  # vectors need not have the same layers
-        own_layers = {name: [layer for layer in v.layers if layer in mine] for name, v in named.items()}
-        named = {name: v.at(own_layers[name]) for name, v in named.items() if own_layers[name]}
-    part = sweep(model, named, pairs, layers=None if chosen is None else mine, checkpoint=own, **options)
+        stored = {name: [layer for layer in v.layers if layer in mine] for name, v in named.items()}
+        part_of = {name: named[name].at(at) for name, at in stored.items() if at}
+    part = sweep(model, part_of, pairs, layers=None if chosen is None else mine, checkpoint=own, **options)
     if processes.world == 1:
         return part
     parts = processes.gather([part])
@@ -58,7 +59,7 @@ def shared_sweep(
         _join(checkpoint, Path(checkpoint))
     frame = pd.concat(parts, ignore_index=True)
     order = ["vector", "positions"]
-    listed = {"vector": list(named_vectors(vectors)), "positions": parts[0]["positions"].unique()}
+    listed = {"vector": list(named), "positions": parts[0]["positions"].unique()}
     first = {column: {value: i for i, value in enumerate(listed[column])} for column in order}
     frame = frame.sort_values(
         [*order, "layer"],

@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from os import PathLike
 from typing import Any
 
 from grains_tl.images import (
@@ -22,6 +21,7 @@ from grains_tl.images import (
     template_owner,
     with_placeholders,
 )
+from grains_tl.models import adds_bos
 from grains_tl.types import (
     HookedModel,
     Message,
@@ -80,18 +80,17 @@ def token_rules(model: HookedModel) -> TokenRules:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("the model has no tokenizer; set model.tokenizer (or model.set_tokenizer) first")
-    probe = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     # TransformerLens may have given the tokenizer special tokens that the embedding has no row for
     known = range(int(model.cfg.d_vocab))
     special = {int(i) for i in tokenizer.all_special_ids if i in known}
-    adds_bos = bool(probe) and probe[0] == bos and getattr(model.cfg, "default_prepend_bos", None) is not False
+    has_bos = adds_bos(tokenizer) and getattr(model.cfg, "default_prepend_bos", None) is not False
     candidates = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id, bos) if i in known]
     fallback = candidates[0] if candidates else 0
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id in known else fallback
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id in known else fallback
     return TokenRules(
-        bos=int(bos) if bos is not None and adds_bos else None,
+        bos=int(bos) if has_bos else None,
         eos=int(eos),
         pad=int(pad),
         special=frozenset(special),
@@ -215,8 +214,7 @@ def as_tokenized(model: HookedModel, records: Any) -> list[TokenizedPair]:
         True
     """
     wanted = "a list of PreferencePair (load_pairs) or of TokenizedPair (tokenize_pairs) is needed"
-    single = isinstance(records, (TokenizedPair, PreferencePair, str, PathLike, Mapping))
-    if single or not hasattr(records, "__iter__"):
+    if isinstance(records, (str, Mapping)) or not hasattr(records, "__iter__"):
         raise ValueError(f"records are a {type(records).__name__}; {wanted}: [record] for one")
     given = list(records)
     tokenized = [r for r in given if isinstance(r, TokenizedPair)]

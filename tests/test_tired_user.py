@@ -246,6 +246,16 @@ SHELL: dict[str, tuple[list[str], str]] = {
         ["sweep", "--vectors={f}/v.safetensors", "--pairs={f}/p.jsonl", "--alphas=nan"],
         "finite numbers",
     ),
+    "records for choosing and report": (
+        ["sweep", "--vectors={f}/v.safetensors", "--pairs={f}/p.jsonl", "--test={f}/p.jsonl"],
+        "in --pairs too",
+    ),
+    "layers not stored, sweep": (
+        ["sweep", "--vectors={f}/v.safetensors", "--pairs={f}/p.jsonl", "--layers=7"],
+        "v has no layers [7]",
+    ),
+    "an unknown method": (["compare-attributions", "--methods=foo"], "no method ['foo']"),
+    "an empty prompt": (["steer", "--vectors={f}/v.safetensors", "--prompt= "], "--prompt is empty"),
     "a folder as table": (["sweep", "--vectors={f}/v.safetensors", "--pairs={f}/p.jsonl", "--out={f}"], "is a folder"),
 }
 
