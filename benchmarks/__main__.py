@@ -16,9 +16,9 @@ import torch
 
 from benchmarks import build_vectors, growth, memory, steering
 from benchmarks.common import load
-from grains_tl.attribution.baselines import BASELINES
-from grains_tl.scoring import MAX_TOKENS
-from grains_tl.vectors import package_versions
+from grains_tl.attribution.reference import BASELINES
+from grains_tl.inference.logprobs import MAX_TOKENS
+from grains_tl.vectors.manifest import package_versions
 
 PARTS = ("build", "steering", "growth", "memory")
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import grains_tl as gr
 from benchmarks.common import Operations, count_operations, floating_point_operations, matrix_rate, timed
-from grains_tl.attribution.baselines import Baselines
-from grains_tl.scoring import MAX_TOKENS
-from grains_tl.sharing import branch_length
-from grains_tl.tokens import TokenizedPair, token_rules
+from grains_tl.attribution.reference import Baselines
+from grains_tl.attribution.sharing import branch_length
+from grains_tl.inference.logprobs import MAX_TOKENS
+from grains_tl.tokens.pairs import TokenizedPair
+from grains_tl.tokens.rules import token_rules
 
 
 def fewest(tokenized: Sequence[TokenizedPair], n_steps: int, n_layers: int) -> Operations:
@@ -89,7 +90,7 @@ def run(
 ) -> dict[str, Any]:
     """Seconds, operations and agreement of both sides."""
     pairs = gr.load_bundled("sentiment", "build")[:records]
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     eos = token_rules(model).eos
     options: dict[str, Any] = {"masker": "eos", "n_steps": steps, "top_k": top_k, "progress": False}
     baselines = Baselines(model)

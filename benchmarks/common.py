@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl import models as gr_models
+from grains_tl.models import loading as gr_models
 
 
 @dataclass

@@ -30,7 +30,9 @@ def main() -> None:
     torch.set_num_threads(1)
     model = load(args.model)
     pairs = gr.load_bundled("sentiment", "build")[: args.records]
-    gr.score_pairs(model, gr.tokenize_pairs(model, pairs[:1]))  # what any forward pass needs belongs to the model
+    gr.score_pairs(
+        model, gr.tokens.tokenize_pairs(model, pairs[:1])
+    )  # what any forward pass needs belongs to the model
     before = peak()
     if args.job == "build":
         gr.build_vectors(model, pairs, top_k=3, progress=False)

@@ -9,9 +9,10 @@ import torch
 
 import grains_tl as gr
 from benchmarks.common import count_operations, timed
-from grains_tl.batches import pad_rows
-from grains_tl.evaluate import margins
-from grains_tl.tokens import prompt_ids, token_rules
+from grains_tl.inference.batches import pad_rows
+from grains_tl.inference.objectives import margins
+from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.tokens.rules import token_rules
 
 PROMPTS = ["The film was", "At the hotel, the room was", "Overall, the stay was", "The phone is"]
 
@@ -73,7 +74,7 @@ def _other_packages(model: Any, vectors: gr.SteeringVectors, layer: int, plain: 
 def sweep(model: Any, *, records: int, repeats: int) -> dict[str, Any]:
     """All layers, two alphas: ``gr.sweep`` against one full run per setting."""
     pairs = gr.load_bundled("sentiment", "choose")[:records]
-    tokenized, vectors = gr.tokenize_pairs(model, pairs), random_vectors(model)
+    tokenized, vectors = gr.tokens.tokenize_pairs(model, pairs), random_vectors(model)
     alphas = (-0.2, 0.2)
 
     def naive() -> torch.Tensor:

@@ -28,9 +28,9 @@ import pandas as pd
 import torch
 
 import grains_tl as gr
-from grains_tl.attributed import attribute_records
-from grains_tl.controls import random_token_vectors
-from grains_tl.vectors import write_atomically
+from grains_tl._util.files import write_atomically
+from grains_tl.attribution.store import attribute_records
+from grains_tl.baselines.controls import random_token_vectors
 
 LAYERS = [9, 15, 18, 21, 24, 27]
 ALPHAS = [0.05, 0.1, 0.2, 0.3, 0.4]
@@ -56,10 +56,12 @@ def records(name: str, data: Path | None) -> tuple[list[gr.PreferencePair], ...]
         return tuple(pool[:n] for pool, n in zip(pools, sizes, strict=True))
     assert data is not None
     if name == "truthfulqa":
-        pairs = gr.load_benchmark("truthfulqa", data / "truthfulqa" / "truthfulqa_half.csv", prompt_format="qa").pairs
+        pairs = gr.records.load_benchmark(
+            "truthfulqa", data / "truthfulqa" / "truthfulqa_half.csv", prompt_format="qa"
+        ).pairs
     else:
         source = data / "anthropic_evals" / f"{name}.jsonl"
-        asked = gr.load_benchmark("anthropic", source, prompt_format="{question}").pairs
+        asked = gr.records.load_benchmark("anthropic", source, prompt_format="{question}").pairs
         # some of the questions end with "Answer:" already
         pairs = [replace(p, prompt=f"{str(p.prompt).removesuffix('Answer:').rstrip()}\n\nAnswer:") for p in asked]
     random.Random(0).shuffle(pairs)
@@ -69,32 +71,32 @@ def records(name: str, data: Path | None) -> tuple[list[gr.PreferencePair], ...]
 
 def variants(
     model: Any, build: list[Any], attributions: dict[str, list[gr.Attribution]]
-) -> tuple[dict[str, gr.SteeringVectors], gr.Differences, list[gr.Selection]]:
+) -> tuple[dict[str, gr.SteeringVectors], gr.vectors.Differences, list[gr.attribution.Selection]]:
     """One vector per choice of the recipe, the differences behind the default, and its selections."""
-    chosen = [gr.select_tokens(a, 3) for a in attributions["leave_one_out"]]
-    spared = [gr.select_tokens(a, 3, spare_end=True) for a in attributions["leave_one_out"]]
+    chosen = [gr.attribution.select_tokens(a, 3) for a in attributions["leave_one_out"]]
+    spared = [gr.attribution.select_tokens(a, 3, spare_end=True) for a in attributions["leave_one_out"]]
 
-    def differences(selections: list[gr.Selection], **options: Any) -> gr.Differences:
-        return gr.collect_differences(model, build, selections, layers=LAYERS, **options)
+    def differences(selections: list[gr.attribution.Selection], **options: Any) -> gr.vectors.Differences:
+        return gr.vectors.collect_differences(model, build, selections, layers=LAYERS, **options)
 
     default = differences(chosen)
     found = {
-        DEFAULT: gr.reduce_vectors(default),
-        "reduction: first singular vector": gr.reduce_vectors(default, reduce="svd"),
-        "reduction: PC(d+) - PC(d-), the paper's": gr.reduce_vectors(default, reduce="pca"),
-        "reduction: toward chosen only": gr.reduce_vectors(default, side="toward_chosen"),
-        "masker: end-of-text, the paper's": gr.reduce_vectors(differences(chosen, masker="eos")),
-        "masker: attention knock-out": gr.reduce_vectors(differences(chosen, masker="attention")),
-        "selection: last prompt token spared": gr.reduce_vectors(differences(spared)),
-        "read-out: last response token": gr.reduce_vectors(differences(chosen, readout="response_end")),
-        "read-out: mean of the response": gr.reduce_vectors(differences(chosen, readout="response_mean")),
+        DEFAULT: gr.vectors.reduce_vectors(default),
+        "reduction: first singular vector": gr.vectors.reduce_vectors(default, reduce="svd"),
+        "reduction: PC(d+) - PC(d-), the paper's": gr.vectors.reduce_vectors(default, reduce="pca"),
+        "reduction: toward chosen only": gr.vectors.reduce_vectors(default, side="toward_chosen"),
+        "masker: end-of-text, the paper's": gr.vectors.reduce_vectors(differences(chosen, masker="eos")),
+        "masker: attention knock-out": gr.vectors.reduce_vectors(differences(chosen, masker="attention")),
+        "selection: last prompt token spared": gr.vectors.reduce_vectors(differences(spared)),
+        "read-out: last response token": gr.vectors.reduce_vectors(differences(chosen, readout="response_end")),
+        "read-out: mean of the response": gr.vectors.reduce_vectors(differences(chosen, readout="response_mean")),
     }
     for k in (1, 5):
-        few = [gr.select_tokens(a, min(k, int(a.content.sum()))) for a in attributions["leave_one_out"]]
-        found[f"k = {k}"] = gr.reduce_vectors(differences(few))
+        few = [gr.attribution.select_tokens(a, min(k, int(a.content.sum()))) for a in attributions["leave_one_out"]]
+        found[f"k = {k}"] = gr.vectors.reduce_vectors(differences(few))
     for method in ("integrated_gradients", "gradient_x_input"):
-        picked = [gr.select_tokens(a, 3) for a in attributions[method]]
-        found[f"attribution: {method.replace('_', ' ')}"] = gr.reduce_vectors(differences(picked))
+        picked = [gr.attribution.select_tokens(a, 3) for a in attributions[method]]
+        found[f"attribution: {method.replace('_', ' ')}"] = gr.vectors.reduce_vectors(differences(picked))
     return found, default, chosen
 
 
@@ -102,7 +104,7 @@ def run_set(model: Any, name: str, data: Path | None, out: Path) -> dict[str, An
     """Everything about one preference set, as it goes into its results file."""
     start = time.perf_counter()
     pairs = records(name, data)
-    build, choose, test = (gr.tokenize_pairs(model, part) for part in pairs)
+    build, choose, test = (gr.tokens.tokenize_pairs(model, part) for part in pairs)
     attributions = {}
     for method, n_steps in (("leave_one_out", 1), ("integrated_gradients", 8), ("gradient_x_input", 1)):
         options = {
@@ -116,10 +118,10 @@ def run_set(model: Any, name: str, data: Path | None, out: Path) -> dict[str, An
             model, build, options, progress=True, checkpoint=out / f"{name}.{method}.partial.jsonl"
         )
     vectors, default, selections = variants(model, build, attributions)
-    vectors |= gr.baseline_vectors(model, pairs[0], ["caa", "icv", "prompt_mean"], layers=LAYERS)
+    vectors |= gr.baselines.baseline_vectors(model, pairs[0], ["caa", "icv", "prompt_mean"], layers=LAYERS)
 
-    found, _ = gr.sweep_records(model, vectors, pairs[1], layers=LAYERS, alphas=[-ALPHA, ALPHA])
-    by_layer = gr.summarize(gr.two_sided(found))
+    found, _ = gr.evaluate.sweep_records(model, vectors, pairs[1], layers=LAYERS, alphas=[-ALPHA, ALPHA])
+    by_layer = gr.evaluate.summarize(gr.evaluate.two_sided(found))
     best = by_layer.loc[by_layer.groupby("vector", sort=False)["effect"].idxmax()]
     layer_of = dict(zip(best["vector"], best["layer"].astype(int), strict=True))
     recipes = best[~best["vector"].isin(["caa", "icv", "prompt_mean"])]
@@ -127,17 +129,17 @@ def run_set(model: Any, name: str, data: Path | None, out: Path) -> dict[str, An
 
     curves, costs = [], []
     for one in dict.fromkeys([DEFAULT, winner, "caa"]):
-        effects, cost = gr.sweep_records(
+        effects, cost = gr.evaluate.sweep_records(
             model, {one: vectors[one]}, pairs[2], layers=[layer_of[one]], alphas=ALPHAS, neutral=N_NEUTRAL
         )
         curves.append(effects)
         costs.append(cost)
-    at_kl = gr.effect_at_kl(pd.concat(curves), pd.concat(costs), kl=KL, against="caa")
+    at_kl = gr.evaluate.effect_at_kl(pd.concat(curves), pd.concat(costs), kl=KL, against="caa")
 
     layer = layer_of[DEFAULT]
     here = default.at([layer])
     drawn = random_token_vectors(
-        gr.random_token_differences(
+        gr.baselines.random_token_differences(
             model, build, selections, layers=[layer], resid_norms=here.resid_norms, n_draws=N_DRAWS, progress=True
         )
     )
@@ -149,8 +151,8 @@ def run_set(model: Any, name: str, data: Path | None, out: Path) -> dict[str, An
         same_layer,
         {
             "random tokens": drawn,
-            "random directions": gr.random_direction_vectors(same_layer[DEFAULT], n_draws=N_DRAWS),
-            DEFAULT: gr.bootstrap_vectors(here, n_draws=N_DRAWS),
+            "random directions": gr.baselines.random_direction_vectors(same_layer[DEFAULT], n_draws=N_DRAWS),
+            DEFAULT: gr.baselines.bootstrap_vectors(here, n_draws=N_DRAWS),
         },
         name=DEFAULT,
         alpha=ALPHA,
@@ -170,7 +172,7 @@ def run_set(model: Any, name: str, data: Path | None, out: Path) -> dict[str, An
         "table": compared.table.to_dict("records"),
         "draws": compared.draws,
         "against": compared.against,
-        "base_margin": [float(x) for x in gr.summarize(curves[0])[["base_margin", "base_accuracy"]].iloc[0]],
+        "base_margin": [float(x) for x in gr.evaluate.summarize(curves[0])[["base_margin", "base_accuracy"]].iloc[0]],
         "median_gap": float(pd.Series(gaps).median()),
         "seconds": round(time.perf_counter() - start),
     }

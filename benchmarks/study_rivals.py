@@ -18,8 +18,9 @@ import torch
 
 import grains_tl as gr
 from benchmarks.study import SIZES, records
-from grains_tl.evaluate import margins, mean_and_se
-from grains_tl.vectors import write_atomically
+from grains_tl._util.files import write_atomically
+from grains_tl._util.stats import mean_and_se
+from grains_tl.inference.objectives import margins
 
 FACTS = ("Answer with facts that experts have checked.", "Answer with what people wrongly believe.")
 #: an instruction toward the chosen responses, and one toward the rejected ones
@@ -38,13 +39,13 @@ def run_set(model: Any, name: str, data: Path | None) -> list[dict[str, Any]]:
     build, _, test = records(name, data)
 
     def margin_of(pairs: list[gr.PreferencePair]) -> torch.Tensor:
-        return margins(gr.score_pairs(model, gr.tokenize_pairs(model, pairs)))
+        return margins(gr.score_pairs(model, gr.tokens.tokenize_pairs(model, pairs)))
 
     base = margin_of(test)
-    toward, away = (margin_of(gr.with_system_prompt(test, text)) for text in INSTRUCTIONS[name])
+    toward, away = (margin_of(gr.baselines.with_system_prompt(test, text)) for text in INSTRUCTIONS[name])
     found = {"system prompt against its opposite": (toward - away) / 2, "system prompt": toward - base}
     for loss in ("sft", "dpo"):
-        with gr.lora_adapter(model, build, loss=loss):  # type: ignore[arg-type]
+        with gr.baselines.lora_adapter(model, build, loss=loss):  # type: ignore[arg-type]
             found[f"LoRA, {loss}"] = margin_of(test) - base
     rows = []
     for rival, change in found.items():

@@ -18,10 +18,10 @@ import torch
 from tqdm.auto import tqdm
 
 import grains_tl as gr
-from grains_tl.attribution import Method
-from grains_tl.tiny_vlm.captions import candidates, caption_split, kl_meter, own_mistakes, tune_and_test
-from grains_tl.tiny_vlm.questions import false_yes_questions, partner_share, yes_attributions
-from grains_tl.tiny_vlm.threshold import yes_no_study
+from grains_tl.attribution.methods import Method
+from grains_tl.demo.scene_captions import candidates, caption_split, kl_meter, own_mistakes, tune_and_test
+from grains_tl.demo.scene_questions import false_yes_questions, partner_share, yes_attributions
+from studies.tiny_vlm.yes_no_study import yes_no_study
 
 LAYERS = (1, 2, 3)
 KLS = (0.05, 0.2)
@@ -41,7 +41,7 @@ def captions_study(model: Any, out: Path, seeds: Sequence[int], n_random: int) -
         vectors, about = candidates(model, own_mistakes(model, N["build"], seed=100 + seed), layers=LAYERS, seed=seed)
         print(json.dumps(about))
         like = like or vectors["CAA"]
-        draws = gr.random_direction_vectors(like, n_draws=n_random, seed=seed)
+        draws = gr.baselines.random_direction_vectors(like, n_draws=n_random, seed=seed)
         vectors |= {f"random direction {i}": v for i, v in enumerate(draws, start=1)}
         for name, vector in vectors.items():
             if (seed, name) in have:

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from conftest import WORDS, tiny_tokenizer
 
-from grains_tl import models as gr_models
+from grains_tl.models import loading as gr_models
 
 COMMON = {
     "vocab_size": len(WORDS),

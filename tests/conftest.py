@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import grains_tl as gr
-from grains_tl import models as gr_models
+from grains_tl.models import loading as gr_models
 
 TL_MAJOR = int(metadata.version("transformer-lens").split(".")[0])
 WORDS = (

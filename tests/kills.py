@@ -23,8 +23,8 @@ import torch
 from conftest import tiny_model
 
 import grains_tl as gr
-from grains_tl import report
-from grains_tl.files import write_atomically
+from grains_tl._util.files import write_atomically
+from grains_tl.demo import text_report as report
 
 NOUNS = "soup room film hotel food".split()
 ROWS = [

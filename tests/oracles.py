@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grains_tl import TokenizedPair
+from grains_tl.tokens.pairs import TokenizedPair
 
 
 def embeddings(hf: Any, ids: Sequence[int]) -> Tensor:

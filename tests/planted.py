@@ -11,7 +11,7 @@ import torch
 from conftest import WORDS, tiny_hf, tiny_tokenizer
 
 import grains_tl as gr
-from grains_tl import models as gr_models
+from grains_tl.models import loading as gr_models
 
 MOOD, COPY = 0, 1  # axes of the residual stream
 LAYER, HEAD = 1, 2

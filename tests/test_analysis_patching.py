@@ -42,7 +42,7 @@ def margin(model: Any, tokenized: Any, hooks: Any = None) -> Tensor:
 @pytest.mark.parametrize("into", ["base", "steered"])
 @pytest.mark.parametrize("method", ["exact", "gradient"])
 def test_the_planted_head_is_named(planted: Any, into: Any, method: Any) -> None:
-    tokenized = gr.tokenize_pairs(planted, planted_pairs()[:12])
+    tokenized = gr.tokens.tokenize_pairs(planted, planted_pairs()[:12])
     steering = axis(MOOD, [0]).hooks(0.3)
     options: Any = {"into": into, "method": method, "progress": False}
     heads = gr.analysis.patch(planted, tokenized, steering, component="z", by="head", **options)
@@ -60,7 +60,7 @@ def test_the_planted_head_is_named(planted: Any, into: Any, method: Any) -> None
 
 
 def test_the_planted_head_works_at_the_last_position_alone(planted: Any) -> None:
-    tokenized = gr.tokenize_pairs(planted, planted_pairs()[:12])
+    tokenized = gr.tokens.tokenize_pairs(planted, planted_pairs()[:12])
     steering = axis(MOOD, [0]).hooks(0.3)
     found = gr.analysis.patch(planted, tokenized, steering, component="z", by="pos", layers=[LAYER], progress=False)
     shares = found.set_index("pos").share
@@ -71,7 +71,7 @@ def test_the_planted_head_works_at_the_last_position_alone(planted: Any) -> None
 
 def test_taking_the_found_vector_out_removes_the_effect(planted: Any) -> None:
     pairs = planted_pairs()
-    tokenized = gr.tokenize_pairs(planted, pairs)
+    tokenized = gr.tokens.tokenize_pairs(planted, pairs)
     found = gr.build_vectors(planted, pairs, top_k=1, layers=[1, 2], progress=False)
     assert found.cosine(axis(COPY, [1, 2])).min() > 0.97  # what the head writes, from preferences alone
     steering = axis(MOOD, [0]).hooks(0.3)
@@ -82,7 +82,7 @@ def test_taking_the_found_vector_out_removes_the_effect(planted: Any) -> None:
     assert left.mean().abs() < 0.1 * effect
     true_axis = gr.analysis.ablate_hooks(axis(COPY, [1]))
     assert margin(planted, tokenized, steering + true_axis).abs().max() < ATOL
-    for draw in gr.random_direction_vectors(found.at([1]), n_draws=3):
+    for draw in gr.baselines.random_direction_vectors(found.at([1]), n_draws=3):
         others = gr.analysis.ablate_hooks(draw)
         left = margin(planted, tokenized, steering + others) - margin(planted, tokenized, others)
         assert left.mean() > 0.7 * effect
@@ -119,7 +119,7 @@ def plain_logprob(hf: Any, prompt: Any, response: Any, hooks: Any) -> Tensor:
 def test_plain_hooks_give_the_same_effects(
     model: Any, hf: Any, pairs: list[gr.PreferencePair], vector: gr.SteeringVectors, into: Any, what: str
 ) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     layer, head, d_head = 2, 1, 8
     block = hf.model.layers[layer]
     module, kind = {
@@ -170,7 +170,7 @@ def test_transformer_lens_patching_gives_the_same_effects(model: Any, vector: gr
     from transformer_lens import patching
 
     pair = gr.PreferencePair(prompt="the film was very good and it was", chosen=" great", rejected=" awful")
-    tokenized = gr.tokenize_pairs(model, [pair])
+    tokenized = gr.tokens.tokenize_pairs(model, [pair])
     ids = torch.tensor([tokenized[0].prompt])
     great, awful = tokenized[0].chosen[0], tokenized[0].rejected[0]
     steering = vector.hooks(0.5, [0])
@@ -206,7 +206,7 @@ def test_transformer_lens_patching_gives_the_same_effects(model: Any, vector: gr
 def test_the_whole_stream_carries_the_whole_effect(
     model: Any, pairs: list[gr.PreferencePair], vector: gr.SteeringVectors, into: Any
 ) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     found = gr.analysis.patch(
         model, tokenized, vector.hooks(0.5, [0]), component="resid_post", into=into, progress=False
     )
@@ -219,7 +219,7 @@ def test_the_whole_stream_carries_the_whole_effect(
 def test_layers_below_the_steering_carry_nothing(
     model: Any, pairs: list[gr.PreferencePair], vector: gr.SteeringVectors
 ) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     options: Any = {"component": "attn_out", "progress": False}
     found = gr.analysis.patch(model, tokenized, vector.hooks(0.5, [1]), layers=[0, 1, 2], **options)
     assert found.effect[:2].abs().max() == 0 and found.effect[2].item() != 0
@@ -230,7 +230,7 @@ def test_one_call_or_one_hook_or_per_batch_hooks(
     model: Any, pairs: list[gr.PreferencePair], vector: gr.SteeringVectors
 ) -> None:
     """A user's hook is in every run; patch_hook goes beside it; hooks may be made per batch; the model is left alone."""
-    tokenized = gr.tokenize_pairs(model, pairs)[:1]
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)[:1]
     ids = torch.tensor([tokenized[0].prompt])
     before = model(ids)
 
@@ -257,7 +257,7 @@ def test_one_call_or_one_hook_or_per_batch_hooks(
 def test_the_gradient_is_exact_for_small_steps(
     model: Any, pairs: list[gr.PreferencePair], vector: gr.SteeringVectors, component: Any, into: Any
 ) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     by: Any = "head" if component == "z" else "layer"
     options: Any = {"component": component, "by": by, "into": into, "layers": [1, 2], "progress": False}
     exact = gr.analysis.patch(model, tokenized, vector.hooks(0.02, [0]), **options)
@@ -302,13 +302,13 @@ def test_comparison_against_numbers_by_hand() -> None:
 def test_bad_options_are_refused(
     bridge: Any, pairs: list[gr.PreferencePair], vector: gr.SteeringVectors, options: Any, words: str, unchecked: None
 ) -> None:
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     with pytest.raises(ValueError, match=words):
         gr.analysis.patch(bridge, tokenized, vector.hooks(0.5, [0]), **options)
 
 
 def test_bad_patches_are_refused(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     with pytest.raises(ValueError, match="empty list"):
         gr.analysis.patch(bridge, tokenized, [])
     with pytest.raises(ValueError, match="only component='z'"):
@@ -334,12 +334,12 @@ def test_hooks_on_later_blocks_see_the_rows_of_the_batch(
     pair = gr.PreferencePair(
         prompt=prompt, chosen=" it was good and we liked it", rejected=" no they hated it , very bad"
     )
-    tokenized = gr.tokenize_pairs(model, [pair])
+    tokenized = gr.tokens.tokenize_pairs(model, [pair])
 
     def hooks(batch: Any) -> Any:
         return vector.hooks(0.5, [0, 1], positions=positions, prompt_len=batch.prompt_len)
 
-    _, found = gr.measure(model, tokenized, [gr.Setting(0, hooks)])
+    _, found = gr.evaluate.measure(model, tokenized, [gr.evaluate.Setting(0, hooks)])
     torch.testing.assert_close(found[0], gr.score_pairs(model, tokenized, hooks), atol=ATOL, rtol=0)
     mlps = gr.analysis.patch(model, tokenized, vector.hooks(0.5, [0]), by="pos", layers=[1], progress=False)
     assert mlps.pos.max() == len(tokenized[0].rejected) - 1 and mlps.effect.abs().max() > 10 * ATOL

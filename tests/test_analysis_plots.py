@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import grains_tl as gr
-from grains_tl.plotting import figure_png
+from grains_tl.plotting.style import figure_png
 
 
 def image_of(fig: Any) -> np.ndarray:
@@ -46,35 +46,35 @@ def patch_frame(**columns: list[int]) -> pd.DataFrame:
 
 def test_cosine_map_shows_the_table() -> None:
     table = pd.DataFrame([[1.0, -0.25], [-0.25, 1.0]], index=["a$b", "5"], columns=["a$b", "5"])
-    fig = gr.plot_cosines(table, title="cosines, $no unit$")
+    fig = gr.plotting.plot_cosines(table, title="cosines, $no unit$")
     np.testing.assert_array_equal(image_of(fig), table.to_numpy())
     assert fig.axes[0].images[0].get_clim() == (-1, 1)
     assert "\u22120.25" in [t.get_text() for t in fig.axes[0].texts]
     assert figure_png(fig)[:4] == b"\x89PNG"  # names and titles with a dollar are drawn as they stand
     with pytest.raises(ValueError, match="square"):
-        gr.plot_cosines(table[:1])
+        gr.plotting.plot_cosines(table[:1])
 
 
 def test_probes_show_accuracy_and_floor() -> None:
     frame = probe_frame()
-    fig = gr.plot_probes(frame, title="t")
+    fig = gr.plotting.plot_probes(frame, title="t")
     lines = {line.get_label(): line.get_ydata() for line in fig.axes[0].lines}
     np.testing.assert_array_equal(lines["probe, held-out (± 1.96 se)"], frame.accuracy)
     np.testing.assert_array_equal(lines["shuffled labels, mean"], frame.floor)
     assert fig.axes[0].get_title(loc="left") == "t" and "layer" in fig.axes[0].get_xlabel()
     assert figure_png(fig)[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="accuracy"):
-        gr.plot_probes(frame.drop(columns="accuracy"))
+        gr.plotting.plot_probes(frame.drop(columns="accuracy"))
 
 
 @pytest.mark.parametrize("across", ["head", "pos"])
 def test_patching_heatmap_shows_the_effects(across: str) -> None:
     frame = patch_frame(**{across: [0, 1, 0, 1]})
-    fig = gr.plot_patching(frame)
+    fig = gr.plotting.plot_patching(frame)
     np.testing.assert_array_equal(image_of(fig), [[0.1, -0.4], [0.2, 0.0]])
     assert fig.axes[0].images[0].get_clim() == (-0.4, 0.4)  # white is zero
     assert "nats" in fig.axes[1].get_ylabel()
-    share = gr.plot_patching(frame, value="share")
+    share = gr.plotting.plot_patching(frame, value="share")
     np.testing.assert_array_equal(image_of(share), [[0.2, -0.8], [0.4, 0.0]])
     assert "share" in share.axes[1].get_ylabel()
     assert figure_png(fig)[:4] == b"\x89PNG"
@@ -83,7 +83,7 @@ def test_patching_heatmap_shows_the_effects(across: str) -> None:
 def test_patching_bars_by_component() -> None:
     one = patch_frame()[::2].assign(component="attn_out")
     two = patch_frame()[1::2].assign(component="mlp_out")
-    fig = gr.plot_patching(pd.concat([one, two]), value="share")
+    fig = gr.plotting.plot_patching(pd.concat([one, two]), value="share")
     heights = [bar.get_height() for bar in fig.axes[0].patches]
     assert heights == pytest.approx([0.2, 0.4, -0.8, 0.0])
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["attn_out", "mlp_out"]
@@ -92,6 +92,6 @@ def test_patching_bars_by_component() -> None:
 
 def test_nothing_global_changes() -> None:
     before = dict(matplotlib.rcParams)
-    gr.plot_probes(probe_frame())
-    gr.plot_patching(patch_frame(head=[0, 1, 0, 1]))
+    gr.plotting.plot_probes(probe_frame())
+    gr.plotting.plot_patching(patch_frame(head=[0, 1, 0, 1]))
     assert dict(matplotlib.rcParams) == before

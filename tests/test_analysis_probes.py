@@ -77,7 +77,7 @@ def test_cosines_to_vectors() -> None:
 
 def test_residuals_are_those_of_a_plain_steered_run(model: Any, hf: Any, pairs: list[gr.PreferencePair]) -> None:
     """Both read-outs, with a user's steering below the hooks that read."""
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     vectors = random_vectors()
     step = 0.5 * 6.0 * vectors.directions[1]
     found = analysis.residuals(model, tokenized, readout="response_end", fwd_hooks=vectors.hooks(0.5, [1]))
@@ -91,9 +91,9 @@ def test_residuals_are_those_of_a_plain_steered_run(model: Any, hf: Any, pairs: 
             torch.testing.assert_close(found[i, side, [0, 2]], wanted, atol=ATOL, rtol=0)
             at_layer = steered(residuals(hf, ids)[1, -1], step, renorm=True)
             torch.testing.assert_close(found[i, side, 1], at_layer, atol=ATOL, rtol=0)
-    selections = [gr.Selection((1,), (2,)) for _ in pairs]
+    selections = [gr.attribution.Selection((1,), (2,)) for _ in pairs]
     ends = analysis.residuals(model, tokenized, selections=selections)
-    without = gr.collect_differences(model, tokenized, selections)
+    without = gr.vectors.collect_differences(model, tokenized, selections)
     torch.testing.assert_close(
         ends[:, 0] - ends[:, 1], without.toward_chosen - without.toward_rejected, atol=ATOL, rtol=0
     )
@@ -116,9 +116,9 @@ def test_separation_by_hand_and_under_a_shift() -> None:
 
 def test_the_planted_axis_is_probed(unchecked: None) -> None:
     model = planted_model("bridge")
-    tokenized = gr.tokenize_pairs(model, planted_pairs()[:20])
-    attributions = gr.attribute_all(model, tokenized, method="leave_one_out", content_only=True)
-    selections = [gr.select_tokens(a, 1) for a in attributions]
+    tokenized = gr.tokens.tokenize_pairs(model, planted_pairs()[:20])
+    attributions = gr.attribution.attribute_all(model, tokenized, method="leave_one_out", content_only=True)
+    selections = [gr.attribution.select_tokens(a, 1) for a in attributions]
     x = analysis.residuals(model, tokenized, selections=selections)
     found = analysis.fit_probes(x[:, :, 1:], [1, 2], n_shuffles=3, vectors=axis(COPY, [1, 2]))
     assert found.frame.accuracy.min() > 0.95 and found.frame.cosine_pattern.min() > 0.9
@@ -127,7 +127,7 @@ def test_the_planted_axis_is_probed(unchecked: None) -> None:
 
 
 def test_bad_probe_input(bridge: Any, pairs: list[gr.PreferencePair], unchecked: None) -> None:
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     with pytest.raises(ValueError, match="selections: None for 4 records"):
         analysis.residuals(bridge, tokenized)
     with pytest.raises(ValueError, match="readout='middle'"):
@@ -202,7 +202,7 @@ def test_from_layer_takes_one_direction_out_everywhere(model: Any) -> None:
 
 
 def test_table_against_single_runs(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     v, other = random_vectors(), random_vectors(seed=5)
     table = analysis.ablation_table(
         model, tokenized, v, layers=[[1], [0, 2]], others=[other], n_random=2, progress=False
@@ -217,7 +217,9 @@ def test_table_against_single_runs(model: Any, pairs: list[gr.PreferencePair]) -
         assert table.change[row] == pytest.approx(change.mean().item(), abs=ATOL)
         assert table.change_se[row] == pytest.approx(change.std().item() / 2, abs=ATOL)
         assert table.margin[row] == pytest.approx((scores[:, 0] - scores[:, 1]).mean().item(), abs=ATOL)
-        assert table.kl[row] == pytest.approx(gr.next_token_kl(model, tokenized, hooks).mean().item(), abs=ATOL)
+        assert table.kl[row] == pytest.approx(
+            gr.evaluate.next_token_kl(model, tokenized, hooks).mean().item(), abs=ATOL
+        )
     assert table.change.nunique() == 6
     whole = analysis.ablation_table(model, tokenized, v, n_random=0, progress=False)
     assert whole.layers.tolist() == ["0", "1", "2", "0, 1, 2"]
@@ -230,7 +232,7 @@ def test_the_planted_axis_is_what_the_preference_needs(planted: Any) -> None:
         gr.PreferencePair(prompt=f"the film was {w} and it was", chosen=" great", rejected=" awful")
         for w in ("good", "warm")
     ]
-    tokenized = gr.tokenize_pairs(planted, pairs)
+    tokenized = gr.tokens.tokenize_pairs(planted, pairs)
     table = analysis.ablation_table(planted, tokenized, axis(COPY, [1, 2]), n_random=5, progress=False)
     own, random = table[table.vector == "own"], table[table.vector == "random"]
     assert own.margin.abs().max() < ATOL  # nothing else can tell the two words apart
@@ -247,6 +249,6 @@ def test_bad_ablations_are_refused(bridge: Any, pairs: list[gr.PreferencePair]) 
     with pytest.raises(ValueError, match="2"):
         analysis.ablate_hooks(v, [2])
     with pytest.raises(ValueError, match="layers 0 to 2"):
-        analysis.ablation_table(bridge, gr.tokenize_pairs(bridge, pairs), v, layers=[[9]])
+        analysis.ablation_table(bridge, gr.tokens.tokenize_pairs(bridge, pairs), v, layers=[[9]])
     with pytest.raises(ValueError, match="no common span"):
         span([torch.ones(2), torch.ones(3)])

@@ -25,11 +25,11 @@ ROOMS = [m.name for m in pkgutil.iter_modules(analysis.__path__)]
 LOGIT_ATOL = 1e-4  # float32 round-off of logits of size 10
 
 
-def differences(n: int = 12, d_model: int = 32, shift: float = 0.0, seed: int = 0) -> gr.Differences:
+def differences(n: int = 12, d_model: int = 32, shift: float = 0.0, seed: int = 0) -> gr.vectors.Differences:
     generator = torch.Generator().manual_seed(seed)
     up, down = (torch.randn(n, 2, d_model, generator=generator) for _ in range(2))
     up[..., 0] += shift
-    return gr.Differences(up, down, (1, 2), torch.tensor([50.0, 80.0]))
+    return gr.vectors.Differences(up, down, (1, 2), torch.tensor([50.0, 80.0]))
 
 
 def random_vectors(layers: tuple[int, ...] = (0, 1, 2), d_model: int = 32, seed: int = 0) -> gr.SteeringVectors:
@@ -56,7 +56,7 @@ def test_every_public_name_has_help() -> None:
 
 def test_table_against_numpy() -> None:
     d = differences(shift=1.5)
-    vectors = gr.reduce_vectors(d)
+    vectors = gr.vectors.reduce_vectors(d)
     table = analysis.vector_table(vectors, d)
     each = (d.toward_chosen - d.toward_rejected).double().numpy()
     for row in range(2):
@@ -99,7 +99,7 @@ def test_expected_cosine_is_what_more_records_show() -> None:
     """Split-half of 2n records says how near the vector of all 2n is to the truth, which is known here."""
     many = [differences(n=40, shift=1.5, seed=seed) for seed in range(30)]
     expected = [analysis.stability(d, n_draws=20).expected_cosine.mean() for d in many]
-    found = [float(gr.reduce_vectors(d).directions[:, 0].mean()) for d in many]
+    found = [float(gr.vectors.reduce_vectors(d).directions[:, 0].mean()) for d in many]
     assert np.mean(expected) == pytest.approx(np.mean(found), abs=0.04)
 
 
@@ -116,16 +116,16 @@ def test_stability_draws_are_its_own() -> None:
 def planted(request: pytest.FixtureRequest) -> SimpleNamespace:
     """The planted circuit, taken apart: attributions, selections, differences, vectors."""
     model = planted_model(request.param)
-    tokenized = gr.tokenize_pairs(model, planted_pairs()[:16])
-    attributions = gr.attribute_all(model, tokenized, method="leave_one_out", content_only=True)
-    selections = [gr.select_tokens(a, 1) for a in attributions]
-    found = gr.collect_differences(model, tokenized, selections, layers=[1, 2])
+    tokenized = gr.tokens.tokenize_pairs(model, planted_pairs()[:16])
+    attributions = gr.attribution.attribute_all(model, tokenized, method="leave_one_out", content_only=True)
+    selections = [gr.attribution.select_tokens(a, 1) for a in attributions]
+    found = gr.vectors.collect_differences(model, tokenized, selections, layers=[1, 2])
     return SimpleNamespace(
         model=model,
         tokenized=tokenized,
         selections=selections,
         differences=found,
-        vectors=gr.reduce_vectors(found),
+        vectors=gr.vectors.reduce_vectors(found),
     )
 
 
@@ -220,7 +220,7 @@ def test_bad_lens_options(model: Any) -> None:
 
 
 def test_the_parts_add_up_and_are_those_of_the_cache(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     vectors = random_vectors()
     table = analysis.writers(model, tokenized, vectors, layer=1)
     wanted: dict[tuple[str, int, int], list[float]] = {}
@@ -252,7 +252,7 @@ def test_writers_of_a_model_with_biases_leave_them_to_the_rest(pairs: list[gr.Pr
     model = tiny_model("bridge", "gpt2")
     with torch.no_grad():
         model.original_model.transformer.h[0].attn.c_proj.bias[:] = 0.3
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     u = random_vectors().at([2])
     table = analysis.writers(model, tokenized, u, layer=2)
     assert table[table.kind == "rest"].projection.item() == pytest.approx(0.3 * float(u.directions[0].sum()), abs=1e-4)

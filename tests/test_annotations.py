@@ -49,6 +49,6 @@ def test_every_global_name_exists(name: str) -> None:
 # Was a bug: see above.
 def test_wrong_shapes_are_refused_under_test() -> None:
     with pytest.raises(TypeCheckError, match="direction"):
-        gr.steer_hook(0, torch.ones(2, 2), 1.0)
+        gr.hooks.steer_hook(0, torch.ones(2, 2), 1.0)
     with pytest.raises(TypeCheckError, match="masked"):
-        gr.mask_hook(typing.cast(typing.Any, None), torch.ones(2, dtype=torch.bool))
+        gr.hooks.mask_hook(typing.cast(typing.Any, None), torch.ones(2, dtype=torch.bool))

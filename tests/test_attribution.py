@@ -16,7 +16,8 @@ from oracles import embeddings, margin, relative_error
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.attribution import Method, path_nodes
+from grains_tl.attribution.methods import Method
+from grains_tl.attribution.paths import path_nodes
 
 EXACT_ATOL = 1e-6  # closed forms of size 1 in float32: a few units of 1.2e-7
 GRADIENT_RTOL = 1e-3  # float32 gradients near the zero embedding, where RMSNorm blows round-off up
@@ -144,7 +145,7 @@ def both(request: pytest.FixtureRequest) -> SimpleNamespace:
 
 
 def captum_scores(
-    hf: Any, pair: gr.TokenizedPair, n_steps: int, start: Tensor | None = None, objective: str = "sum"
+    hf: Any, pair: gr.tokens.TokenizedPair, n_steps: int, start: Tensor | None = None, objective: str = "sum"
 ) -> Tensor:
     """captum's integrated gradients over the prompt's input embeddings, the responses held fixed."""
     x = embeddings(hf, pair.prompt)
@@ -157,14 +158,14 @@ def captum_scores(
 @pytest.mark.parametrize("n_steps", [4, 9])
 def test_integrated_gradients_equal_captum(both: Any, pairs: list[gr.PreferencePair], n_steps: int) -> None:
     for pair in pairs:
-        tokenized = gr.tokenize_pairs(both.model, [pair])[0]
+        tokenized = gr.tokens.tokenize_pairs(both.model, [pair])[0]
         found = gr.attribute(both.model, pair, **PAPER, n_steps=n_steps)
         assert relative_error(found.scores, captum_scores(both.hf, tokenized, n_steps)) < GRADIENT_RTOL
 
 
 @pytest.mark.parametrize("objective", ["mean", "single"])
 def test_integrated_gradients_of_other_objectives(both: Any, pairs: list[gr.PreferencePair], objective: Any) -> None:
-    tokenized = gr.tokenize_pairs(both.model, pairs[1:2])[0]
+    tokenized = gr.tokens.tokenize_pairs(both.model, pairs[1:2])[0]
     found = gr.attribute(both.model, pairs[1], **PAPER, n_steps=4, objective=objective)
     assert relative_error(found.scores, captum_scores(both.hf, tokenized, 4, objective=objective)) < GRADIENT_RTOL
 
@@ -175,7 +176,7 @@ def test_baselines(both: Any, pairs: list[gr.PreferencePair], baseline: str) -> 
     start = {"eos": table[2], "pad": table[0], "mean_embedding": table.mean(0), "vector": 0.3 * torch.ones(32)}[
         baseline
     ]
-    tokenized = gr.tokenize_pairs(both.model, pairs[1:2])[0]
+    tokenized = gr.tokens.tokenize_pairs(both.model, pairs[1:2])[0]
     given: Any = start if baseline == "vector" else baseline
     found = gr.attribute(both.model, pairs[1], method="integrated_gradients", n_steps=4, baseline=given)
     assert relative_error(found.scores, captum_scores(both.hf, tokenized, 4, start)) < GRADIENT_RTOL
@@ -184,7 +185,7 @@ def test_baselines(both: Any, pairs: list[gr.PreferencePair], baseline: str) -> 
 @pytest.mark.parametrize("baseline", ["zero", "eos"])
 def test_gap_is_what_completeness_lacks(both: Any, pairs: list[gr.PreferencePair], baseline: str) -> None:
     for pair in pairs:
-        tokenized = gr.tokenize_pairs(both.model, [pair])[0]
+        tokenized = gr.tokens.tokenize_pairs(both.model, [pair])[0]
         x = embeddings(both.hf, tokenized.prompt)
         start = torch.zeros_like(x) if baseline == "zero" else embeddings(both.hf, [2] * x.shape[1])
         real, base = float(margin(both.hf, tokenized)), float(margin(both.hf, tokenized, prompt_embeds=start))
@@ -196,7 +197,7 @@ def test_gap_is_what_completeness_lacks(both: Any, pairs: list[gr.PreferencePair
 
 def test_gradient_x_input_equals_autograd(both: Any, pairs: list[gr.PreferencePair]) -> None:
     for pair in pairs:
-        tokenized = gr.tokenize_pairs(both.model, [pair])[0]
+        tokenized = gr.tokens.tokenize_pairs(both.model, [pair])[0]
         x = embeddings(both.hf, tokenized.prompt).detach().requires_grad_()
         (gradient,) = torch.autograd.grad(margin(both.hf, tokenized, prompt_embeds=x).sum(), x)
         a = gr.attribute(both.model, pair, method="gradient_x_input")
@@ -207,7 +208,7 @@ def test_gradient_x_input_equals_autograd(both: Any, pairs: list[gr.PreferencePa
 def test_leave_one_out_equals_another_prompt(both: Any, pairs: list[gr.PreferencePair]) -> None:
     """With the eos masker a left-out token is the same as a prompt that has eos there."""
     for pair in pairs:
-        tokenized = gr.tokenize_pairs(both.model, [pair])[0]
+        tokenized = gr.tokens.tokenize_pairs(both.model, [pair])[0]
         prompts = torch.tensor([tokenized.prompt]).repeat(len(tokenized.prompt), 1).fill_diagonal_(2)
         without = margin(both.hf, tokenized, prompt_embeds=both.hf.get_input_embeddings()(prompts))
         a = gr.attribute(both.model, pair, method="leave_one_out", masker="eos")
@@ -220,11 +221,11 @@ def test_leave_one_out_equals_another_prompt(both: Any, pairs: list[gr.Preferenc
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_batching_gives_the_same(model: Any, pairs: list[gr.PreferencePair], method: Method) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     single = [gr.attribute(model, pair, method=method, n_steps=4) for pair in pairs]
     for max_tokens in (1, 60, 10_000):
         seen: list[int] = []
-        found = gr.attribute_all(
+        found = gr.attribution.attribute_all(
             model,
             tokenized,
             method=method,
@@ -249,9 +250,9 @@ def test_result_describes_the_prompt(model: Any, pairs: list[gr.PreferencePair],
 
 
 def test_content_only_leaves_the_rest_out(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
-    some = gr.attribute_all(model, tokenized, method="leave_one_out", content_only=True)
-    every = gr.attribute_all(model, tokenized, method="leave_one_out")
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
+    some = gr.attribution.attribute_all(model, tokenized, method="leave_one_out", content_only=True)
+    every = gr.attribution.attribute_all(model, tokenized, method="leave_one_out")
     for a, b in zip(some, every, strict=True):
         assert torch.equal(a.scores.isnan(), ~a.content)
         torch.testing.assert_close(a.scores[a.content], b.scores[b.content], atol=SCORE_ATOL, rtol=0)
@@ -259,10 +260,10 @@ def test_content_only_leaves_the_rest_out(model: Any, pairs: list[gr.PreferenceP
 
 
 def test_attribution_leaves_the_model_alone(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     before = gr.score_pairs(model, tokenized)
     for method in METHODS:
-        gr.attribute_all(model, tokenized, method=method, n_steps=2)
+        gr.attribution.attribute_all(model, tokenized, method=method, n_steps=2)
     assert torch.equal(gr.score_pairs(model, tokenized), before)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
@@ -275,10 +276,10 @@ def test_attribution_works_inside_no_grad(model: Any, pairs: list[gr.PreferenceP
 
 def test_interpolation_hook_by_itself(model: Any, hf: Any, pairs: list[gr.PreferencePair]) -> None:
     """Half way to eos at two positions, run by TransformerLens alone."""
-    ids = torch.tensor([gr.tokenize_pairs(model, pairs)[1].prompt])
+    ids = torch.tensor([gr.tokens.tokenize_pairs(model, pairs)[1].prompt])
     mask = torch.tensor([[False, True, True, False]])
     start = hf.get_input_embeddings().weight[2]
-    hooks = gr.interpolate_hook(model, torch.tensor([0.5]), mask, start)
+    hooks = gr.hooks.interpolate_hook(model, torch.tensor([0.5]), mask, start)
     found = model.run_with_hooks(ids, fwd_hooks=hooks)
     x = embeddings(hf, ids[0].tolist())
     x[:, 1:3] = (x[:, 1:3] + start) / 2
@@ -316,6 +317,6 @@ def test_broken_weights_are_noticed(kind: str, pairs: list[gr.PreferencePair], m
 
 @pytest.mark.usefixtures("unchecked")
 def test_interpolation_hook_of_another_shape(bridge: Any) -> None:
-    hooks = gr.interpolate_hook(bridge, torch.ones(1), torch.ones(1, 3, dtype=torch.bool), torch.zeros(32))
+    hooks = gr.hooks.interpolate_hook(bridge, torch.ones(1), torch.ones(1, 3, dtype=torch.bool), torch.zeros(32))
     with pytest.raises(ValueError, match=r"do not fit \(1, 2, 32\)"):
         bridge.run_with_hooks(torch.tensor([[5, 6]]), fwd_hooks=hooks)

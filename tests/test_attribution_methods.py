@@ -14,12 +14,13 @@ from oracles import embeddings, margin, relative_error
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.attribution import Method, paths, samples
-from grains_tl.attribution.baselines import Baselines, neutral_tokens
+from grains_tl.attribution import paths, samples
 from grains_tl.attribution.field import Run, Sample, in_order, real_inputs
+from grains_tl.attribution.methods import Method
 from grains_tl.attribution.paths import Ends, Scores
+from grains_tl.attribution.reference import Baselines, neutral_tokens
 from grains_tl.attribution.removal import values_without
-from grains_tl.tokens import TokenizedPair
+from grains_tl.tokens.pairs import TokenizedPair
 
 ATOL = 1e-5  # closed forms of size 1 in float32, sums of some tens of terms
 GRADIENT_RTOL = 1e-3  # float32 gradients of a network, two implementations
@@ -209,7 +210,7 @@ def both(request: pytest.FixtureRequest) -> SimpleNamespace:
 
 
 def first(model: Any, pairs: Sequence[gr.PreferencePair], i: int = 1) -> TokenizedPair:
-    return gr.tokenize_pairs(model, pairs)[i]
+    return gr.tokens.tokenize_pairs(model, pairs)[i]
 
 
 def test_riemann_equals_captum(both: Any, pairs: list[gr.PreferencePair]) -> None:
@@ -371,7 +372,7 @@ def test_a_layer_starts_from_what_the_baseline_prompt_gives_there(
 
 def test_leave_k_out_recovers_additive_effects(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     """Enough draws of k = 1 are leave-one-out; for any k the fit explains the draws it was made from."""
-    t = gr.tokenize_pairs(bridge, pairs)
+    t = gr.tokens.tokenize_pairs(bridge, pairs)
     n = len(t[1].prompt)
     one = gr.attribute(bridge, pairs[1], method="leave_one_out")
     single = gr.attribute(bridge, pairs[1], method="leave_k_out", k=1, n_steps=n)
@@ -393,7 +394,7 @@ def test_groups_are_taken_out_whole_and_cost_fewer_passes(bridge: Any, pairs: li
     spans = [(0, 3), (5, 9)]
     a = gr.attribute(bridge, pairs[0], group_by=spans)
     f = values_without(bridge, [t], [(0, ()), (0, range(3)), (0, range(5, 9))]).tolist()
-    found = gr.group(a, by=spans)
+    found = gr.attribution.group(a, by=spans)
     assert found.scores[0] == pytest.approx(f[0] - f[1], abs=1e-4)
     assert found.scores[found.positions.index((5, 6, 7, 8))] == pytest.approx(f[0] - f[2], abs=1e-4)
     assert a.steps == len(t.prompt) - 5 == len(found.texts)
@@ -411,8 +412,8 @@ def test_draws_belong_to_the_record_and_the_seed(bridge: Any, pairs: list[gr.Pre
     before = torch.random.get_rng_state()
     one, same, other = (gr.attribute(bridge, pairs[0], method=method, n_steps=6, seed=s) for s in (1, 1, 2))
     assert torch.equal(one.scores, same.scores) and not torch.equal(one.scores, other.scores)
-    t = gr.tokenize_pairs(bridge, pairs)
-    batched = gr.attribute_all(bridge, t, method=method, n_steps=6, seed=1)[0]
+    t = gr.tokens.tokenize_pairs(bridge, pairs)
+    batched = gr.attribution.attribute_all(bridge, t, method=method, n_steps=6, seed=1)[0]
     assert relative_error(batched.scores, one.scores) < GRADIENT_RTOL
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -430,13 +431,13 @@ def test_bfloat16_keeps_the_ranks(pairs: list[gr.PreferencePair], method: Any) -
         {"nodes": "gauss_legendre", "baseline": "neutral"} if method == "integrated_gradients" else {}
     )
     a, b = (gr.attribute(m, long, method=method, n_steps=8, **options) for m in (full, half))
-    assert gr.rank_agreement({"float32": [a], "bfloat16": [b]})["spearman"][0] > 0.95
+    assert gr.faithfulness.rank_agreement({"float32": [a], "bfloat16": [b]})["spearman"][0] > 0.95
 
 
 def tiny_model_bf16() -> Any:
     from conftest import tiny_tokenizer
 
-    from grains_tl import models as gr_models
+    from grains_tl.models import loading as gr_models
 
     hf_model, tokenizer = tiny_hf().to(torch.bfloat16), tiny_tokenizer()
     gr_models._keep_tokenizer_as_is(tokenizer, "tiny")
@@ -462,7 +463,7 @@ def test_every_method_scores_text_and_patches(llava: Any, method: Any) -> None:
 
     prompt = "question : what is this ? answer :"
     records = [gr.PreferencePair(prompt, " a cat", " a big dog", image) for image in (picture(0), None)]
-    found = gr.attribute_all(llava, gr.tokenize_pairs(llava, records), method=method, n_steps=9)
+    found = gr.attribution.attribute_all(llava, gr.tokens.tokenize_pairs(llava, records), method=method, n_steps=9)
     assert bool(found[0].is_image.any()) and not bool(found[1].is_image.any()) and found[0].spans
     for record, a in zip(records, found, strict=True):
         alone = gr.attribute(llava, record, method=method, n_steps=9)
@@ -497,8 +498,8 @@ def test_a_model_without_neutral_words_starts_from_the_mean(
     pairs: list[gr.PreferencePair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model()
-    monkeypatch.setattr("grains_tl.attribution.baselines.NEUTRAL", "")
-    monkeypatch.setattr("grains_tl.attribution.baselines.PUNCTUATION", ())
+    monkeypatch.setattr("grains_tl.attribution.reference.NEUTRAL", "")
+    monkeypatch.setattr("grains_tl.attribution.reference.PUNCTUATION", ())
     by_default = gr.attribute(model, pairs[1], method="integrated_gradients", n_steps=4)
     from_mean = gr.attribute(model, pairs[1], method="integrated_gradients", n_steps=4, baseline="mean_embedding")
     assert torch.equal(by_default.scores, from_mean.scores)

@@ -20,7 +20,7 @@ from conftest import tiny_model
 from PIL import Image
 
 import grains_tl as gr
-from grains_tl.images import load_images
+from grains_tl.records.pictures import load_images
 
 DOC = Path(__file__).parents[1] / "docs" / "bad-input.md"
 GOOD = {"prompt": "this film was very", "chosen": " good", "rejected": " bad"}
@@ -218,7 +218,7 @@ def table() -> str:
 def test_bad_input_meets_the_promised_error(
     case: Case, bridge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grains_tl.data.MAX_LINE", 2_000_000)
+    monkeypatch.setattr("grains_tl.records.loading.MAX_LINE", 2_000_000)
     ran: list[Any] = []
     if not case.runs:
         monkeypatch.setattr("torch.nn.Linear.forward", lambda *args: ran.append(args))
@@ -301,5 +301,5 @@ def test_norms_of_half_precision_do_not_overflow(dtype: torch.dtype) -> None:
     act = torch.full((1, 2, 1024), 2e4, dtype=dtype)  # the norm, 6.4e5, is beyond float16
     unit = torch.randn(1024, generator=torch.Generator().manual_seed(0))
     for operator in ("add_renorm", "ablate", "clamp"):
-        ((_, fn),) = gr.steer_hook(0, unit, 0.5, operator=operator)  # type: ignore[arg-type]
+        ((_, fn),) = gr.hooks.steer_hook(0, unit, 0.5, operator=operator)  # type: ignore[arg-type]
         assert bool(torch.isfinite(fn(act, hook=None)).all())

@@ -9,8 +9,8 @@ import torch
 from conftest import tiny_model
 
 import grains_tl as gr
-from grains_tl.choices import choice_batches, tokenize_choices
-from grains_tl.scoring import prepare_restart, restart_logprobs
+from grains_tl.inference.choices import choice_batches, tokenize_choices
+from grains_tl.inference.restart import prepare_restart, restart_logprobs
 
 
 def items() -> list[gr.MultipleChoice]:
@@ -44,14 +44,14 @@ def by_loop(hf: Any, tokenizer: Any, item: gr.MultipleChoice, hook: Any = None) 
 @pytest.mark.parametrize("max_tokens", [1, 40, 512])
 def test_likelihoods_equal_a_loop_over_the_hugging_face_model(model: Any, hf: Any, max_tokens: int) -> None:
     direction = torch.linspace(-1, 1, 32)
-    hooks = gr.steer_hook(1, direction, 3.0, operator="add")
+    hooks = gr.hooks.steer_hook(1, direction, 3.0, operator="add")
 
     def add(module: Any, args: Any, out: Any) -> Any:
         moved = (out[0] if isinstance(out, tuple) else out) + 3.0 * direction / direction.norm()
         return (moved, *out[1:]) if isinstance(out, tuple) else moved
 
     for fwd_hooks, hook in ((None, None), (hooks, add)):
-        scores = gr.score_choices(model, items(), fwd_hooks, max_tokens=max_tokens)
+        scores = gr.inference.score_choices(model, items(), fwd_hooks, max_tokens=max_tokens)
         assert scores.shape == (4, 4)
         for row, item in zip(scores, items(), strict=True):
             n = len(item.choices)
@@ -60,18 +60,18 @@ def test_likelihoods_equal_a_loop_over_the_hugging_face_model(model: Any, hf: An
 
 
 def test_scores_equal_those_of_the_pair(bridge: Any) -> None:
-    scores = gr.score_choices(bridge, items())
-    pairs = gr.score_pairs(bridge, gr.tokenize_pairs(bridge, [item.pair() for item in items()]))
+    scores = gr.inference.score_choices(bridge, items())
+    pairs = gr.score_pairs(bridge, gr.tokens.tokenize_pairs(bridge, [item.pair() for item in items()]))
     for row, item, pair in zip(scores, items(), pairs, strict=True):
         assert [row[item.best].item(), row[item.labels.index(False)].item()] == pytest.approx(pair.tolist(), abs=1e-5)
 
 
 def test_scopes_know_where_the_prompt_ends(bridge: Any) -> None:
     direction = torch.linspace(-1, 1, 32)
-    last = gr.score_choices(
-        bridge, items(), lambda b: gr.steer_hook(2, direction, 9.0, positions="last", prompt_len=b.prompt_len)
+    last = gr.inference.score_choices(
+        bridge, items(), lambda b: gr.hooks.steer_hook(2, direction, 9.0, positions="last", prompt_len=b.prompt_len)
     )
-    everywhere = gr.score_choices(bridge, items(), gr.steer_hook(2, direction, 9.0))
+    everywhere = gr.inference.score_choices(bridge, items(), gr.hooks.steer_hook(2, direction, 9.0))
     torch.testing.assert_close(last, everywhere)  # after the last block nothing else can see the prompt
 
 
@@ -85,8 +85,8 @@ def test_letters_share_one_row(bridge: Any) -> None:
 
 
 def test_batches_restart_from_a_cached_residual(model: Any) -> None:
-    hooks = gr.steer_hook(1, torch.linspace(-1, 1, 32), 5.0)
-    expected = gr.score_choices(model, items(), hooks)
+    hooks = gr.hooks.steer_hook(1, torch.linspace(-1, 1, 32), 5.0)
+    expected = gr.inference.score_choices(model, items(), hooks)
     for slots, batch in choice_batches(model, tokenize_choices(model, items()), max_tokens=40):
         again = restart_logprobs(model, prepare_restart(model, batch, [1]), 1, hooks).flatten()
         for (item, choice), logprob in zip(slots, again, strict=False):
@@ -105,7 +105,7 @@ def test_mc1_and_mc2_by_hand() -> None:
             [-7.0, -4.0, 0.0, 0.0],
         ]
     )
-    assert gr.mc1(scores, table).tolist() == [
+    assert gr.inference.mc1(scores, table).tolist() == [
         1.0,
         0.0,
         0.0,
@@ -118,20 +118,20 @@ def test_mc1_and_mc2_by_hand() -> None:
         0.5,
         e[3, 1] / (e[3, 0] + e[3, 1]),
     ]
-    assert gr.mc2(scores, table).tolist() == pytest.approx([float(x) for x in by_hand])
-    assert gr.binary_accuracy(scores, table).tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert gr.inference.mc2(scores, table).tolist() == pytest.approx([float(x) for x in by_hand])
+    assert gr.inference.binary_accuracy(scores, table).tolist() == [1.0, 0.0, 0.0, 1.0]
     far = scores - 1e4  # likelihoods that underflow
-    assert gr.mc2(far, table).tolist() == pytest.approx([float(x) for x in by_hand], abs=1e-3)
+    assert gr.inference.mc2(far, table).tolist() == pytest.approx([float(x) for x in by_hand], abs=1e-3)
 
 
 def test_scores_must_belong_to_the_questions() -> None:
     item = gr.MultipleChoice("q", (" a", " b", " c"), (True, False, False))
     with pytest.raises(ValueError, match="1 questions of up to 3 choices"):
-        gr.mc1(torch.zeros(1, 2), [item])
+        gr.inference.mc1(torch.zeros(1, 2), [item])
     with pytest.raises(ValueError, match="0 questions"):
-        gr.mc2(torch.zeros(1, 2), [])
+        gr.inference.mc2(torch.zeros(1, 2), [])
     with pytest.raises(ValueError, match="question 1 has scores that are not finite"):
-        gr.mc2(torch.tensor([[0.0, torch.nan, 1.0]]), [item])
+        gr.inference.mc2(torch.tensor([[0.0, torch.nan, 1.0]]), [item])
 
 
 @pytest.mark.parametrize(
@@ -155,23 +155,23 @@ def test_bad_questions_are_refused(prompt: str, choices: Any, labels: Any, messa
 def test_the_message_names_the_question(bridge: Any) -> None:
     long = gr.MultipleChoice("the film was " * 30, (" good", " bad"), (True, False))
     with pytest.raises(ValueError, match="question 2: prompt \\+ response 1 is 91 tokens"):
-        gr.score_choices(bridge, [items()[0], long])
+        gr.inference.score_choices(bridge, [items()[0], long])
     with pytest.raises(ValueError, match="no questions"):
-        gr.score_choices(bridge, [])
+        gr.inference.score_choices(bridge, [])
 
 
 def test_response_logprobs_sum_to_the_score(model: Any) -> None:
     pair = gr.PreferencePair("the film was", " good and we liked it", " awful")
-    hooks = gr.steer_hook(1, torch.linspace(-1, 1, 32), 5.0)
-    frame = gr.response_logprobs(model, pair.prompt, " good and we liked it", hooks)
+    hooks = gr.hooks.steer_hook(1, torch.linspace(-1, 1, 32), 5.0)
+    frame = gr.inference.response_logprobs(model, pair.prompt, " good and we liked it", hooks)
     assert list(frame.token) == ["good", "and", "we", "liked", "it"]
-    tokenized = gr.tokenize_pairs(model, [pair])
+    tokenized = gr.tokens.tokenize_pairs(model, [pair])
     assert frame.before.sum() == pytest.approx(gr.score_pairs(model, tokenized)[0, 0].item(), abs=1e-5)
     assert frame.after.sum() == pytest.approx(gr.score_pairs(model, tokenized, hooks)[0, 0].item(), abs=1e-5)
 
 
 def test_a_two_layer_gpt2_too() -> None:
     model = tiny_model("bridge", "gpt2")
-    scores = gr.score_choices(model, items(), max_tokens=30)
-    pairs = gr.score_pairs(model, gr.tokenize_pairs(model, [item.pair() for item in items()]))
+    scores = gr.inference.score_choices(model, items(), max_tokens=30)
+    pairs = gr.score_pairs(model, gr.tokens.tokenize_pairs(model, [item.pair() for item in items()]))
     assert scores[1, 0].item() == pytest.approx(pairs[1, 0].item(), abs=1e-5)

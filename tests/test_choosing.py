@@ -13,9 +13,9 @@ from scipy import stats
 from test_sweep import vectors_of
 
 import grains_tl as gr
-from grains_tl.cli import main
-from grains_tl.effects import record_id
-from grains_tl.sweep import grid
+from grains_tl.cli.main import main
+from grains_tl.evaluate.settings import grid
+from grains_tl.records.splits import record_id
 
 N_SEEDS = 40
 # of 40 true nulls at the 5 % level, more than 6 are rejected with probability 0.003
@@ -169,8 +169,8 @@ def test_splits_keep_copies_together() -> None:
 
 
 def test_intervals_are_those_of_a_paired_t_test(bridge: Any) -> None:
-    found, _ = gr.sweep_records(bridge, vectors_of(), records(9), layers=[1], alphas=[0.4], progress=False)
-    row = gr.summarize(found).iloc[0]
+    found, _ = gr.evaluate.sweep_records(bridge, vectors_of(), records(9), layers=[1], alphas=[0.4], progress=False)
+    row = gr.evaluate.summarize(found).iloc[0]
     test = stats.ttest_rel(found["margin"], found["base_margin"])
     interval = test.confidence_interval(0.95)
     assert (row["low"], row["high"]) == pytest.approx((interval.low, interval.high))
@@ -203,34 +203,36 @@ def test_uncertainty_over_building_draws(bridge: Any) -> None:
 
 def test_random_draws_without_a_vector_of_their_own(bridge: Any) -> None:
     like = vectors_of().at([1])
-    settings = grid({}, [1], [0.3], draws={"random": gr.random_direction_vectors(like, n_draws=6)})
-    found = gr.record_effects(bridge, records(8), settings)
-    row = gr.summarize(found).iloc[0]
+    settings = grid({}, [1], [0.3], draws={"random": gr.baselines.random_direction_vectors(like, n_draws=6)})
+    found = gr.evaluate.record_effects(bridge, records(8), settings)
+    row = gr.evaluate.summarize(found).iloc[0]
     assert (row["n_draws"], row["n"]) == (6, 8)
     assert row["effect"] == pytest.approx(found["change"].mean())
 
 
 def test_both_signs(bridge: Any) -> None:
-    found, _ = gr.sweep_records(bridge, vectors_of(), records(6), layers=[1], alphas=[-0.3, 0.2, 0.3], progress=False)
-    both = gr.two_sided(found)
+    found, _ = gr.evaluate.sweep_records(
+        bridge, vectors_of(), records(6), layers=[1], alphas=[-0.3, 0.2, 0.3], progress=False
+    )
+    both = gr.evaluate.two_sided(found)
     up, down = (found[found["alpha"] == a]["change"].to_numpy() for a in (0.3, -0.3))
     assert both["alpha"].tolist() == [0.3] * 6
     np.testing.assert_allclose(both["change"], (up - down) / 2)
-    assert gr.summarize(both)["effect"][0] == pytest.approx(float((up - down).mean() / 2))
+    assert gr.evaluate.summarize(both)["effect"][0] == pytest.approx(float((up - down).mean() / 2))
     with pytest.raises(ValueError, match="no setting with both signs"):
-        gr.two_sided(found[found["alpha"] > 0])
+        gr.evaluate.two_sided(found[found["alpha"] > 0])
 
 
 def test_a_frame_of_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="the frame lacks"):
-        gr.summarize(pd.DataFrame({"alpha": [0.1]}))
+        gr.evaluate.summarize(pd.DataFrame({"alpha": [0.1]}))
 
 
 # -- from a shell -----------------------------------------------------------------------------------------------------
 
 
 def test_the_command(bridge: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr("grains_tl.models.load_model", lambda *args, **options: bridge)
+    monkeypatch.setattr("grains_tl.models.loading.load_model", lambda *args, **options: bridge)
     path = planted(bridge).save(tmp_path / "planted.safetensors")
     rows = pd.DataFrame([{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records(16)])
     rows.to_csv(tmp_path / "pairs.csv", index=False)

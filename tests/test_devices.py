@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_hf, tiny_model, tiny_tokenizer
 
 import grains_tl as gr
-from grains_tl import models as gr_models
+from grains_tl.models import loading as gr_models
 
 ATOL = 1e-5  # the same kernels on the same numbers
 

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 import grains_tl as gr
-from grains_tl import models as gr_models
-from grains_tl.cli import main
-from grains_tl.export import export_gguf, export_hf, steps, vllm_interventions
+from grains_tl.cli.main import main
+from grains_tl.models import loading as gr_models_loading
+from grains_tl.models import running as gr_models_running
+from grains_tl.vectors.export import export_gguf, export_hf, steps, vllm_interventions
 
 LOGIT_ATOL = 1e-4  # float32 sums in another order, logits of a few units
 IDS = torch.tensor([[1, 3, 12, 9, 10, 7, 22]])
@@ -54,8 +55,8 @@ def plain_logits(hf: Any, blocks: Any, rows: dict[int, Tensor]) -> Tensor:
 
 def tiny_of(hf_model: Any) -> Any:
     tokenizer = tiny_tokenizer()
-    gr_models._keep_tokenizer_as_is(tokenizer, "tiny")
-    return gr_models._bridge(hf_model.eval().requires_grad_(False), tokenizer, "tiny")
+    gr_models_loading._keep_tokenizer_as_is(tokenizer, "tiny")
+    return gr_models_loading._bridge(hf_model.eval().requires_grad_(False), tokenizer, "tiny")
 
 
 def test_steps_are_what_the_hook_adds() -> None:
@@ -173,7 +174,7 @@ def test_checkpoint_needs_a_bridge_a_new_folder_and_its_own_vectors(model: Any, 
         export_hf(bridge, vectors(), tmp_path / "full", layers=[1], alpha=0.3)
     with pytest.raises(ValueError, match="do not fit"):
         export_hf(bridge, vectors(d_model=31), tmp_path / "hf", layers=[1], alpha=0.3)
-    if not gr_models.is_bridge(model):
+    if not gr_models_running.is_bridge(model):
         with pytest.raises(ValueError, match="load it as a bridge"):
             export_hf(model, vectors(), tmp_path / "hf", layers=[1], alpha=0.3)
 

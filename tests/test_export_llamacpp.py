@@ -18,8 +18,8 @@ import torch
 from llamacpp import LlamaCpp, unquantized
 
 import grains_tl as gr
-from grains_tl import models as gr_models
-from grains_tl.export import export_gguf
+from grains_tl.models import loading as gr_models
+from grains_tl.vectors.export import export_gguf
 
 pytestmark = [
     pytest.mark.real,
@@ -108,7 +108,7 @@ def test_it_moves_the_margin_as_the_hook_does(
     engine: LlamaCpp, vectors: gr.SteeringVectors, smollm2: SimpleNamespace, tmp_path: Path
 ) -> None:
     pairs = gr.load_bundled("sentiment", "test")[:12]
-    tokenized = gr.tokenize_pairs(smollm2.bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(smollm2.bridge, pairs)
     file = export_gguf(vectors, tmp_path / "v.gguf", layers=[21])
     engine.steer(None)
     base = margins(engine, tokenized)

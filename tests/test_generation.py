@@ -12,7 +12,7 @@ from oracles import edited, greedy, steered
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.steering import Positions
+from grains_tl.hooks.steer import Positions
 
 LAYER = 1
 N_NEW = 12
@@ -37,7 +37,7 @@ def step() -> Tensor:
 
 
 def hooks(**options: Any) -> Any:
-    return gr.steer_hook(LAYER, direction(), LENGTH, **options)
+    return gr.hooks.steer_hook(LAYER, direction(), LENGTH, **options)
 
 
 def move(act: Tensor) -> Tensor:
@@ -331,4 +331,4 @@ def test_the_context_may_be_filled_to_the_end(model: Any, hf: Any) -> None:
 
 def test_unknown_hook_name_is_refused(model: Any) -> None:
     with pytest.raises(KeyError, match="blocks.9.hook_resid_post"):
-        gr.generate(model, ["the film was"], gr.steer_hook(9, direction(), 1.0))
+        gr.generate(model, ["the film was"], gr.hooks.steer_hook(9, direction(), 1.0))

@@ -17,9 +17,14 @@ import pytest
 
 import grains_tl as gr
 
+PLACES = (
+    gr,
+    *(gr.analysis, gr.attribution, gr.baselines, gr.evaluate, gr.faithfulness, gr.hooks, gr.inference, gr.models),
+    *(gr.plotting, gr.records, gr.tokens, gr.vectors),
+)
 PUBLIC = {
     name: getattr(place, name)
-    for place in (gr, gr.analysis, gr.plotting)
+    for place in PLACES
     for name in place.__all__
     if callable(getattr(place, name)) and not isinstance(getattr(place, name), types.ModuleType)
 }

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import grains_tl as gr
-from grains_tl.attributed import attribute_records
-from grains_tl.checkpoint import open_checkpoint
-from grains_tl.files import sealed_line, unsealed
-from grains_tl.tiny_vlm.state_file import load_state, save_state
-from grains_tl.vectors import FORMAT
+from grains_tl._util.files import sealed_line, unsealed
+from grains_tl.attribution.store import attribute_records
+from grains_tl.evaluate.store import open_checkpoint
+from grains_tl.vectors.steering_vectors import FORMAT
+from studies.tiny_vlm.state_file import load_state, save_state
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # our own messages, not the run-time shape checks
 MANY = settings(
@@ -95,7 +95,7 @@ def test_what_csv_writes_is_read_back(cells: list[list[str]], tmp_path: Path) ->
 @given(rows=st.lists(ROW, min_size=1, max_size=3))
 @pytest.mark.parametrize("name", ["truthfulqa", "toxigen", "faitheval", "mmlu", "anthropic"])
 def test_any_rows_as_benchmark(name: str, rows: list[dict[str, Any]]) -> None:
-    quiet(gr.load_benchmark, name, rows)
+    quiet(gr.records.load_benchmark, name, rows)
 
 
 # -- vectors -----------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_damaged_checkpoints_of_builds(
         "objective": "sum",
         "masker": "mean_embedding",
     }
-    path, tokenized = tmp_path / "c.jsonl", gr.tokenize_pairs(bridge, pairs[:2])
+    path, tokenized = tmp_path / "c.jsonl", gr.tokens.tokenize_pairs(bridge, pairs[:2])
     path.unlink(missing_ok=True)
     wanted = attribute_records(bridge, tokenized, options, checkpoint=path)
     path.write_bytes(patched(path.read_bytes(), changes, cut))

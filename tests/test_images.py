@@ -12,11 +12,13 @@ from PIL import Image
 from vision_families import FAMILIES, bridge, build, picture
 
 import grains_tl as gr
-from grains_tl.images import ImageInputs, collate_images, load_images
-from grains_tl.patches import ImageSpan
-from grains_tl.plotting import attribution_share, plot_captions, plot_image_attribution
-from grains_tl.replacements import prompt_embeddings, replacements
-from grains_tl.types import Attribution
+from grains_tl.attribution.result import Attribution
+from grains_tl.hooks.stand_ins import prompt_embeddings, replacements
+from grains_tl.plotting.hallucination import plot_captions
+from grains_tl.plotting.images import attribution_share, plot_image_attribution
+from grains_tl.records.pictures import load_images
+from grains_tl.tokens.images import ImageInputs, collate_images
+from grains_tl.tokens.patches import ImageSpan
 
 PROMPT = "question : what is this ? answer :"
 
@@ -68,30 +70,30 @@ def test_what_is_no_image_is_refused(image: Any, error: type[Exception], words: 
 
 def test_a_model_that_cannot_take_an_image_says_so(llava: Any, bridge: Any) -> None:
     with pytest.raises(ValueError, match="record 1: the model takes no images"):
-        gr.tokenize_pairs(bridge, [pair(picture(0))])
+        gr.tokens.tokenize_pairs(bridge, [pair(picture(0))])
     processor = llava.processor
     try:
         llava.processor = None
         with pytest.raises(ValueError, match="no processor.*AutoProcessor"):
-            gr.tokenize_pairs(llava, [pair(picture(0))])
+            gr.tokens.tokenize_pairs(llava, [pair(picture(0))])
     finally:
         llava.processor = processor
 
 
 def test_placeholders(llava: Any) -> None:
-    ids = [gr.tokenize_pairs(llava, [pair(picture(0), p)])[0].prompt for p in (PROMPT, f"<image>\n{PROMPT}")]
+    ids = [gr.tokens.tokenize_pairs(llava, [pair(picture(0), p)])[0].prompt for p in (PROMPT, f"<image>\n{PROMPT}")]
     assert ids[0] == ids[1]
-    after = gr.tokenize_pairs(llava, [pair(picture(0), "question : <image> what is this ?")])[0]
+    after = gr.tokens.tokenize_pairs(llava, [pair(picture(0), "question : <image> what is this ?")])[0]
     assert after.images is not None and after.images.spans[0].start == 2
     with pytest.raises(ValueError, match="2 placeholders '<image>' for 1 image"):
-        gr.tokenize_pairs(llava, [pair(picture(0), f"<image> <image> {PROMPT}")])
+        gr.tokens.tokenize_pairs(llava, [pair(picture(0), f"<image> <image> {PROMPT}")])
     parts = [
         {
             "role": "user",
             "content": [{"type": "text", "text": "what is"}, {"type": "image"}, {"type": "text", "text": "this ?"}],
         }
     ]
-    record = gr.tokenize_pairs(llava, [gr.PreferencePair(parts, "a cat", "a dog", image=picture(0))])[0]
+    record = gr.tokens.tokenize_pairs(llava, [gr.PreferencePair(parts, "a cat", "a dog", image=picture(0))])[0]
     assert [t for t, c in zip(record.strings, record.content, strict=True) if c] == [
         "what",
         "is",
@@ -100,15 +102,15 @@ def test_placeholders(llava: Any) -> None:
         "?",
     ]
     with pytest.raises(ValueError, match=r"1 image part\(s\) for 2"):
-        gr.tokenize_pairs(llava, [gr.PreferencePair(parts, "a cat", "a dog", image=[picture(0)] * 2)])
+        gr.tokens.tokenize_pairs(llava, [gr.PreferencePair(parts, "a cat", "a dog", image=[picture(0)] * 2)])
 
 
 def test_text_alone_on_a_vision_model(llava: Any) -> None:
-    record = gr.tokenize_pairs(llava, [pair()])[0]
+    record = gr.tokens.tokenize_pairs(llava, [pair()])[0]
     assert record.images is None and not any(record.is_image)
     found = gr.attribute(llava, pair(), method="gradient_x_input")
     assert not found.is_image.any() and found.spans == ()
-    words = gr.tokenize_pairs(
+    words = gr.tokens.tokenize_pairs(
         llava, [gr.PreferencePair([{"role": "user", "content": "what is this ?"}], "a cat", "a dog")]
     )[0]
     assert [t for t, c in zip(words.strings, words.content, strict=True) if c] == ["what", "is", "this", "?"]
@@ -145,28 +147,28 @@ def attribution(scores: list[float], is_image: list[bool]) -> Attribution:
 
 def test_words_and_patches_have_budgets_of_their_own() -> None:
     a = attribution([5.0, 4.0, -3.0, 1.0, 2.0, -1.0], [True, True, True, False, False, False])
-    assert gr.select_tokens(a, 2) == gr.Selection((0, 1), (2, 5))
-    assert gr.select_tokens(a, 1, 1) == gr.Selection((0, 4), (2, 5))
-    assert gr.select_tokens(a, 0, 2) == gr.Selection((0, 1), (2,))
-    assert gr.select_tokens(a, 2, 0) == gr.Selection((4, 3), (5,))
+    assert gr.attribution.select_tokens(a, 2) == gr.attribution.Selection((0, 1), (2, 5))
+    assert gr.attribution.select_tokens(a, 1, 1) == gr.attribution.Selection((0, 4), (2, 5))
+    assert gr.attribution.select_tokens(a, 0, 2) == gr.attribution.Selection((0, 1), (2,))
+    assert gr.attribution.select_tokens(a, 2, 0) == gr.attribution.Selection((4, 3), (5,))
     for budget in ((0, None), (0, 0), (-1, 2)):
         with pytest.raises(ValueError, match="at least one token"):
-            gr.select_tokens(a, *budget)
+            gr.attribution.select_tokens(a, *budget)
 
 
 def test_chance_draws_as_many_patches_and_words() -> None:
-    from grains_tl.masking import random_selection
+    from grains_tl.attribution.selection import random_selection
 
     is_image = [True] * 8 + [False] * 6
     drawn = random_selection(
-        [True] * 14, gr.Selection((0, 1, 9), (2, 10, 11)), torch.Generator().manual_seed(0), is_image
+        [True] * 14, gr.attribution.Selection((0, 1, 9), (2, 10, 11)), torch.Generator().manual_seed(0), is_image
     )
     assert [sum(p < 8 for p in side) for side in (drawn.toward_chosen, drawn.toward_rejected)] == [2, 1]
     assert len({*drawn.toward_chosen, *drawn.toward_rejected}) == 6
 
 
 def test_neighbours_are_taken_among_what_is_left(llava: Any) -> None:
-    record = gr.tokenize_pairs(llava, [pair(picture(0))])[0]
+    record = gr.tokens.tokenize_pairs(llava, [pair(picture(0))])[0]
     x = prompt_embeddings(llava, record)
     stand_ins = replacements(llava, [record], "zero", "neighbour_patch")
     ids, offset = torch.tensor([record.prompt]), torch.zeros(1, dtype=torch.long)
@@ -205,9 +207,9 @@ def test_vectors_remember_the_images_and_resume(llava: Any, tmp_path: Path) -> N
 
 
 def test_image_tokens_without_an_image_do_not_run(llava: Any) -> None:
-    from grains_tl.models import forward_logits, run_blocks
+    from grains_tl.models.running import forward_logits, run_blocks
 
-    ids = torch.tensor([gr.tokenize_pairs(llava, [pair(picture(0))])[0].prompt])
+    ids = torch.tensor([gr.tokens.tokenize_pairs(llava, [pair(picture(0))])[0].prompt])
     for run in (
         lambda: forward_logits(llava, ids, torch.ones_like(ids), torch.tensor([3])),
         lambda: run_blocks(llava, ids, torch.ones_like(ids), 1),
@@ -261,7 +263,7 @@ def test_a_folder_with_a_vision_model_loads_with_its_processor(tmp_path: Path, l
     FAMILIES[0].processor().save_pretrained(tmp_path)
     model = gr.load_model(str(tmp_path))
     assert type(model.processor).__name__ == "LlavaProcessor"
-    tokenized = [gr.tokenize_pairs(m, [pair(picture(0))]) for m in (model, llava)]
+    tokenized = [gr.tokens.tokenize_pairs(m, [pair(picture(0))]) for m in (model, llava)]
     assert tokenized[0][0].prompt == tokenized[1][0].prompt
     scores = [gr.score_pairs(m, t) for m, t in zip((model, llava), tokenized, strict=True)]
     assert torch.allclose(scores[0], scores[1], atol=1e-4)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grains_tl as gr
-from grains_tl.batches import scoring_batch
-from grains_tl.scoring import batch_logprobs
+from grains_tl.inference.batches import scoring_batch
+from grains_tl.inference.logprobs import batch_logprobs
 
 PROMPT = ["the film was very"]
 
@@ -53,7 +53,10 @@ BREAKS: dict[str, tuple[type[BaseException], Callable[[Any, Any], Any]]] = {
         lambda m, p: gr.generate(m, PROMPT, [(LAST, lambda act, hook: act * float("nan"))]),
     ),
     "error in a nested context": (RuntimeError, lambda m, p: nested(m)),
-    "error in score_pairs": (RuntimeError, lambda m, p: gr.score_pairs(m, gr.tokenize_pairs(m, p), [(LAST, failing)])),
+    "error in score_pairs": (
+        RuntimeError,
+        lambda m, p: gr.score_pairs(m, gr.tokens.tokenize_pairs(m, p), [(LAST, failing)]),
+    ),
 }
 
 
@@ -129,7 +132,9 @@ WORDS = st.lists(st.sampled_from("the film soup was very bad good and not cold".
 @settings(max_examples=40, deadline=None)
 @given(prompts=st.lists(WORDS, min_size=1, max_size=5), order=st.randoms(use_true_random=False))
 def test_order_and_padding_of_a_batch_do_not_matter(prompts: list[list[str]], order: Any, bridge: Any) -> None:
-    records = gr.tokenize_pairs(bridge, [gr.PreferencePair(" ".join(p), " great", " awful but warm") for p in prompts])
+    records = gr.tokens.tokenize_pairs(
+        bridge, [gr.PreferencePair(" ".join(p), " great", " awful but warm") for p in prompts]
+    )
     rows = [batch_logprobs(bridge, scoring_batch(bridge, [r])) for r in records]
     shuffled = list(range(len(records)))
     order.shuffle(shuffled)

@@ -19,14 +19,14 @@ from test_attribution import PolynomialModel
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl import models as gr_models
-from grains_tl.agreement import random_attributions, random_weights
+from grains_tl.attribution.groups import groups_of
 from grains_tl.attribution.removal import values_without
-from grains_tl.cli import main
-from grains_tl.cli_compare import pretty
-from grains_tl.curves import removal_table
-from grains_tl.faithfulness import compare_attributions
-from grains_tl.groups import groups_of
+from grains_tl.cli.compare import pretty
+from grains_tl.cli.main import main
+from grains_tl.faithfulness.agreement import random_attributions, random_weights
+from grains_tl.faithfulness.compare import compare_attributions
+from grains_tl.faithfulness.deletion import removal_table
+from grains_tl.models import loading as gr_models
 
 ATOL = 1e-5  # sums of float32 values of size 1
 
@@ -66,7 +66,7 @@ def test_words_sentences_and_spans() -> None:
 @pytest.mark.parametrize("by", ["word", "sentence", [(1, 3)]])
 def test_groups_hold_every_token_once_and_keep_the_total(by: Any) -> None:
     scores = torch.randn(len(TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
-    found = gr.group(attribution(scores, TOKENS), by=by)
+    found = gr.attribution.group(attribution(scores, TOKENS), by=by)
     assert sorted(p for own in found.positions for p in own) == list(range(len(TOKENS)))
     assert float(found.scores.sum()) == pytest.approx(sum(scores), abs=ATOL) and "".join(found.texts) == "".join(TOKENS)
 
@@ -74,14 +74,16 @@ def test_groups_hold_every_token_once_and_keep_the_total(by: Any) -> None:
 def test_word_starts_where_the_tokenizer_hides_its_spaces(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     """The tiny tokenizer decodes single tokens without a space: joined by text alone, a prompt would be one word."""
     a = gr.attribute(bridge, pairs[1], method="gradient_x_input")
-    assert gr.group(a, by="word").texts == ["the", "film", "was", "good"]
-    assert len(gr.group(attribution([1.0] * 4, list(a.tokens)), by="word").texts) == 1  # without that knowledge
+    assert gr.attribution.group(a, by="word").texts == ["the", "film", "was", "good"]
+    assert (
+        len(gr.attribution.group(attribution([1.0] * 4, list(a.tokens)), by="word").texts) == 1
+    )  # without that knowledge
 
 
 def test_selection_by_group_takes_all_content_pieces() -> None:
     a = attribution([0.0, 1.0, 1.0, -3.0, 1.5], ["<s>", " ser", "vice", " bad", " ok"], [False, True, True, True, True])
-    assert gr.select_groups(gr.group(a), 1) == gr.Selection((1, 2), (3,))
-    assert gr.select_tokens(a, 1) == gr.Selection((4,), (3,))
+    assert gr.attribution.select_groups(gr.attribution.group(a), 1) == gr.attribution.Selection((1, 2), (3,))
+    assert gr.attribution.select_tokens(a, 1) == gr.attribution.Selection((4,), (3,))
 
 
 @pytest.mark.parametrize(
@@ -119,14 +121,14 @@ def additive() -> SimpleNamespace:
     records = [
         gr.PreferencePair(p, " good", " bad") for p in ("film was cold but room warm", "we liked this hotel and food")
     ]
-    tokenized = gr.tokenize_pairs(model, records)
+    tokenized = gr.tokens.tokenize_pairs(model, records)
     true = [gr.attribute(model, r, method="leave_one_out", masker="zero") for r in records]
     assert len({len(t.prompt) for t in tokenized}) == 1  # this model reads f at the last place of a batch
     return SimpleNamespace(model=model, tokenized=tokenized, true=true)
 
 
 def test_curves_of_an_additive_function_are_cumulative_sums(additive: Any) -> None:
-    found = gr.curves(additive.model, additive.tokenized, additive.true, shares=[0.5], masker="zero")
+    found = gr.faithfulness.curves(additive.model, additive.tokenized, additive.true, shares=[0.5], masker="zero")
     for r, a in enumerate(additive.true):
         scores = a.scores.sort(descending=True).values
         half = round(0.5 * len(scores))
@@ -140,7 +142,7 @@ def test_curves_of_an_additive_function_are_cumulative_sums(additive: Any) -> No
 
 def test_no_order_beats_the_true_one_on_an_additive_function(additive: Any) -> None:
     def areas(found: list[gr.Attribution]) -> Tensor:
-        return gr.curves(additive.model, additive.tokenized, found, masker="zero").deletion_area
+        return gr.faithfulness.curves(additive.model, additive.tokenized, found, masker="zero").deletion_area
 
     best = areas(additive.true)
     for seed in range(10):
@@ -149,7 +151,7 @@ def test_no_order_beats_the_true_one_on_an_additive_function(additive: Any) -> N
 
 
 def test_removal_table_against_explicit_sums(additive: Any) -> None:
-    selections = [gr.select_tokens(a, 2) for a in additive.true]
+    selections = [gr.attribution.select_tokens(a, 2) for a in additive.true]
     found = removal_table(additive.model, additive.tokenized, selections, masker="zero")
     for r, (a, s) in enumerate(zip(additive.true, selections, strict=True)):
         up, down = (float(a.scores[list(side)].sum()) for side in (s.toward_chosen, s.toward_rejected))
@@ -158,7 +160,7 @@ def test_removal_table_against_explicit_sums(additive: Any) -> None:
 
 @pytest.mark.parametrize("masker", ["mean_embedding", "eos", "attention"])
 def test_values_without_in_any_batching(bridge: Any, pairs: list[gr.PreferencePair], masker: Any) -> None:
-    t = gr.tokenize_pairs(bridge, pairs)
+    t = gr.tokens.tokenize_pairs(bridge, pairs)
     removals: list[Any] = [(0, ()), (1, (1, 2)), (0, (3,)), (3, (0,))]
     alone = [float(values_without(bridge, t, [one], masker=masker)) for one in removals]
     assert values_without(bridge, t, removals, masker=masker).tolist() == pytest.approx(alone, abs=1e-4)
@@ -167,11 +169,11 @@ def test_values_without_in_any_batching(bridge: Any, pairs: list[gr.PreferencePa
 
 
 def test_curves_refuse_what_does_not_belong_together(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    t = gr.tokenize_pairs(bridge, pairs)
+    t = gr.tokens.tokenize_pairs(bridge, pairs)
     with pytest.raises(ValueError, match="one attribution per record"):
-        gr.curves(bridge, t, [attribution([1.0], ["a"])])
+        gr.faithfulness.curves(bridge, t, [attribution([1.0], ["a"])])
     with pytest.raises(ValueError, match="between 0 and 1"):
-        gr.curves(bridge, t[:1], [gr.attribute(bridge, pairs[0])], shares=[1.5])
+        gr.faithfulness.curves(bridge, t[:1], [gr.attribute(bridge, pairs[0])], shares=[1.5])
 
 
 # -- agreement --------------------------------------------------------------------------------------------------------
@@ -181,23 +183,27 @@ def test_rank_agreement_is_scipys_mean() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
     names = list("uvwxyz")
-    frame = gr.rank_agreement({k: [attribution(row.tolist(), names) for row in v] for k, v in (("a", a), ("b", b))})
+    frame = gr.faithfulness.rank_agreement(
+        {k: [attribution(row.tolist(), names) for row in v] for k, v in (("a", a), ("b", b))}
+    )
     wanted = [spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
     assert frame["spearman"][0] == pytest.approx(np.mean(wanted)) and frame["n"][0] == 3
     assert frame["se"][0] == pytest.approx(np.std(wanted, ddof=1) / 3**0.5)
     with pytest.raises(ValueError, match="numbers of records differ"):
-        gr.rank_agreement({"a": [attribution([1.0], ["a"])], "b": []})
+        gr.faithfulness.rank_agreement({"a": [attribution([1.0], ["a"])], "b": []})
 
 
 def test_seeds_of_a_method_that_draws_nothing_agree(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    assert gr.seed_agreement(bridge, pairs, method="leave_one_out")["spearman"].tolist() == pytest.approx([1.0] * 3)
+    assert gr.faithfulness.seed_agreement(bridge, pairs, method="leave_one_out")["spearman"].tolist() == pytest.approx(
+        [1.0] * 3
+    )
     few, many = (
-        gr.seed_agreement(bridge, pairs, method="leave_k_out", seeds=(0, 1), n_steps=n, k=2)["spearman"][0]
+        gr.faithfulness.seed_agreement(bridge, pairs, method="leave_k_out", seeds=(0, 1), n_steps=n, k=2)["spearman"][0]
         for n in (3, 60)
     )
     assert few < many <= 1.0 and many > 0.8
     with pytest.raises(ValueError, match="two different"):
-        gr.seed_agreement(bridge, pairs, method="smoothgrad", seeds=(1, 1))
+        gr.faithfulness.seed_agreement(bridge, pairs, method="smoothgrad", seeds=(1, 1))
 
 
 # -- a planted word ---------------------------------------------------------------------------------------------------
@@ -281,19 +287,21 @@ def test_the_planted_word_comes_first_where_f_is_known(options: dict[str, Any]) 
 
 def test_the_default_finds_the_word_a_trained_model_uses(planted: Any) -> None:
     """Leave-one-out is exact here; 1 in 10 by chance."""
-    tokenized = gr.tokenize_pairs(planted.model, planted.pairs)
+    tokenized = gr.tokens.tokenize_pairs(planted.model, planted.pairs)
     logprobs = gr.score_pairs(planted.model, tokenized)
     assert bool((logprobs[:, 0] - logprobs[:, 1] > 1).all())  # it has learned the task
-    assert share_first(gr.attribute_all(planted.model, tokenized), planted.places) >= 0.9
+    assert share_first(gr.attribution.attribute_all(planted.model, tokenized), planted.places) >= 0.9
 
 
 def test_scores_change_when_the_weights_are_random(planted: Any) -> None:
     model = planted.model
     before = {name: p.clone() for name, p in model.named_parameters()}
-    frame = gr.random_weights_check(model, planted.pairs[:12], methods=["leave_one_out", "gradient_x_input"])
+    frame = gr.faithfulness.random_weights_check(
+        model, planted.pairs[:12], methods=["leave_one_out", "gradient_x_input"]
+    )
     assert frame["method"].tolist() == ["leave_one_out", "gradient_x_input"]
     assert bool((frame["spearman"].abs() < 0.5).all()) and bool((frame["n"] == 12).all())
-    same = gr.random_weights_check(model, planted.pairs[:4], methods=["leave_one_out"], layers=[])
+    same = gr.faithfulness.random_weights_check(model, planted.pairs[:4], methods=["leave_one_out"], layers=[])
     assert same["spearman"][0] == pytest.approx(1.0)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -352,13 +360,13 @@ def test_vectors_from_scores_that_did_not_converge_say_so(bridge: Any, pairs: li
 
 
 def test_checkpoint_keeps_steps(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
-    from grains_tl.attributed import attribute_records
+    from grains_tl.attribution.store import attribute_records
 
-    t = gr.tokenize_pairs(bridge, pairs)
+    t = gr.tokens.tokenize_pairs(bridge, pairs)
     options = {"method": "integrated_gradients", "n_steps": 16}
     one, again = (attribute_records(bridge, t, options, checkpoint=tmp_path / "c.jsonl") for _ in range(2))
     assert [a.steps for a in again] == [a.steps for a in one] and all(a.steps for a in one)
-    assert [gr.group(a).texts for a in again] == [gr.group(a).texts for a in one]
+    assert [gr.attribution.group(a).texts for a in again] == [gr.attribution.group(a).texts for a in one]
 
 
 # -- pictures and the command line ------------------------------------------------------------------------------------
@@ -379,13 +387,13 @@ def table() -> pd.DataFrame:
 
 
 def test_comparison_plot_has_a_panel_for_each_measure() -> None:
-    fig = gr.plot_comparison(table())
+    fig = gr.plotting.plot_comparison(table())
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["deletion area, nats", "effect of the vector, nats"]
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["a<b>", "$x$", "random_tokens"]
     assert not any(t.get_parse_math() for t in fig.axes[0].get_yticklabels())
     assert gr.plotting.figure_png(fig)[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="deletion_area"):
-        gr.plot_comparison(table()[["method", "relative_gap"]])
+        gr.plotting.plot_comparison(table()[["method", "relative_gap"]])
 
 
 def test_printed_numbers_have_intervals() -> None:
@@ -398,7 +406,7 @@ def test_printed_numbers_have_intervals() -> None:
 def test_compare_attributions_from_the_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("grains_tl.models.load_model", lambda *a, **k: tiny_model())
+    monkeypatch.setattr("grains_tl.models.loading.load_model", lambda *a, **k: tiny_model())
     rows = [{"prompt": t, "chosen": " yes", "rejected": " no"} for t, _, _ in planted_prompts(8, seed=1)]
     files = []
     for name in ("one<b>", "two"):

@@ -12,8 +12,8 @@ import torch
 from kills import STAGES, survive
 
 import grains_tl as gr
-from grains_tl.checkpoint import open_checkpoint
-from grains_tl.files import write_atomically
+from grains_tl._util.files import write_atomically
+from grains_tl.evaluate.store import open_checkpoint
 
 OPTIONS: dict[str, Any] = {"top_k": 1, "progress": False}
 
@@ -112,8 +112,8 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_runs(
     vectors = gr.build_vectors(bridge, pairs, **OPTIONS)
     with pytest.raises(OSError, match="cannot write"):
         vectors.save(tmp_path / "out" / "v.safetensors")
-    monkeypatch.setattr("grains_tl.attributed.attribute_all", lambda *args, **kwargs: pytest.fail("it ran"))
-    monkeypatch.setattr("grains_tl.effects.run_settings", lambda *args, **kwargs: pytest.fail("it ran"))
+    monkeypatch.setattr("grains_tl.attribution.store.attribute_all", lambda *args, **kwargs: pytest.fail("it ran"))
+    monkeypatch.setattr("grains_tl.evaluate.records.run_settings", lambda *args, **kwargs: pytest.fail("it ran"))
     with pytest.raises(OSError, match="out"):
         gr.build_vectors(bridge, pairs, checkpoint=tmp_path / "out" / "c.jsonl", **OPTIONS)
     with pytest.raises(OSError, match="out"):

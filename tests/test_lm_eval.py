@@ -83,13 +83,13 @@ def test_a_local_task_scores_as_our_own_mc1(local_task: Path, model: Any) -> Non
         for a, b in pairwise(adjectives)
     ]
     path = write_task(local_task, rows)
-    items = gr.load_benchmark("truthfulqa", path, prompt_format="qa").items
+    items = gr.records.load_benchmark("truthfulqa", path, prompt_format="qa").items
     accuracies = []
-    for hooks in (None, gr.steer_hook(1, DIRECTION, 9.0)):
-        accuracy, logprobs = run_task(local_task, gr.lm_eval.adapter(model, hooks, progress=False))
-        ours = gr.score_choices(model, items, hooks)
+    for hooks in (None, gr.hooks.steer_hook(1, DIRECTION, 9.0)):
+        accuracy, logprobs = run_task(local_task, gr.evaluate.harness.adapter(model, hooks, progress=False))
+        ours = gr.inference.score_choices(model, items, hooks)
         torch.testing.assert_close(torch.tensor(logprobs), ours, atol=1e-4, rtol=0)
-        assert accuracy == pytest.approx(gr.mc1(ours, items).mean().item(), abs=1e-4)
+        assert accuracy == pytest.approx(gr.inference.mc1(ours, items).mean().item(), abs=1e-4)
         accuracies.append(accuracy)
     assert accuracies[0] != accuracies[1]
     assert all(0 < a < 1 for a in accuracies)
@@ -104,7 +104,7 @@ def theirs() -> Any:
 
 
 def test_requests_are_answered_as_by_their_hugging_face_model(model: Any, theirs: Any) -> None:
-    ours = gr.lm_eval.adapter(model, progress=False, max_tokens=50)
+    ours = gr.evaluate.harness.adapter(model, progress=False, max_tokens=50)
     asked = requests(
         ("the film was", " good and we liked it"),
         ("the film was ", "good"),
@@ -128,13 +128,16 @@ def test_greedy_flag_is_true_for_what_the_model_writes(bridge: Any, hf: Any) -> 
             ids = torch.cat([ids, hf(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     text = " " + " ".join(WORDS[i] for i in ids[0, -3:].tolist())
     asked = requests(("the film was", text), ("the film was", text + " <pad>"))
-    assert [greedy for _, greedy in gr.lm_eval.adapter(bridge, progress=False).loglikelihood(asked)] == [True, False]
+    assert [greedy for _, greedy in gr.evaluate.harness.adapter(bridge, progress=False).loglikelihood(asked)] == [
+        True,
+        False,
+    ]
 
 
 def test_generation_stops_where_the_task_says(model: Any) -> None:
-    hooks = gr.steer_hook(1, DIRECTION, 9.0)
+    hooks = gr.hooks.steer_hook(1, DIRECTION, 9.0)
     prompts = ["the film was", "we liked the food but the room was cold . overall it"]
-    ours = gr.lm_eval.adapter(model, hooks, progress=False)
+    ours = gr.evaluate.harness.adapter(model, hooks, progress=False)
     whole = ours.generate_until(requests(*[(p, {"until": [], "max_gen_toks": 6}) for p in prompts]))
     assert whole == [gr.generate(model, [p], hooks, max_new_tokens=6)[0] for p in prompts]
     stop = whole[0].split()[2]
@@ -148,45 +151,45 @@ def test_generation_stops_where_the_task_says(model: Any) -> None:
 
 def test_scopes_and_their_limits(bridge: Any) -> None:
     def scoped(batch: Any) -> Any:
-        return gr.steer_hook(1, DIRECTION, 9.0, positions="generated", prompt_len=batch.prompt_len)
+        return gr.hooks.steer_hook(1, DIRECTION, 9.0, positions="generated", prompt_len=batch.prompt_len)
 
     items = [gr.MultipleChoice("the film was", (" good and we liked it", " bad and cold"), (True, False))]
-    ours = gr.lm_eval.adapter(bridge, scoped, progress=False)
+    ours = gr.evaluate.harness.adapter(bridge, scoped, progress=False)
     found = [logp for logp, _ in ours.loglikelihood(requests(*[("the film was", c) for c in items[0].choices]))]
-    assert found == pytest.approx(gr.score_choices(bridge, items, scoped)[0].tolist(), abs=1e-4)
+    assert found == pytest.approx(gr.inference.score_choices(bridge, items, scoped)[0].tolist(), abs=1e-4)
     with pytest.raises(ValueError, match="generation_hooks"):
         ours.generate_until(requests(("the film was", {"max_gen_toks": 2})))
-    two = gr.lm_eval.adapter(
-        bridge, scoped, generation_hooks=lambda n: gr.steer_hook(1, DIRECTION, 9.0), progress=False
+    two = gr.evaluate.harness.adapter(
+        bridge, scoped, generation_hooks=lambda n: gr.hooks.steer_hook(1, DIRECTION, 9.0), progress=False
     )
-    steered = gr.generate(bridge, ["the film was"], gr.steer_hook(1, DIRECTION, 9.0), max_new_tokens=2)
+    steered = gr.generate(bridge, ["the film was"], gr.hooks.steer_hook(1, DIRECTION, 9.0), max_new_tokens=2)
     assert two.generate_until(requests(("the film was", {"max_gen_toks": 2}))) == steered
 
 
 def test_chat_template_goes_through(bridge: Any) -> None:
     chat = [{"role": "user", "content": "was it good ?"}]
-    ours = gr.lm_eval.adapter(bridge, progress=False)
+    ours = gr.evaluate.harness.adapter(bridge, progress=False)
     assert ours.apply_chat_template(chat) == "question : was it good ? <eos> answer : "
     without = tiny_model("bridge", tokenizer=tiny_tokenizer(chat=False))
-    assert gr.lm_eval.adapter(without).tokenizer_name
+    assert gr.evaluate.harness.adapter(without).tokenizer_name
 
 
 @pytest.mark.real
 def test_truthfulqa_on_smollm2(smollm2: SimpleNamespace, local_task: Path) -> None:
     if not HALF.exists():
         pytest.skip(f"no {HALF}")
-    questions = gr.load_benchmark("truthfulqa", HALF, prompt_format="qa", limit=8).items
+    questions = gr.records.load_benchmark("truthfulqa", HALF, prompt_format="qa", limit=8).items
     rows = []
     for item in questions:
         wrong = [c.strip() for c, label in zip(item.choices, item.labels, strict=True) if not label]
         text = str(item.prompt).removeprefix("Q: ").removesuffix("\nA:")
         rows.append(row(text, [item.choices[item.best].strip(), *wrong]))
-    items = gr.load_benchmark("truthfulqa", write_task(local_task, rows), prompt_format="qa").items
+    items = gr.records.load_benchmark("truthfulqa", write_task(local_task, rows), prompt_format="qa").items
     model = smollm2.hooked or smollm2.bridge
     direction = torch.linspace(-1, 1, int(model.cfg.d_model))
-    for hooks in (None, gr.steer_hook(12, direction, 20.0)):
-        accuracy, logprobs = run_task(local_task, gr.lm_eval.adapter(model, hooks, progress=False))
-        ours = gr.score_choices(model, items, hooks)
+    for hooks in (None, gr.hooks.steer_hook(12, direction, 20.0)):
+        accuracy, logprobs = run_task(local_task, gr.evaluate.harness.adapter(model, hooks, progress=False))
+        ours = gr.inference.score_choices(model, items, hooks)
         for found, expected, item in zip(logprobs, ours, items, strict=True):
             assert found == pytest.approx(expected[: len(item.choices)].tolist(), abs=1e-4)
-        assert accuracy == pytest.approx(gr.mc1(ours, items).mean().item(), abs=1e-4)
+        assert accuracy == pytest.approx(gr.inference.mc1(ours, items).mean().item(), abs=1e-4)

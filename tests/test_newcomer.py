@@ -12,9 +12,9 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 
 import grains_tl as gr
-from grains_tl.cli import main
-from grains_tl.models import model_identity, same_fingerprint, without_hooks
-from grains_tl.steering import steer_hook
+from grains_tl.cli.main import main
+from grains_tl.hooks.steer import steer_hook
+from grains_tl.models.identity import model_identity, same_fingerprint, without_hooks
 
 UNIT = torch.tensor([1.0, 0.0])
 
@@ -48,9 +48,9 @@ def test_texts_become_the_same_ids_everywhere(kind: Any, adds_bos: bool, tmp_pat
     tiny_hf().save_pretrained(tmp_path)
     (bos_tokenizer() if adds_bos else tiny_tokenizer()).save_pretrained(tmp_path)
     model = gr.load_model(str(tmp_path), kind=kind)
-    pair = gr.tokenize_pairs(model, [gr.PreferencePair("the film was", " good", " bad")])[0]
+    pair = gr.tokens.tokenize_pairs(model, [gr.PreferencePair("the film was", " good", " bad")])[0]
     assert model.to_tokens("the film was")[0].tolist() == list(pair.prompt)
-    assert (gr.token_rules(model).bos is not None) == adds_bos == bool(model.cfg.default_prepend_bos)
+    assert (gr.tokens.token_rules(model).bos is not None) == adds_bos == bool(model.cfg.default_prepend_bos)
 
 
 def test_a_bos_that_was_switched_off_stays_off(tmp_path: Any) -> None:
@@ -58,7 +58,7 @@ def test_a_bos_that_was_switched_off_stays_off(tmp_path: Any) -> None:
 
     for wanted in (False, True):
         model = hooked_from_config(bos_tokenizer(), default_prepend_bos=wanted)
-        pair = gr.tokenize_pairs(model, [gr.PreferencePair("the film was", " good", " bad")])[0]
+        pair = gr.tokens.tokenize_pairs(model, [gr.PreferencePair("the film was", " good", " bad")])[0]
         assert model.to_tokens("the film was")[0].tolist() == list(pair.prompt)
 
 
@@ -153,10 +153,10 @@ def test_true_is_no_number_of_texts(bridge: Any, pairs: list[gr.PreferencePair])
 
 
 def test_controls_by_default(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    draws = gr.baseline_draws(bridge, pairs, layers=[1], n_draws=1)
+    draws = gr.baselines.baseline_draws(bridge, pairs, layers=[1], n_draws=1)
     assert set(draws) == {"random_direction", "shuffled_labels", "random_tokens"}
     vectors = gr.build_vectors(bridge, pairs, top_k=1)
-    assert "orthogonal_direction" in gr.baseline_draws(bridge, pairs, layers=[1], n_draws=1, like=vectors)
+    assert "orthogonal_direction" in gr.baselines.baseline_draws(bridge, pairs, layers=[1], n_draws=1, like=vectors)
 
 
 # -- what is printed --------------------------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ def test_a_lost_image_is_noticed() -> None:
     question = gr.MultipleChoice(pair.prompt, (" yes", " no"), (True, False))
     for call in (
         lambda: gr.attribute(vlm, pair),
-        lambda: gr.tokenize_pairs(vlm, [pair]),
-        lambda: gr.score_choices(vlm, [question]),
+        lambda: gr.tokens.tokenize_pairs(vlm, [pair]),
+        lambda: gr.inference.score_choices(vlm, [question]),
         lambda: gr.generate(vlm, [pair.prompt], max_new_tokens=1),
     ):
         with pytest.raises(ValueError, match="place for an image, but no image came"):
@@ -211,7 +211,7 @@ def test_a_lost_image_is_noticed() -> None:
 
 def test_a_model_without_norms(pairs: list[gr.PreferencePair]) -> None:
     model = hooked_from_config(tiny_tokenizer(), normalization_type=None, default_prepend_bos=False)
-    tokenized = gr.tokenize_pairs(model, pairs[:1])[0]
+    tokenized = gr.tokens.tokenize_pairs(model, pairs[:1])[0]
     logprobs = [
         model(torch.tensor([[*tokenized.prompt, *response]]))[0, len(tokenized.prompt) - 1 : -1]
         .log_softmax(-1)[range(len(response)), list(response)]
@@ -234,10 +234,10 @@ def test_digits_are_no_letters(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> 
         asked.extend(items)
         return pd.DataFrame()
 
-    monkeypatch.setattr("grains_tl.costs.record_effects", note)
+    monkeypatch.setattr("grains_tl.evaluate.quality.record_effects", note)
     right = (True, False)
-    gr.retention(bridge, [gr.MultipleChoice("2 + 2?", (" 4", " 5"), right)], [])
-    gr.retention(bridge, [gr.MultipleChoice("A. 4\nB. 5\n", (" A", " B"), right)], [])
+    gr.evaluate.retention(bridge, [gr.MultipleChoice("2 + 2?", (" 4", " 5"), right)], [])
+    gr.evaluate.retention(bridge, [gr.MultipleChoice("A. 4\nB. 5\n", (" A", " B"), right)], [])
     assert [item.choices for item in asked] == [(" A", " B")] * 2
     assert "A. 4" in asked[0].prompt
     assert asked[1].prompt == "A. 4\nB. 5\n"
@@ -266,7 +266,7 @@ def shell(folder: Any, command: str, *arguments: str) -> int:
 def test_a_device_that_is_not_there(folder: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has what is asked for")
-    monkeypatch.setattr("grains_tl.models._load_hugging_face", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("grains_tl.models.loading._load_hugging_face", lambda *_: pytest.fail("the weights were read"))
     assert shell(folder, "attribute", "--pairs", "@pairs.jsonl", "--device", "cuda") == 2
     assert "device='cuda' cannot be used here" in capsys.readouterr().err
 
@@ -291,7 +291,7 @@ def test_an_interrupt_says_what_is_kept(folder: Any, capsys: Any, monkeypatch: p
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grains_tl.models.load_model", interrupt)
+    monkeypatch.setattr("grains_tl.models.loading.load_model", interrupt)
     assert shell(folder, "attribute", "--pairs", "@pairs.jsonl") == 130
     assert capsys.readouterr().err.strip().endswith("interrupted")
     (folder / "new.safetensors.partial.jsonl").write_text("")

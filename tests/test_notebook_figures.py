@@ -12,9 +12,9 @@ import torch
 from sklearn.metrics import roc_curve
 
 import grains_tl as gr
-from grains_tl.tiny_vlm.preferences import yes_no_questions
-from grains_tl.tiny_vlm.questions import question_margins
-from grains_tl.tiny_vlm.yes_no_curves import yes_no_curves
+from grains_tl.demo.scene_questions import question_margins
+from grains_tl.demo.scene_records import yes_no_questions
+from grains_tl.demo.scene_yes_no import yes_no_curves
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,13 @@ def test_yes_no_plot_keeps_the_part_that_is_compared() -> None:
         "recall": [0.0, 0.99, 0.99, 0.98],
         "recall_se": [0.0, 0.01, 0.01, 0.01],
     }
-    fig = gr.plot_yes_no(pd.DataFrame(rows), title="yes and no")
+    fig = gr.plotting.plot_yes_no(pd.DataFrame(rows), title="yes and no")
     assert 0.85 < fig.axes[0].get_ylim()[0] < 0.96
     names = [t.get_text() for t in fig.legends[0].get_texts()]
     assert sorted(names) == ["$a$", "constant bias", "unsteered"]
     assert gr.plotting.figure_png(fig)[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="recall_se"):
-        gr.plot_yes_no(pd.DataFrame({**rows, "recall_se": None}).drop(columns="recall_se"))
+        gr.plotting.plot_yes_no(pd.DataFrame({**rows, "recall_se": None}).drop(columns="recall_se"))
 
 
 def test_convergence_plot_draws_records_and_medians() -> None:
@@ -64,23 +64,25 @@ def test_convergence_plot_draws_records_and_medians() -> None:
         for r in range(3)
         for n in (9, 18)
     ]
-    ax = gr.plot_convergence(pd.DataFrame(rows), title="gaps, nats").axes[0]
+    ax = gr.plotting.plot_convergence(pd.DataFrame(rows), title="gaps, nats").axes[0]
     thick = [line for line in ax.lines if line.get_linewidth() > 2]
     assert len(ax.lines) == 8 and [list(line.get_ydata()) for line in thick] == [[20.0, 10.0], [2.0, 1.0]]
 
 
 def test_curves_plot_shows_falls_and_rises() -> None:
-    c = gr.Curves(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[0.0, 2.0, 3.0]]))
-    fig = gr.plot_curves({"one": c})
+    c = gr.faithfulness.Curves(
+        torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[0.0, 2.0, 3.0]])
+    )
+    fig = gr.plotting.plot_curves({"one": c})
     drawn = [list(map(float, next(iter(ax.lines)).get_ydata())) for ax in fig.axes]
     assert drawn == [[0.0, 2.0, 3.0], [0.0, 2.0, 3.0]]
     with pytest.raises(ValueError, match="no curves"):
-        gr.plot_curves({})
+        gr.plotting.plot_curves({})
 
 
 def test_agreement_map_is_symmetric_and_keeps_nan() -> None:
     frame = pd.DataFrame({"a": ["x", "x", "y"], "b": ["y", "z", "z"], "spearman": [0.5, math.nan, -0.25]})
-    table = gr.agreement_map(frame)
+    table = gr.faithfulness.agreement_map(frame)
     assert list(table.index) == list(table.columns) == ["x", "y", "z"]
     np.testing.assert_array_equal(table.to_numpy(), table.to_numpy().T)
     assert table.loc["z", "y"] == -0.25 and math.isnan(table.loc["z", "x"]) and table.loc["y", "y"] == 1.0
@@ -88,7 +90,9 @@ def test_agreement_map_is_symmetric_and_keeps_nan() -> None:
 
 def test_comparison_plot_takes_other_measures() -> None:
     frame = pd.DataFrame({"vector": ["ours", "plain"], "share": [0.2, 0.5], "share_se": [0.02, 0.03]})
-    fig = gr.plot_comparison(frame, panels={"share": "captions, share"}, name="vector", reference="plain", title="all")
+    fig = gr.plotting.plot_comparison(
+        frame, panels={"share": "captions, share"}, name="vector", reference="plain", title="all"
+    )
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["captions, share"]
     dotted = [line for line in fig.axes[0].lines if line.get_linestyle() == ":"]
     assert [line.get_xdata()[0] for line in dotted] == [0.5]
@@ -100,5 +104,5 @@ def test_close_labels_under_tokens_stand_at_two_heights() -> None:
         torch.tensor([-22.2, 17.6, 1.0]), ["I", " a", " restaurant"], torch.tensor([True] * n),
         torch.tensor([False] * n), None, 3.3, None, "integrated_gradients",
     )  # fmt: skip
-    texts = {t.get_text(): t.get_position()[1] for t in gr.plot_tokens(a).axes[0].texts}
+    texts = {t.get_text(): t.get_position()[1] for t in gr.plotting.plot_tokens(a).axes[0].texts}
     assert texts["\u221222.20"] != texts["+17.60"]

@@ -15,9 +15,10 @@ from conftest import KINDS, TL_MAJOR, tiny_model, tiny_tokenizer
 from oracles import embeddings, margin, residuals
 
 import grains_tl as gr
-from grains_tl.attributed import attribute_records
-from grains_tl.attribution import Method
-from grains_tl.pipeline import manifest
+from grains_tl.attribution import api as attribution_api
+from grains_tl.attribution.methods import Method
+from grains_tl.attribution.store import attribute_records
+from grains_tl.vectors.manifest import manifest
 
 RESID_RTOL = 1e-4  # relative to the largest entry: differences of float32 residuals of size 5 that are 0.1 and more
 SCORE_ATOL = 1e-5
@@ -70,7 +71,7 @@ def stand_in(hf: Any, masker: str) -> torch.Tensor:
     return {"eos": table[2], "mean_embedding": table.mean(0), "zero": torch.zeros_like(table[0])}[masker]
 
 
-def read_by_hand(hf: Any, pair: gr.TokenizedPair, embeds: torch.Tensor, readout: str) -> torch.Tensor:
+def read_by_hand(hf: Any, pair: gr.tokens.TokenizedPair, embeds: torch.Tensor, readout: str) -> torch.Tensor:
     """``[layer, d_model]`` residuals of one record read where ``readout`` says, responses run one by one."""
     if readout == "prompt_end":
         return residuals(hf, pair.prompt, embeds)[:, -1]
@@ -87,7 +88,7 @@ def test_vectors_by_hand(model: Any, hf: Any, pairs: list[gr.PreferencePair], ma
     """Leave-one-out, selection, masking, read-out and mean with nothing but the plain Hugging Face model."""
     top_k, replacement = 2, stand_in(hf, masker)
     wanted = torch.zeros(3, 32)
-    for pair in gr.tokenize_pairs(model, pairs):
+    for pair in gr.tokens.tokenize_pairs(model, pairs):
         content = torch.tensor(pair.content)
         variants = embeddings(hf, pair.prompt).detach().repeat(len(content), 1, 1)
         variants[range(len(content)), range(len(content))] = replacement
@@ -110,11 +111,11 @@ def test_vectors_by_hand(model: Any, hf: Any, pairs: list[gr.PreferencePair], ma
 
 def test_the_end_can_be_spared(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     """Masking the position that is read replaces the residual that is read."""
-    ends = [t.n_content for t in gr.tokenize_pairs(bridge, pairs)]
-    assert [bool(t.content[-1]) for t in gr.tokenize_pairs(bridge, pairs)] == [True] * 4
+    ends = [t.n_content for t in gr.tokens.tokenize_pairs(bridge, pairs)]
+    assert [bool(t.content[-1]) for t in gr.tokens.tokenize_pairs(bridge, pairs)] == [True] * 4
     for pair, n in zip(pairs, ends, strict=True):
         a = gr.attribute(bridge, pair)
-        plain, spared = gr.select_tokens(a, n), gr.select_tokens(a, n, spare_end=True)
+        plain, spared = gr.attribution.select_tokens(a, n), gr.attribution.select_tokens(a, n, spare_end=True)
         last = len(a.tokens) - 1
         assert last in plain.toward_chosen + plain.toward_rejected
         assert [i for i in plain.toward_chosen if i != last] == list(spared.toward_chosen)
@@ -122,21 +123,22 @@ def test_the_end_can_be_spared(bridge: Any, pairs: list[gr.PreferencePair]) -> N
     one, two = (gr.build_vectors(bridge, pairs, top_k=3, spare_end=s, progress=False) for s in (False, True))
     assert one.info["spare_end"] is False and two.info["spare_end"] is True
     assert not torch.allclose(one.raw, two.raw)
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     last_masked: list[bool] = []
 
     def note(model: Any, rows: Any, masked: Any, **options: Any) -> Any:
         last_masked.extend(len(t.prompt) - 1 in m for t, m in zip(rows, masked, strict=True))
         return torch.zeros(len(rows), 1, 32)
 
-    selections = [gr.select_tokens(gr.attribute(bridge, p), 3) for p in pairs]
+    selections = [gr.attribution.select_tokens(gr.attribute(bridge, p), 3) for p in pairs]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            "grains_tl.controls.read_out", lambda m, rows, masked=None, **o: note(m, rows, masked or [()] * len(rows))
+            "grains_tl.baselines.controls.read_out",
+            lambda m, rows, masked=None, **o: note(m, rows, masked or [()] * len(rows)),
         )
         for spare in (True, False):
             last_masked.clear()
-            gr.random_token_differences(
+            gr.baselines.random_token_differences(
                 bridge, tokenized, selections, layers=[1], resid_norms=torch.ones(1), n_draws=5, spare_end=spare
             )
             assert any(last_masked) == (not spare)
@@ -146,13 +148,13 @@ def test_the_end_can_be_spared(bridge: Any, pairs: list[gr.PreferencePair]) -> N
 
 def test_knocked_out_tokens_do_not_matter(model: Any, pairs: list[gr.PreferencePair]) -> None:
     """With attention knock-out the masked token's own content cannot reach the read-out position."""
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     changed = [replace(t, prompt=(t.prompt[0], 9, *t.prompt[2:])) for t in tokenized]
     at: dict[str, Any] = {"layers": [0, 1, 2], "masker": "attention"}
-    one, two = (gr.read_out(model, some, [[1]] * len(some), **at) for some in (tokenized, changed))
+    one, two = (gr.vectors.read_out(model, some, [[1]] * len(some), **at) for some in (tokenized, changed))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
-    seen = gr.read_out(model, changed, [[0]] * len(changed), **at)
-    assert not torch.allclose(seen, gr.read_out(model, tokenized, [[0]] * len(tokenized), **at), atol=1e-2)
+    seen = gr.vectors.read_out(model, changed, [[0]] * len(changed), **at)
+    assert not torch.allclose(seen, gr.vectors.read_out(model, tokenized, [[0]] * len(tokenized), **at), atol=1e-2)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -164,7 +166,7 @@ def test_every_method_and_reduction(model: Any, pairs: list[gr.PreferencePair], 
     assert found.layers == (0, 2) and found.directions.shape == (2, 32)
     torch.testing.assert_close(found.directions.norm(dim=-1), torch.ones(2))
     assert torch.isfinite(found.raw).all() and (found.resid_norms > 0).all()
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     steered = gr.score_pairs(model, tokenized, found.hooks(0.5, [0]))
     assert not torch.allclose(steered, gr.score_pairs(model, tokenized), atol=1e-2)
 
@@ -208,7 +210,7 @@ def test_manifest(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -
     assert ig["method"] == "integrated_gradients" and ig["median_relative_gap"] > 0 and 0 <= ig["converged_share"] <= 1
     assert info(pairs[:3])["data_hash"] != plain["data_hash"] == ig["data_hash"]
     assert plain["moved_borders"] == 0
-    merged = [replace(t, moved_border=i) for i, t in enumerate(gr.tokenize_pairs(bridge, pairs))]
+    merged = [replace(t, moved_border=i) for i, t in enumerate(gr.tokens.tokenize_pairs(bridge, pairs))]
     assert manifest(bridge, merged, {})["moved_borders"] == 3  # of the four only the first border stayed
     assert plain["seed"] is None  # nothing random happens in a build
     other = tiny_model("bridge")
@@ -239,7 +241,7 @@ def same(found: list[gr.Attribution], wanted: list[gr.Attribution]) -> None:
 def test_checkpoint_saves_the_attribution(
     model: Any, pairs: list[gr.PreferencePair], tmp_path: Path, method: str
 ) -> None:
-    tokenized, options = gr.tokenize_pairs(model, pairs), {**OPTIONS, "method": method}
+    tokenized, options = gr.tokens.tokenize_pairs(model, pairs), {**OPTIONS, "method": method}
     path = tmp_path / "new" / "checkpoint.jsonl"
     first = attribute_records(model, tokenized, options, checkpoint=path)
     with only_identified(model):
@@ -270,7 +272,7 @@ def test_build_resumes(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Pa
 def test_other_settings_do_not_use_the_checkpoint(
     bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    tokenized, path = gr.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
+    tokenized, path = gr.tokens.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
     attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
     with counting(bridge) as rows:
         attribute_records(bridge, tokenized, {**OPTIONS, **change}, checkpoint=path)
@@ -282,7 +284,7 @@ def test_other_settings_do_not_use_the_checkpoint(
 def test_other_records_and_models_do_not_use_the_checkpoint(
     bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path
 ) -> None:
-    tokenized, path = gr.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
+    tokenized, path = gr.tokens.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
     attribute_records(bridge, tokenized[:2], OPTIONS, checkpoint=path)
     with counting(bridge) as rows:
         attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
@@ -297,7 +299,7 @@ def test_other_records_and_models_do_not_use_the_checkpoint(
 def test_a_model_with_other_blocks_does_not_use_the_checkpoint(
     bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path
 ) -> None:
-    tokenized, path = gr.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
+    tokenized, path = gr.tokens.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
     attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
     tuned = tiny_model()
     tuned.original_model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
@@ -311,9 +313,9 @@ def test_interruption_keeps_what_is_done(
     bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path, n_done: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in the middle of a record: the ones before it are in the file."""
-    tokenized, path = gr.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
+    tokenized, path = gr.tokens.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
     wanted = attribute_records(bridge, tokenized, OPTIONS)
-    true, calls = gr.attribution.compute, []
+    true, calls = attribution_api.compute, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -322,7 +324,7 @@ def test_interruption_keeps_what_is_done(
         return true(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gr.attribution, "compute", interrupted)
+        patch.setattr(attribution_api, "compute", interrupted)
         with pytest.raises(KeyboardInterrupt):
             attribute_records(bridge, tokenized, OPTIONS, max_tokens=1, checkpoint=path)
     assert len(path.read_text().splitlines()) == n_done
@@ -333,7 +335,7 @@ def test_interruption_keeps_what_is_done(
 @pytest.mark.parametrize("cut", [1, 20, 200])
 def test_torn_last_line(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path, cut: int) -> None:
     """A run killed while writing: the torn record is done again, the others are kept, the file stays readable."""
-    tokenized, path = gr.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
+    tokenized, path = gr.tokens.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
     wanted = attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
     whole = path.read_text()
     path.write_text(whole[: -1 - cut])
@@ -345,14 +347,14 @@ def test_torn_last_line(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: P
 
 
 def test_lines_of_another_program_are_left_alone(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
-    tokenized, path = gr.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
+    tokenized, path = gr.tokens.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
     path.write_text('{"other": 1}\n[1, 2]\n3\n\nnot json\n')
     wanted = attribute_records(bridge, tokenized, OPTIONS)
     same(attribute_records(bridge, tokenized, OPTIONS, checkpoint=path), wanted)
 
 
 def test_the_same_record_twice(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
-    tokenized = gr.tokenize_pairs(bridge, [pairs[0], pairs[1], pairs[0]])
+    tokenized = gr.tokens.tokenize_pairs(bridge, [pairs[0], pairs[1], pairs[0]])
     found = attribute_records(bridge, tokenized, OPTIONS, checkpoint=tmp_path / "c.jsonl")
     same(found, attribute_records(bridge, tokenized, OPTIONS))
 

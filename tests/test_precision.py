@@ -11,11 +11,12 @@ import torch
 from conftest import tiny_model
 
 import grains_tl as gr
-from grains_tl import sharing
-from grains_tl.models import forward_logits, model_identity
-from grains_tl.precision import autocast_dtype
-from grains_tl.scoring import prepare_restart, score_batches
-from grains_tl.unembedding import target_logits
+from grains_tl.attribution import sharing
+from grains_tl.inference.logprobs import score_batches, target_logits
+from grains_tl.inference.restart import prepare_restart
+from grains_tl.models.identity import model_identity
+from grains_tl.models.precision import autocast_dtype
+from grains_tl.models.running import forward_logits
 
 
 def bfloat16() -> torch.autocast:
@@ -28,7 +29,7 @@ def is_rounded(x: torch.Tensor) -> bool:
 
 
 def test_blocks_are_rounded_and_logits_are_not(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     _, batch = next(iter(score_batches(model, tokenized)))
     seen: dict[str, torch.Tensor] = {}
     names = ["blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"]
@@ -42,7 +43,7 @@ def test_blocks_are_rounded_and_logits_are_not(model: Any, pairs: list[gr.Prefer
 
 
 def test_margins_are_those_of_hugging_face_under_autocast(bridge: Any, hf: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     with bfloat16():
         found = gr.score_pairs(bridge, tokenized)
     for row, pair in zip(found, tokenized, strict=True):
@@ -62,7 +63,7 @@ def test_an_exception_in_the_unembedding_leaves_everything_as_it_was(
     def fail(act: torch.Tensor, hook: Any) -> None:
         raise RuntimeError("stop")
 
-    ids, tokenized = torch.tensor([[3, 4, 5]]), gr.tokenize_pairs(bridge, pairs)
+    ids, tokenized = torch.tensor([[3, 4, 5]]), gr.tokens.tokenize_pairs(bridge, pairs)
     with torch.no_grad(), bfloat16():
         before = bridge(ids)
         with pytest.raises(RuntimeError, match="stop"):
@@ -75,9 +76,9 @@ def test_an_exception_in_the_unembedding_leaves_everything_as_it_was(
 @pytest.mark.parametrize("operator", ["add", "add_renorm", "ablate", "clamp"])
 def test_hooks_are_exact(operator: Any) -> None:
     act, direction = torch.randn(2, 5, 16), torch.randn(16)
-    ((_, fn),) = gr.steer_hook(0, direction, 0.3, operator=operator)
+    ((_, fn),) = gr.hooks.steer_hook(0, direction, 0.3, operator=operator)
     weights, store = torch.rand(2, 5), torch.zeros(2, 2, 16)
-    hooks = [gr.cache_hook([0], weights, store[:, i : i + 1])[0][1] for i in range(2)]
+    hooks = [gr.hooks.cache_hook([0], weights, store[:, i : i + 1])[0][1] for i in range(2)]
     outside = fn(act, hook=None)
     hooks[0](act, hook=None)
     with bfloat16():
@@ -93,12 +94,14 @@ def test_scores_keep_their_ranks(model: Any, pairs: list[gr.PreferencePair], met
     with bfloat16():
         half = [gr.attribute(model, pair, **options) for pair in pairs]
     assert any(not torch.equal(a.scores, b.scores) for a, b in zip(full, half, strict=True))
-    assert gr.rank_agreement({"float32": full, "bfloat16": half})["spearman"].min() > 0.9  # a few tokens: ties swap
+    assert (
+        gr.faithfulness.rank_agreement({"float32": full, "bfloat16": half})["spearman"].min() > 0.9
+    )  # a few tokens: ties swap
 
 
 def test_fast_paths_stay_on(bridge: Any, pairs: list[gr.PreferencePair], monkeypatch: pytest.MonkeyPatch) -> None:
     """Round-off larger than float32's does not send shared rows and restarts back to plain runs; faults still do."""
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     _, batch = next(iter(score_batches(bridge, tokenized)))
     half = tiny_model("bridge").to(torch.bfloat16)
     with bfloat16():

@@ -19,14 +19,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import grains_tl as gr
-from grains_tl.attributed import attribute_records
-from grains_tl.cli import main
-from grains_tl.processes import CHUNK, Processes, files, launched, shared_differences
-from grains_tl.shared_sweep import shared_sweep
+from grains_tl._util.processes import Processes, files, launched
+from grains_tl.attribution.store import attribute_records
+from grains_tl.cli.main import main
+from grains_tl.evaluate.parallel import shared_sweep
+from grains_tl.vectors.differences import CHUNK, shared_differences
 
 ATOL = 1e-5  # float32 sums over the records in another order
 OPTIONS = {"method": "leave_one_out", "n_steps": 1, "baseline": "zero", "objective": "sum", "masker": "zero"}
-SELECTIONS = [gr.Selection((3,), (1, 2)), gr.Selection((1,), (2,)), gr.Selection((), (3,)), gr.Selection((2, 4), ())]
+SELECTIONS = [
+    gr.attribution.Selection((3,), (1, 2)),
+    gr.attribution.Selection((1,), (2,)),
+    gr.attribution.Selection((), (3,)),
+    gr.attribution.Selection((2, 4), ()),
+]
 
 
 @given(st.integers(1, 7), st.integers(0, 40))
@@ -46,18 +52,18 @@ def test_no_launcher_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mean_of_sums_is_the_mean(
     model: Any, pairs: list[gr.PreferencePair], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grains_tl.processes.CHUNK", chunk)
-    tokenized = gr.tokenize_pairs(model, pairs)
-    whole = gr.collect_differences(model, tokenized, SELECTIONS, layers=[0, 2])
+    monkeypatch.setattr("grains_tl.vectors.differences.CHUNK", chunk)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
+    whole = gr.vectors.collect_differences(model, tokenized, SELECTIONS, layers=[0, 2])
     summed = shared_differences(model, tokenized, SELECTIONS, mean_only=True, layers=[0, 2])
     assert len(summed.toward_chosen) == -(-4 // chunk)
-    a, b = gr.reduce_vectors(whole), gr.reduce_vectors(summed)
+    a, b = gr.vectors.reduce_vectors(whole), gr.vectors.reduce_vectors(summed)
     torch.testing.assert_close(a.raw, b.raw, atol=ATOL, rtol=0)
     torch.testing.assert_close(a.resid_norms, b.resid_norms, atol=ATOL, rtol=0)
 
 
 def test_more_processes_than_records_are_refused(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     with pytest.raises(ValueError, match="4 records for 5 processes"):
         shared_differences(bridge, tokenized, SELECTIONS, processes=Processes(0, 5))
 
@@ -65,7 +71,7 @@ def test_more_processes_than_records_are_refused(bridge: Any, pairs: list[gr.Pre
 def test_a_dead_share_is_redone_and_only_that(
     bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, tokenized = tmp_path / "v.partial.jsonl", gr.tokenize_pairs(bridge, pairs)
+    path, tokenized = tmp_path / "v.partial.jsonl", gr.tokens.tokenize_pairs(bridge, pairs)
     wanted = attribute_records(bridge, tokenized, OPTIONS)
     for rank in (0, 2):  # the second of three processes dies
         mine = [tokenized[i] for i in Processes(rank, 3).share(4)]
@@ -74,7 +80,7 @@ def test_a_dead_share_is_redone_and_only_that(
     torn.write_text('{"key": "torn')
     assert files(path) == [Path(f"{path}.rank{rank}") for rank in range(3)]
     done: list[list[Any]] = []
-    monkeypatch.setattr("grains_tl.attributed.attribute_all", _noting(done))
+    monkeypatch.setattr("grains_tl.attribution.store.attribute_all", _noting(done))
     again = attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
     assert done == [[tokenized[1]]]
     for a, b in zip(wanted, again, strict=True):
@@ -83,7 +89,7 @@ def test_a_dead_share_is_redone_and_only_that(
 
 
 def _noting(done: list[list[Any]]) -> Any:
-    from grains_tl.attribution import attribute_all
+    from grains_tl.attribution.api import attribute_all
 
     def noting(model: Any, tokenized: list[Any], **options: Any) -> Any:
         done.append(list(tokenized))

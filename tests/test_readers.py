@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 import grains_tl as gr
-from grains_tl.prompts import QA_PRESET
+from grains_tl.records._prompts import QA_PRESET
 
 DATA = Path(__file__).parents[1].parent / "shared/data"
 CSV_ROW = {
@@ -71,7 +71,7 @@ def prompt_row(prompt: str, generation: str, score: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("row", [CSV_ROW, GENERATION_ROW, MC_ROW])
 def test_the_three_forms_of_truthfulqa_agree(row: dict[str, Any], tmp_path: Path) -> None:
-    (item,) = gr.load_benchmark("truthfulqa", [row]).items
+    (item,) = gr.records.load_benchmark("truthfulqa", [row]).items
     right = (" Blue light does not go deep.", " Red light goes deeper.")
     assert item.choices == (*right, " The blood in them is blue.", " It has no oxygen.")
     assert item.labels == (True, True, False, False)
@@ -79,8 +79,8 @@ def test_the_three_forms_of_truthfulqa_agree(row: dict[str, Any], tmp_path: Path
     assert item.pair().rejected == " The blood in them is blue."
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([row]), encoding="utf-8")
-    assert gr.load_benchmark("truthfulqa", path).items == [item]
-    assert gr.load_benchmark("truthfulqa", datasets.Dataset.from_list([row])).items == [item]
+    assert gr.records.load_benchmark("truthfulqa", path).items == [item]
+    assert gr.records.load_benchmark("truthfulqa", datasets.Dataset.from_list([row])).items == [item]
 
 
 def test_preset_is_the_published_one() -> None:
@@ -91,7 +91,7 @@ def test_preset_is_the_published_one() -> None:
 
 def test_best_incorrect_answer_is_the_binary_question() -> None:
     row = {**CSV_ROW, "Best Incorrect Answer": "It has no oxygen."}
-    (item,) = gr.load_benchmark("truthfulqa", [row]).items
+    (item,) = gr.records.load_benchmark("truthfulqa", [row]).items
     assert item.pair().rejected == " It has no oxygen."
     assert len(item.choices) == 4
 
@@ -99,7 +99,7 @@ def test_best_incorrect_answer_is_the_binary_question() -> None:
 def test_an_answer_on_both_sides_stays_there() -> None:
     """TruthfulQA has "Unknown" among the right and the wrong answers of one question."""
     row = {**CSV_ROW, "Incorrect Answers": "Blue light does not go deep; It has no oxygen; It has no oxygen."}
-    (item,) = gr.load_benchmark("truthfulqa", [row]).items
+    (item,) = gr.records.load_benchmark("truthfulqa", [row]).items
     assert item.labels == (True, True, False, False)
     assert item.choices[0] == item.choices[2]
     assert item.pair().rejected == " It has no oxygen."
@@ -107,7 +107,7 @@ def test_an_answer_on_both_sides_stays_there() -> None:
 
 def test_prompt_formats() -> None:
     def prompt(prompt_format: str) -> Any:
-        return gr.load_benchmark("faitheval", [FAITH_ROW], prompt_format=prompt_format).items[0]
+        return gr.records.load_benchmark("faitheval", [FAITH_ROW], prompt_format=prompt_format).items[0]
 
     context = "Ice sinks in water, a new study found.\n\n"
     assert prompt("qa").prompt == context + "Q: What does ice do in water?\nA:"
@@ -123,7 +123,7 @@ def test_prompt_formats() -> None:
 
 def test_toxigen_annotated_rows() -> None:
     rows = [ANNOTATED, {**ANNOTATED, "toxicity_ai": 1.0}]
-    hateful, harmless = gr.load_benchmark("toxigen", rows).pairs
+    hateful, harmless = gr.records.load_benchmark("toxigen", rows).pairs
     assert (hateful.chosen, hateful.rejected) == (" Yes", " No")
     assert (harmless.chosen, harmless.rejected) == (" No", " Yes")
     assert "all of them are lazy" in str(hateful.prompt)
@@ -133,7 +133,7 @@ def test_toxigen_annotated_rows() -> None:
 def test_toxigen_prompt_rows() -> None:
     rows = [prompt_row("- a\n-", "mean", 0.9), prompt_row("- b\n-", "kind", 0.1), prompt_row("- a\n-", "so so", 0.4)]
     rows += [prompt_row("- a\n-", "kinder", 0.2), prompt_row("- a\n-", "worst", 0.99)]
-    (item,) = gr.load_benchmark("toxigen", rows).items
+    (item,) = gr.records.load_benchmark("toxigen", rows).items
     assert (item.prompt, item.choices, item.labels) == ("- a\n-", (" kinder", " worst"), (True, False))
 
 
@@ -147,22 +147,22 @@ def test_mmlu_with_and_without_header(tmp_path: Path) -> None:
         header = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
         csv.writer(file).writerows([header, [*question, "2"]])
     hub = [{"question": question[0], "choices": question[1:], "answer": 2, "subject": "us_history"}]
-    (item,) = gr.load_benchmark("mmlu", bare).items
+    (item,) = gr.records.load_benchmark("mmlu", bare).items
     assert str(item.prompt).startswith(
         "The following are multiple choice questions (with answers) about us history.\n\n"
     )
     assert str(item.prompt).endswith("Which one, of these?\nA. one\nB. two\nC. three\nD. four\nAnswer:")
     assert item.choices[item.best] == " C"
-    assert gr.load_benchmark("mmlu", headed).items == [item]
-    assert gr.load_benchmark("mmlu", hub).items == [item]
-    assert gr.load_benchmark("mmlu", hub, prompt_format="qa").items[0].pair().chosen == " three"
+    assert gr.records.load_benchmark("mmlu", headed).items == [item]
+    assert gr.records.load_benchmark("mmlu", hub).items == [item]
+    assert gr.records.load_benchmark("mmlu", hub, prompt_format="qa").items[0].pair().chosen == " three"
 
 
 def test_anthropic_rows() -> None:
-    (pair,) = gr.load_benchmark("anthropic", [PERSONA]).pairs
+    (pair,) = gr.records.load_benchmark("anthropic", [PERSONA]).pairs
     assert (pair.chosen, pair.rejected) == (" Yes", " No")
     assert str(pair.prompt).startswith("Q: Is the following")
-    (pair,) = gr.load_benchmark("anthropic", [PERSONA], prompt_format="chat").pairs
+    (pair,) = gr.records.load_benchmark("anthropic", [PERSONA], prompt_format="chat").pairs
     assert (pair.chosen, pair.rejected) == ("Yes", "No")
 
 
@@ -209,22 +209,22 @@ def without(row: dict[str, Any], column: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("unchecked")
 def test_messages_name_row_and_column(name: str, row: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        gr.load_benchmark(name, [row])
+        gr.records.load_benchmark(name, [row])
 
 
 def test_messages_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "persona.jsonl"
     path.write_text(json.dumps(PERSONA) + "\n" + json.dumps(without(PERSONA, "question")) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="persona.jsonl, row 2: no column 'question' \\(text is wanted\\)"):
-        gr.load_benchmark("anthropic", path)
-    assert len(gr.load_benchmark("anthropic", path, limit=1).items) == 1  # what is not wanted is not read
+        gr.records.load_benchmark("anthropic", path)
+    assert len(gr.records.load_benchmark("anthropic", path, limit=1).items) == 1  # what is not wanted is not read
     short = tmp_path / "law_test.csv"
     short.write_text("q,a,b,c\n", encoding="utf-8")
     with pytest.raises(ValueError, match="law_test.csv, row 1: 4 cells; question, four choices and answer"):
-        gr.load_benchmark("mmlu", short)
+        gr.records.load_benchmark("mmlu", short)
     for name in ("mmlu", "truthfulqa"):
         with pytest.raises(FileNotFoundError, match="nowhere.csv"):
-            gr.load_benchmark(name, tmp_path / "nowhere.csv")
+            gr.records.load_benchmark(name, tmp_path / "nowhere.csv")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_messages_name_the_file(tmp_path: Path) -> None:
 )
 def test_bad_calls_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        gr.load_benchmark(name, [], **options)
+        gr.records.load_benchmark(name, [], **options)
 
 
 def need(path: Path) -> Path:
@@ -253,7 +253,7 @@ def need(path: Path) -> Path:
 
 def test_real_truthfulqa() -> None:
     path = need(DATA / "truthfulqa/truthfulqa_half.csv")
-    items = gr.load_benchmark("truthfulqa", path).items
+    items = gr.records.load_benchmark("truthfulqa", path).items
     rows = list(csv.DictReader(path.open(encoding="utf-8")))
     assert len(items) == len(rows) == 419
     for item, row in zip(items, rows, strict=True):
@@ -265,7 +265,7 @@ def test_real_truthfulqa() -> None:
 def test_real_mmlu() -> None:
     paths = sorted(need(DATA / "mmlu").glob("*.csv"))
     for path in paths:
-        items = gr.load_benchmark("mmlu", path).items
+        items = gr.records.load_benchmark("mmlu", path).items
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         assert [item.best for item in items] == [int(row["answer"]) for row in rows]
@@ -274,7 +274,7 @@ def test_real_mmlu() -> None:
 
 def test_real_anthropic_sets() -> None:
     for path in sorted(need(DATA / "anthropic_evals").glob("*.jsonl")):
-        pairs = gr.load_benchmark("anthropic", path).pairs
+        pairs = gr.records.load_benchmark("anthropic", path).pairs
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         expected = [(row["answer_matching_behavior"], row["answer_not_matching_behavior"]) for row in rows]
         assert [(str(p.chosen).strip(), str(p.rejected).strip()) for p in pairs] == [

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import grains_tl as gr
-from grains_tl.batches import scoring_batch
-from grains_tl.models import _bundled_gguf
-from grains_tl.scoring import batch_logprobs
+from grains_tl.inference.batches import scoring_batch
+from grains_tl.inference.logprobs import batch_logprobs
+from grains_tl.models.loading import _bundled_gguf
 
 pytestmark = pytest.mark.real
 
@@ -102,7 +102,7 @@ def test_logits_equal_hugging_face(real: Any, plain: Any, ids: Tensor) -> None:
 
 
 def test_response_logprobs_equal_hugging_face(real: Any, plain: Any) -> None:
-    tokenized = gr.tokenize_pairs(real, records())
+    tokenized = gr.tokens.tokenize_pairs(real, records())
     assert any(len(t.chosen) > 1 for t in tokenized)
     with torch.no_grad():
         wanted = torch.stack([torch.cat(pair_logprobs(plain, t)) for t in tokenized])
@@ -111,7 +111,7 @@ def test_response_logprobs_equal_hugging_face(real: Any, plain: Any) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side(real: Any, plain: Any, side: str) -> None:
-    tokenized = gr.tokenize_pairs(real, records()[1:3])
+    tokenized = gr.tokens.tokenize_pairs(real, records()[1:3])
     batch = scoring_batch(real, tokenized, padding_side=side)
     assert bool((batch.attention_mask == 0).any())
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_integrated_gradients_equal_captum(real: Any, plain: Any, bundled: bool)
     """A bundled record, and a short one with responses of several tokens."""
     several = gr.PreferencePair("The food was cold. Dinner was", " a very great joy", " an awful disappointment")
     record = gr.load_bundled("sentiment", "build")[0] if bundled else several
-    (pair,) = gr.tokenize_pairs(real, [record])
+    (pair,) = gr.tokens.tokenize_pairs(real, [record])
     assert bundled or min(len(pair.chosen), len(pair.rejected)) > 1
     found = gr.attribute(
         real, record, method="integrated_gradients", n_steps=8, baseline="zero", nodes="gauss_legendre"
@@ -193,7 +193,7 @@ def test_nothing_stays_after_an_exception(real: Any, ids: Tensor, step: Tensor) 
     with pytest.raises(RuntimeError, match="on purpose"):
         gr.generate(real, [PROMPT], [*steering(step), (f"blocks.{LAYER + 1}.hook_resid_post", fail)])
     with pytest.raises(RuntimeError, match="on purpose"):
-        gr.score_pairs(real, gr.tokenize_pairs(real, records()[:1]), [*steering(step), ("hook_embed", fail)])
+        gr.score_pairs(real, gr.tokens.tokenize_pairs(real, records()[:1]), [*steering(step), ("hook_embed", fail)])
     assert torch.equal(logits_of(real, ids), before)
 
 

@@ -13,20 +13,20 @@ import pytest
 import torch
 
 import grains_tl as gr
-from grains_tl.tokens import as_tokenized
+from grains_tl.tokens.pairs import as_tokenized
 
 LAYERS, NORMS = [1, 2], torch.tensor([5.0, 6.0])
 #: Name -> a call with the model, the records, and what was made of them beforehand.
 CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
-    "attribute_all": lambda m, r, _: gr.attribute_all(m, r),
+    "attribute_all": lambda m, r, _: gr.attribution.attribute_all(m, r),
     "score_pairs": lambda m, r, made: gr.score_pairs(m, r, made.vectors.hooks(0.2, [1])),
-    "measure": lambda m, r, made: gr.measure(m, r, [gr.Setting(1, made.vectors.hooks(0.2, [1]))]),
-    "next_token_kl": lambda m, r, made: gr.next_token_kl(m, r, made.vectors.hooks(0.2, [1])),
-    "curves": lambda m, r, made: gr.curves(m, r, made.attributions),
-    "read_out": lambda m, r, _: gr.read_out(m, r, layers=LAYERS),
-    "collect_differences": lambda m, r, made: gr.collect_differences(m, r, made.selections, layers=LAYERS),
-    "caa_differences": lambda m, r, _: gr.caa_differences(m, r, layers=LAYERS, resid_norms=NORMS),
-    "random_token_differences": lambda m, r, made: gr.random_token_differences(
+    "measure": lambda m, r, made: gr.evaluate.measure(m, r, [gr.evaluate.Setting(1, made.vectors.hooks(0.2, [1]))]),
+    "next_token_kl": lambda m, r, made: gr.evaluate.next_token_kl(m, r, made.vectors.hooks(0.2, [1])),
+    "curves": lambda m, r, made: gr.faithfulness.curves(m, r, made.attributions),
+    "read_out": lambda m, r, _: gr.vectors.read_out(m, r, layers=LAYERS),
+    "collect_differences": lambda m, r, made: gr.vectors.collect_differences(m, r, made.selections, layers=LAYERS),
+    "caa_differences": lambda m, r, _: gr.baselines.caa_differences(m, r, layers=LAYERS, resid_norms=NORMS),
+    "random_token_differences": lambda m, r, made: gr.baselines.random_token_differences(
         m, r, made.selections, layers=LAYERS, resid_norms=NORMS, n_draws=2
     ),
     "compare_with_controls": lambda m, r, made: gr.compare_with_controls(
@@ -43,10 +43,12 @@ class Made:
     """What the calls need besides records."""
 
     def __init__(self, model: Any, pairs: Any) -> None:
-        tokenized = gr.tokenize_pairs(model, pairs)
-        self.attributions = gr.attribute_all(model, tokenized)
-        self.selections = [gr.select_tokens(a, top_k=1) for a in self.attributions]
-        self.vectors = gr.reduce_vectors(gr.collect_differences(model, tokenized, self.selections, layers=LAYERS))
+        tokenized = gr.tokens.tokenize_pairs(model, pairs)
+        self.attributions = gr.attribution.attribute_all(model, tokenized)
+        self.selections = [gr.attribution.select_tokens(a, top_k=1) for a in self.attributions]
+        self.vectors = gr.vectors.reduce_vectors(
+            gr.vectors.collect_differences(model, tokenized, self.selections, layers=LAYERS)
+        )
         self.single = self.vectors.at([1])
 
 
@@ -66,7 +68,7 @@ def parts(result: Any) -> list[Any]:
 @pytest.mark.parametrize("name", CALLS)
 def test_pairs_give_what_tokenized_records_give(model: Any, pairs: list[gr.PreferencePair], name: str) -> None:
     made = Made(model, pairs)
-    given, expected = (parts(CALLS[name](model, r, made)) for r in (pairs, gr.tokenize_pairs(model, pairs)))
+    given, expected = (parts(CALLS[name](model, r, made)) for r in (pairs, gr.tokens.tokenize_pairs(model, pairs)))
     assert len(given) == len(expected) and any(isinstance(x, torch.Tensor) and x.numel() for x in expected)
     for one, other in zip(given, expected, strict=True):
         if isinstance(other, torch.Tensor):
@@ -77,7 +79,10 @@ def test_pairs_give_what_tokenized_records_give(model: Any, pairs: list[gr.Prefe
 
 def test_no_function_is_left_out() -> None:
     names = set()
-    for room in (gr, gr.analysis):
+    for room in (
+        gr,
+        *(gr.analysis, gr.attribution, gr.baselines, gr.evaluate, gr.faithfulness, gr.inference, gr.vectors),
+    ):
         for name in room.__all__:
             thing = getattr(room, name)
             if inspect.isfunction(thing):
@@ -92,14 +97,14 @@ def test_no_function_is_left_out() -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_one_record_is_refused(bridge: Any, pairs: list[gr.PreferencePair], name: str) -> None:
     made = Made(bridge, pairs)
-    for single in (pairs[0], gr.tokenize_pairs(bridge, pairs)[0]):
+    for single in (pairs[0], gr.tokens.tokenize_pairs(bridge, pairs)[0]):
         with pytest.raises(ValueError, match=r"records are a \w+Pair; a list of PreferencePair .* \[record\] for one"):
             CALLS[name](bridge, single, made)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_kinds_are_refused(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     assert as_tokenized(bridge, tokenized) == tokenized == as_tokenized(bridge, iter(pairs))
     for wrong, words in [
         ("pairs.jsonl", r"records are a str; .*load_pairs"),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_report import EVIL, fake_set, poisoned
 
-from grains_tl.report import write_report
+from grains_tl.demo.text_report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 #: Would each leave a mark on the page if it ran.

@@ -14,23 +14,24 @@ from oracles import edited, pair_logprobs, steered
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl import scoring
-from grains_tl.batches import scoring_batch
-from grains_tl.models import forward_logits
-from grains_tl.objectives import Objective, token_logprobs, token_weights
-from grains_tl.scoring import batch_logprobs, prepare_restart, restart_logprobs, score_batches
+from grains_tl.inference import restart as scoring
+from grains_tl.inference.batches import scoring_batch
+from grains_tl.inference.logprobs import batch_logprobs, score_batches
+from grains_tl.inference.objectives import Objective, token_logprobs, token_weights
+from grains_tl.inference.restart import prepare_restart, restart_logprobs
+from grains_tl.models.running import forward_logits
 
 LOGPROB_ATOL = 1e-4  # float32 round-off of log-probabilities of some nats, summed in another order
 LAYERS = [0, 1, 2]
 OBJECTIVES = list(get_args(Objective))
 
 
-def usable(tokenized: Sequence[gr.TokenizedPair], objective: str) -> list[gr.TokenizedPair]:
+def usable(tokenized: Sequence[gr.tokens.TokenizedPair], objective: str) -> list[gr.tokens.TokenizedPair]:
     """objective="single" needs a token that differs."""
     return [t for t in tokenized if objective != "single" or t.chosen[0] != t.rejected[0] or len(t.chosen) > 1]
 
 
-def plain_scores(hf: Any, tokenized: Sequence[gr.TokenizedPair], objective: str = "sum") -> Tensor:
+def plain_scores(hf: Any, tokenized: Sequence[gr.tokens.TokenizedPair], objective: str = "sum") -> Tensor:
     """A plain loop: one sequence at a time, full logits, log_softmax."""
     with torch.no_grad():
         return torch.tensor([[float(x) for x in pair_logprobs(hf, t, objective)] for t in tokenized])
@@ -42,27 +43,27 @@ def direction(seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_scores_equal_a_plain_loop(model: Any, hf: Any, pairs: list[gr.PreferencePair], objective: Objective) -> None:
-    tokenized = usable(gr.tokenize_pairs(model, pairs), objective)
+    tokenized = usable(gr.tokens.tokenize_pairs(model, pairs), objective)
     found = gr.score_pairs(model, tokenized, objective=objective)
     torch.testing.assert_close(found, plain_scores(hf, tokenized, objective), atol=LOGPROB_ATOL, rtol=0)
 
 
 def test_scores_equal_a_plain_loop_with_learned_positions(pairs: list[gr.PreferencePair]) -> None:
     model, hf = tiny_model("bridge", "gpt2"), tiny_hf("gpt2")
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     torch.testing.assert_close(gr.score_pairs(model, tokenized), plain_scores(hf, tokenized), atol=LOGPROB_ATOL, rtol=0)
 
 
 def test_objectives_differ(model: Any, pairs: list[gr.PreferencePair]) -> None:
     """A negative control: the three objectives are not the same number on a response of several tokens."""
-    tokenized = gr.tokenize_pairs(model, pairs)[1:2]
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)[1:2]
     values = [float(gr.score_pairs(model, tokenized, objective=o)[0, 0]) for o in OBJECTIVES]
     assert min(abs(a - b) for i, a in enumerate(values) for b in values[:i]) > 100 * LOGPROB_ATOL
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 def test_any_batching_gives_the_same(model: Any, pairs: list[gr.PreferencePair], max_tokens: int) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     single = torch.cat([gr.score_pairs(model, [t]) for t in tokenized])
     torch.testing.assert_close(
         gr.score_pairs(model, tokenized, max_tokens=max_tokens), single, atol=LOGPROB_ATOL, rtol=0
@@ -71,7 +72,7 @@ def test_any_batching_gives_the_same(model: Any, pairs: list[gr.PreferencePair],
 
 # Was a bug: a record with two rows counts as one, so a pass holds up to twice the budget.
 def test_token_budget_holds_for_a_forward_pass(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(bridge, pairs) * 4
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs) * 4
     budget = 100
     batches = list(score_batches(bridge, tokenized, max_tokens=budget))
     assert sorted(i for group, _ in batches for i in group) == list(range(len(tokenized)))
@@ -80,11 +81,11 @@ def test_token_budget_holds_for_a_forward_pass(bridge: Any, pairs: list[gr.Prefe
 
 
 def test_hooks_may_depend_on_the_batch(model: Any, hf: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     step = direction()
 
     def steer_prompts(batch: Any) -> Any:
-        return gr.steer_hook(
+        return gr.hooks.steer_hook(
             1, step, float(step.norm()), operator="add", positions="prompt", prompt_len=batch.prompt_len
         )
 
@@ -109,7 +110,7 @@ def test_logits_only_where_they_are_asked_for(model: Any, hf: Any) -> None:
 def test_unknown_hook_name_is_refused(model: Any, pairs: list[gr.PreferencePair]) -> None:
     hooks: Any = [("blocks.1.hook_resid_pots", lambda act, hook: act)]
     with pytest.raises(KeyError, match="hook_resid_pots.*hook_resid_post"):
-        gr.score_pairs(model, gr.tokenize_pairs(model, pairs), hooks)
+        gr.score_pairs(model, gr.tokens.tokenize_pairs(model, pairs), hooks)
 
 
 # -- objectives -------------------------------------------------------------------------------------------------------
@@ -148,10 +149,10 @@ def test_unknown_objective(unchecked: None) -> None:
 def test_restart_equals_a_full_run_and_a_plain_hook(
     model: Any, hf: Any, pairs: list[gr.PreferencePair], layer: int
 ) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     batch = scoring_batch(model, tokenized)
     step = direction(layer)
-    hooks = gr.steer_hook(layer, step, 3.0)
+    hooks = gr.hooks.steer_hook(layer, step, 3.0)
     restart = prepare_restart(model, batch, LAYERS)
     assert restart.exact
     torch.testing.assert_close(restart.base, plain_scores(hf, tokenized), atol=LOGPROB_ATOL, rtol=0)
@@ -164,8 +165,8 @@ def test_restart_equals_a_full_run_and_a_plain_hook(
 
 
 def test_restart_with_hooks_at_several_layers(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    batch = scoring_batch(model, gr.tokenize_pairs(model, pairs))
-    hooks = [h for layer in LAYERS for h in gr.steer_hook(layer, direction(layer), 2.0)]
+    batch = scoring_batch(model, gr.tokens.tokenize_pairs(model, pairs))
+    hooks = [h for layer in LAYERS for h in gr.hooks.steer_hook(layer, direction(layer), 2.0)]
     restart = prepare_restart(model, batch, LAYERS)
     with torch.no_grad():
         for first in (0, 1):
@@ -175,11 +176,11 @@ def test_restart_with_hooks_at_several_layers(model: Any, pairs: list[gr.Prefere
 
 
 def test_restart_runs_hooks_of_one_layer_in_order(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    batch = scoring_batch(model, gr.tokenize_pairs(model, pairs))
+    batch = scoring_batch(model, gr.tokens.tokenize_pairs(model, pairs))
     restart = prepare_restart(model, batch, [1])
     add, clamp = (
-        gr.steer_hook(1, direction(), 3.0, operator="add"),
-        gr.steer_hook(1, direction(), 0.0, operator="clamp"),
+        gr.hooks.steer_hook(1, direction(), 3.0, operator="add"),
+        gr.hooks.steer_hook(1, direction(), 0.0, operator="clamp"),
     )
     with torch.no_grad():
         for hooks in (add + clamp, clamp + add):
@@ -188,16 +189,16 @@ def test_restart_runs_hooks_of_one_layer_in_order(model: Any, pairs: list[gr.Pre
 
 
 def test_restart_without_hooks_is_the_base(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    restart = prepare_restart(model, scoring_batch(model, gr.tokenize_pairs(model, pairs)), LAYERS)
+    restart = prepare_restart(model, scoring_batch(model, gr.tokens.tokenize_pairs(model, pairs)), LAYERS)
     for layer in LAYERS:
         torch.testing.assert_close(restart_logprobs(model, restart, layer, []), restart.base, atol=LOGPROB_ATOL, rtol=0)
 
 
 def test_a_restart_that_is_not_exact_runs_the_whole_model(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    batch = scoring_batch(model, gr.tokenize_pairs(model, pairs))
+    batch = scoring_batch(model, gr.tokens.tokenize_pairs(model, pairs))
     restart = prepare_restart(model, batch, LAYERS)
     spoiled = {layer: torch.full_like(resid, math.nan) for layer, resid in restart.resid.items()}
-    hooks = gr.steer_hook(1, direction(), 3.0)
+    hooks = gr.hooks.steer_hook(1, direction(), 3.0)
     with torch.no_grad():
         wanted = batch_logprobs(model, batch, hooks)
     found = restart_logprobs(model, replace(restart, resid=spoiled, exact=False), 1, hooks)
@@ -211,7 +212,7 @@ def test_a_model_that_cannot_be_continued_is_noticed(
     """As with a soft-cap after the unembedding that a continued run leaves out."""
     true_continue = scoring._continue
     monkeypatch.setattr(scoring, "_continue", lambda *args: true_continue(*args) + 0.1 * direction())
-    batch = scoring_batch(model, gr.tokenize_pairs(model, pairs))
+    batch = scoring_batch(model, gr.tokens.tokenize_pairs(model, pairs))
     restart = prepare_restart(model, batch, [0])
     assert not restart.exact
     with torch.no_grad():
@@ -219,9 +220,9 @@ def test_a_model_that_cannot_be_continued_is_noticed(
 
 
 def test_restart_leaves_no_hooks(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    batch = scoring_batch(model, gr.tokenize_pairs(model, pairs))
+    batch = scoring_batch(model, gr.tokens.tokenize_pairs(model, pairs))
     with torch.no_grad():
         before = batch_logprobs(model, batch)
-        restart_logprobs(model, prepare_restart(model, batch, LAYERS), 0, gr.steer_hook(1, direction(), 3.0))
+        restart_logprobs(model, prepare_restart(model, batch, LAYERS), 0, gr.hooks.steer_hook(1, direction(), 3.0))
         assert torch.equal(batch_logprobs(model, batch), before)
     assert not any(block._forward_pre_hooks for block in model.blocks)

@@ -11,8 +11,8 @@ import torch
 from conftest import tiny_model
 
 import grains_tl as gr
-from grains_tl.faithfulness import compare_attributions
-from grains_tl.selfcheck import check_model
+from grains_tl.evaluate.model_check import check_model
+from grains_tl.faithfulness.compare import compare_attributions
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -36,7 +36,9 @@ def test_a_model_with_nan_weights_is_named() -> None:
 def test_an_edit_that_leaks_backwards_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     # a hook point that reads the layer after its own
-    monkeypatch.setattr("grains_tl.selfcheck.resid_post", lambda layer: f"blocks.{2 - layer}.hook_resid_post")
+    monkeypatch.setattr(
+        "grains_tl.evaluate.model_check.resid_post", lambda layer: f"blocks.{2 - layer}.hook_resid_post"
+    )
     failed = set(check_model(model).query("not ok")["check"])
     assert "an edit at a layer changes nothing before it" in failed
 

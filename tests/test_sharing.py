@@ -13,12 +13,11 @@ from torch import Tensor
 
 import grains_tl as gr
 from benchmarks.common import count_operations
-from grains_tl import sharing
-from grains_tl.attribution import methods, removal
+from grains_tl.attribution import methods, removal, sharing
 from grains_tl.attribution.field import ModelField, Run
 from grains_tl.attribution.removal import Removal, values_without
-from grains_tl.scoring import batch_logprobs
-from grains_tl.sharing import branch, row_length, rows_of, shared_batches
+from grains_tl.attribution.sharing import branch, row_length, rows_of, shared_batches
+from grains_tl.inference.logprobs import batch_logprobs
 
 VALUE_ATOL = 1e-4  # differences of float32 log-probabilities of some nats
 LONG = gr.PreferencePair(
@@ -26,7 +25,7 @@ LONG = gr.PreferencePair(
 )
 
 
-def removals_of(tokenized: list[gr.TokenizedPair]) -> list[Removal]:
+def removals_of(tokenized: list[gr.tokens.TokenizedPair]) -> list[Removal]:
     """Nothing, every token by itself, and a few together."""
     found: list[Removal] = []
     for r, pair in enumerate(tokenized):
@@ -47,7 +46,9 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     return run
 
 
-def one_at_a_time(hf: Any, tokenized: list[gr.TokenizedPair], removals: list[Removal], stand_in: Tensor) -> Tensor:
+def one_at_a_time(
+    hf: Any, tokenized: list[gr.tokens.TokenizedPair], removals: list[Removal], stand_in: Tensor
+) -> Tensor:
     """A plain loop over the Hugging Face model: embeddings replaced, full logits, one response at a time."""
     embed, values = hf.get_input_embeddings(), []
     with torch.no_grad():
@@ -66,7 +67,7 @@ def one_at_a_time(hf: Any, tokenized: list[gr.TokenizedPair], removals: list[Rem
 @pytest.mark.parametrize("max_tokens", [1, 60, 512])
 def test_shared_rows_equal_a_plain_loop(name: str, max_tokens: int, pairs: list[gr.PreferencePair]) -> None:
     model, hf = tiny_model("bridge", name), tiny_hf(name)
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     removals = removals_of(tokenized)
     wanted = one_at_a_time(hf, tokenized, removals, hf.get_input_embeddings().weight.mean(0))
     with count_operations(model) as counts:
@@ -83,7 +84,7 @@ def test_values_do_not_depend_on_sharing(
     model: Any, plain: Any, pairs: list[gr.PreferencePair], masker: Any, objective: Any
 ) -> None:
     """Both model classes; knocked-out attention is never shared."""
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     args, how = (model, tokenized, removals_of(tokenized)), {"masker": masker, "objective": objective}
     torch.testing.assert_close(values_without(*args, **how), plain(*args, **how), atol=VALUE_ATOL, rtol=0)
 
@@ -93,7 +94,7 @@ def test_families(family: str, plain: Any, pairs: list[gr.PreferencePair]) -> No
     """Also where windows slide (16 tokens: the longest record is longer): the check then chooses the plain run."""
     model = architecture(family)
     long = gr.PreferencePair(prompt=" ".join([str(pairs[0].prompt)] * 2), chosen=" great", rejected=" awful and cold")
-    tokenized = gr.tokenize_pairs(model, [*pairs, long])
+    tokenized = gr.tokens.tokenize_pairs(model, [*pairs, long])
     removals = removals_of(tokenized)
     wanted = plain(model, tokenized, removals)
     torch.testing.assert_close(values_without(model, tokenized, removals), wanted, atol=VALUE_ATOL, rtol=0)
@@ -102,7 +103,7 @@ def test_families(family: str, plain: Any, pairs: list[gr.PreferencePair]) -> No
 def test_a_wrong_mask_is_noticed(plain: Any, pairs: list[gr.PreferencePair], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token sees all earlier ones of its row: the values would be wrong, so plain runs give them."""
     model = tiny_model("bridge")
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     removals = removals_of(tokenized)
     wanted = plain(model, tokenized, removals)
     monkeypatch.setattr(sharing, "_sees", lambda pos, *_: pos[:, None, :] <= pos[:, :, None])
@@ -117,13 +118,13 @@ def test_a_wrong_mask_is_noticed(plain: Any, pairs: list[gr.PreferencePair], mon
 
 
 def test_what_is_not_shared(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     assert sharing.can_share(model, tokenized) == hasattr(model, "original_model")
     assert not sharing.shares_prompts(model, [t for t in tokenized if len(t.inputs) == 1], "sum")
 
 
 def test_rows_hold_every_branch_once(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     branches = [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals_of(tokenized))]
     rows = rows_of(tokenized, branches, 60)
     assert sorted(one.run for row in rows for one in row) == list(range(len(branches)))
@@ -133,7 +134,7 @@ def test_rows_hold_every_branch_once(bridge: Any, pairs: list[gr.PreferencePair]
 
 def test_visibility_by_hand(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     """Follow the tokens that each token sees: they spell the run's own input up to it, and nothing else."""
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     branches = [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals_of(tokenized))]
     rows = rows_of(tokenized, branches)
     for part, batch, hidden in shared_batches(bridge, tokenized, rows, "sum", max_tokens=512):
@@ -155,7 +156,7 @@ def test_gradients_do_not_depend_on_sharing(
     bridge: Any, pairs: list[gr.PreferencePair], monkeypatch: pytest.MonkeyPatch, objective: Any
 ) -> None:
     """Integrated gradients with both responses after one prompt, against two rows."""
-    tokenized = gr.tokenize_pairs(bridge, [p for p in pairs if len(str(p.chosen).split()) > 1])
+    tokenized = gr.tokens.tokenize_pairs(bridge, [p for p in pairs if len(str(p.chosen).split()) > 1])
     how: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 4, "objective": objective}
     with count_operations(bridge) as few:
         found = gr.attribution.attribute_all(bridge, tokenized, **how)
@@ -169,7 +170,7 @@ def test_gradients_do_not_depend_on_sharing(
 
 
 def test_a_pass_with_a_graph_takes_half_the_budget(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(bridge, pairs) * 4
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs) * 4
     sizes: list[int] = []
     for gradient in (False, True):
         field = ModelField(bridge, tokenized, max_tokens=100)
@@ -188,7 +189,7 @@ def test_a_pass_with_a_graph_takes_half_the_budget(bridge: Any, pairs: list[gr.P
 def test_real_model(smollm2: Any, plain: Any) -> None:
     """Leave-one-out on both model classes: shared or not, the same scores."""
     model = smollm2.bridge
-    tokenized = gr.tokenize_pairs(model, [*gr.load_bundled("sentiment", "build")[:3], LONG])
+    tokenized = gr.tokens.tokenize_pairs(model, [*gr.load_bundled("sentiment", "build")[:3], LONG])
     removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
     removals += [(r, (p,)) for r, pair in enumerate(tokenized) for p in range(len(pair.prompt))]
     with count_operations(model) as few:

@@ -21,8 +21,9 @@ from conftest import TL_MAJOR
 from nbclient import NotebookClient
 
 import grains_tl as gr
-from grains_tl.cli import main, side_by_side
-from grains_tl.demo import QUICK, DemoSettings, run_demo, summary
+from grains_tl.cli.main import main, side_by_side
+from grains_tl.demo.one_set import DemoSettings
+from grains_tl.demo.text import QUICK, run_demo, summary
 
 ROOT = Path(__file__).parent.parent
 TRUTHFULQA = ROOT.parent / "shared/data/truthfulqa/truthfulqa_half.csv"
@@ -110,7 +111,7 @@ def test_build_then_steer_on_truthfulqa(
 ) -> None:
     if not TRUTHFULQA.exists():
         pytest.skip(f"no {TRUTHFULQA.name} beside the project")
-    monkeypatch.setattr("grains_tl.models.load_model", lambda *a, **k: smollm2.bridge)
+    monkeypatch.setattr("grains_tl.models.loading.load_model", lambda *a, **k: smollm2.bridge)
     out = tmp_path / "vectors.safetensors"
     build = ["build", "--pairs", str(TRUTHFULQA), *COLUMNS, "--limit", "2", "--top-k", "2", "--layers", "12,15"]
     assert main([*build, "--model", "smollm2", "--out", str(out)]) == 0

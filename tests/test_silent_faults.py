@@ -13,17 +13,18 @@ import torch
 
 import grains_tl as gr
 from grains_tl.attribution.removal import leave_k_out_scores
-from grains_tl.cli import main
-from grains_tl.demo_set import DemoSettings, _layers
-from grains_tl.effects import _rows
-from grains_tl.scoring import batch_logprobs, prepare_restart, restart_logprobs, score_batches
+from grains_tl.cli.main import main
+from grains_tl.demo.one_set import DemoSettings, _layers
+from grains_tl.evaluate.records import _rows
+from grains_tl.inference.logprobs import batch_logprobs, score_batches
+from grains_tl.inference.restart import prepare_restart, restart_logprobs
 
 STRANGE = ("<eos> <pad>", " great", " awful")  # a prompt of special tokens alone
 
 
 @pytest.fixture
-def tokenized(bridge: Any, pairs: list[gr.PreferencePair]) -> list[gr.TokenizedPair]:
-    return gr.tokenize_pairs(bridge, pairs)
+def tokenized(bridge: Any, pairs: list[gr.PreferencePair]) -> list[gr.tokens.TokenizedPair]:
+    return gr.tokens.tokenize_pairs(bridge, pairs)
 
 
 @pytest.fixture
@@ -35,18 +36,20 @@ def vectors() -> gr.SteeringVectors:
 # -- layers in another order than rising ------------------------------------------------------------------------------
 
 
-def test_layers_keep_their_labels_in_any_order(bridge: Any, tokenized: list[gr.TokenizedPair]) -> None:
+def test_layers_keep_their_labels_in_any_order(bridge: Any, tokenized: list[gr.tokens.TokenizedPair]) -> None:
     """Rows were sorted by layer while the labels and the norms beside them were not."""
     norms = torch.tensor([1.0, 2.0])
     down, up = (
-        gr.caa_differences(bridge, tokenized, layers=layers, resid_norms=scale)
+        gr.baselines.caa_differences(bridge, tokenized, layers=layers, resid_norms=scale)
         for layers, scale in (([2, 0], norms), ([0, 2], norms.flip(0)))
     )
     assert torch.equal(down.at([0, 2]).toward_chosen, up.toward_chosen)
     assert torch.equal(down.at([0, 2]).resid_norms, up.resid_norms)
-    selections = [gr.Selection((0,), (1,))] * len(tokenized)
+    selections = [gr.attribution.Selection((0,), (1,))] * len(tokenized)
     one, other = (
-        gr.random_token_differences(bridge, tokenized, selections, layers=layers, resid_norms=norms, n_draws=1)[0]
+        gr.baselines.random_token_differences(
+            bridge, tokenized, selections, layers=layers, resid_norms=norms, n_draws=1
+        )[0]
         for layers in ([2, 0], [0, 2])
     )
     assert torch.equal(one.at([0, 2]).toward_chosen, other.toward_chosen)
@@ -55,11 +58,11 @@ def test_layers_keep_their_labels_in_any_order(bridge: Any, tokenized: list[gr.T
     assert torch.equal(found, every[:, :, [2, 0]])
 
 
-def test_norms_come_in_the_order_of_the_layers(model: Any, tokenized: list[gr.TokenizedPair]) -> None:
+def test_norms_come_in_the_order_of_the_layers(model: Any, tokenized: list[gr.tokens.TokenizedPair]) -> None:
     found = []
     for layers in ([2, 0, 2], [0, 1, 2]):
         norms: list[torch.Tensor] = []
-        gr.read_out(model, tokenized, layers=layers, norms=norms)
+        gr.vectors.read_out(model, tokenized, layers=layers, norms=norms)
         found.append(torch.cat(norms, dim=1))
     assert torch.equal(found[0], found[1][[2, 0, 2]])
 
@@ -67,21 +70,23 @@ def test_norms_come_in_the_order_of_the_layers(model: Any, tokenized: list[gr.To
 # -- lists that do not belong together --------------------------------------------------------------------------------
 
 
-def test_masked_positions_are_those_of_the_records(bridge: Any, tokenized: list[gr.TokenizedPair]) -> None:
-    some = [gr.Selection((0,), (1,))] * 2
+def test_masked_positions_are_those_of_the_records(bridge: Any, tokenized: list[gr.tokens.TokenizedPair]) -> None:
+    some = [gr.attribution.Selection((0,), (1,))] * 2
     with pytest.raises(ValueError, match="2 selections for 4 records"):  # the others counted as nothing masked
-        gr.collect_differences(bridge, tokenized, some, layers=[1])
+        gr.vectors.collect_differences(bridge, tokenized, some, layers=[1])
     with pytest.raises(ValueError, match="3 lists of masked positions for 4 records"):
-        gr.read_out(bridge, tokenized, [[0]] * 3, layers=[1])
+        gr.vectors.read_out(bridge, tokenized, [[0]] * 3, layers=[1])
     with pytest.raises(ValueError, match=r"record 2: masked positions \[9\]; its prompt has positions 0 to 3"):
-        gr.read_out(bridge, tokenized, [[0], [9], [0], [0]], layers=[1], readout="response_end")  # a response's token
+        gr.vectors.read_out(
+            bridge, tokenized, [[0], [9], [0], [0]], layers=[1], readout="response_end"
+        )  # a response's token
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_questions_are_not_dropped(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     question = gr.MultipleChoice("the film was", (" good", " bad"), (True, False))
     with pytest.raises(ValueError, match=r"\['MultipleChoice', 'PreferencePair'\]"):
-        gr.score_choices(bridge, [question, pairs[0]])  # type: ignore[arg-type]
+        gr.inference.score_choices(bridge, [question, pairs[0]])  # type: ignore[arg-type]
 
 
 # -- hooks that never run ---------------------------------------------------------------------------------------------
@@ -91,29 +96,29 @@ def test_questions_are_not_dropped(bridge: Any, pairs: list[gr.PreferencePair]) 
 def test_hooks_below_their_setting_are_refused(
     bridge: Any,
     pairs: list[gr.PreferencePair],
-    tokenized: list[gr.TokenizedPair],
+    tokenized: list[gr.tokens.TokenizedPair],
     vectors: gr.SteeringVectors,
     as_function: bool,
 ) -> None:
     """They were left out, and the setting measured as one without any effect."""
     for hooks in (vectors.hooks(0.5, [0]), [("blocks.1.hook_mlp_out", lambda act, hook: act * 2)]):
         given: Any = (lambda batch, hooks=hooks: hooks) if as_function else hooks
-        setting = gr.Setting(1, given, key="mine")
+        setting = gr.evaluate.Setting(1, given, key="mine")
         with pytest.raises(ValueError, match=r"setting of layer 1 has a hook on blocks\.\d\.hook_\w+, .* never run"):
-            gr.measure(bridge, tokenized, [setting])
+            gr.evaluate.measure(bridge, tokenized, [setting])
         with pytest.raises(ValueError, match="never run"):
-            gr.record_effects(bridge, pairs, [setting])
+            gr.evaluate.record_effects(bridge, pairs, [setting])
         with pytest.raises(ValueError, match="never run"):
-            gr.text_costs(bridge, [setting], ["the film was good"])
+            gr.evaluate.text_costs(bridge, [setting], ["the film was good"])
     inside = [("blocks.1.hook_mlp_out", lambda act, hook: act * 2)]
-    _, found = gr.measure(bridge, tokenized, [gr.Setting(0, inside)])
+    _, found = gr.evaluate.measure(bridge, tokenized, [gr.evaluate.Setting(0, inside)])
     wanted = gr.score_pairs(bridge, tokenized, inside)
     torch.testing.assert_close(found[0], wanted, atol=1e-4, rtol=0)
 
 
 def test_rows_told_apart_beside_a_huge_token(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     """Rows of one prompt are packed unless a hook tells them apart, whatever the size of the first token."""
-    _, batch = next(iter(score_batches(bridge, gr.tokenize_pairs(bridge, pairs[1:2]))))
+    _, batch = next(iter(score_batches(bridge, gr.tokens.tokenize_pairs(bridge, pairs[1:2]))))
     step = torch.randn(32, generator=torch.Generator().manual_seed(0))
 
     def apart(act: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -138,9 +143,11 @@ def test_costs_of_hooks_without_a_key_are_not_taken_from_a_file(
     """They were called by their place in the list, so that other hooks got the costs of the first ones."""
     path, texts = tmp_path / "costs.jsonl", ["the film was good and the room was warm"]
     with pytest.raises(ValueError, match="a key, which grid"):
-        gr.text_costs(bridge, [gr.Setting(0, vectors.hooks(0.5, [0]))], texts, checkpoint=path)
-    named = gr.grid({"v": vectors}, [0], [0.5])
-    assert gr.text_costs(bridge, named, texts, checkpoint=path).equals(gr.text_costs(bridge, named, texts))
+        gr.evaluate.text_costs(bridge, [gr.evaluate.Setting(0, vectors.hooks(0.5, [0]))], texts, checkpoint=path)
+    named = gr.evaluate.grid({"v": vectors}, [0], [0.5])
+    assert gr.evaluate.text_costs(bridge, named, texts, checkpoint=path).equals(
+        gr.evaluate.text_costs(bridge, named, texts)
+    )
 
 
 def test_vectors_with_one_tensor_for_both_norms_can_be_saved(tmp_path: Path) -> None:
@@ -192,21 +199,23 @@ def test_a_choice_from_joined_tables(bridge: Any, pairs: list[gr.PreferencePair]
 def test_mc2_of_long_answers_does_not_overflow() -> None:
     logprobs = np.array([[-900.0, -1.0], [-1.0, -900.0]])
     pair = gr.PreferencePair("a", " b", " c")
-    found = _rows(0, pair, logprobs, [(1,), (1,), (1,)], "sum", [gr.Setting(0, [], alpha=0.1)])
+    found = _rows(0, pair, logprobs, [(1,), (1,), (1,)], "sum", [gr.evaluate.Setting(0, [], alpha=0.1)])
     assert found["base_mc2"][0] == pytest.approx(0.0) and found["mc2"][0] == 1.0
-    short = _rows(0, pair, np.array([[-2.0, -1.0]] * 2), [(1,), (1,), (1,)], "sum", [gr.Setting(0, [], alpha=0.1)])
+    short = _rows(
+        0, pair, np.array([[-2.0, -1.0]] * 2), [(1,), (1,), (1,)], "sum", [gr.evaluate.Setting(0, [], alpha=0.1)]
+    )
     assert short["mc2"][0] == pytest.approx(1 / (1 + math.e))
 
 
 def test_effect_at_kl_without_costs(bridge: Any, pairs: list[gr.PreferencePair], vectors: gr.SteeringVectors) -> None:
-    found, costs = gr.sweep_records(bridge, vectors, pairs, layers=[1], alphas=[0.2], progress=False)
+    found, costs = gr.evaluate.sweep_records(bridge, vectors, pairs, layers=[1], alphas=[0.2], progress=False)
     with pytest.raises(ValueError, match="give neutral texts to sweep_records"):
-        gr.effect_at_kl(found, costs)
+        gr.evaluate.effect_at_kl(found, costs)
 
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_comparison_with_no_records_for_the_draws(
-    bridge: Any, tokenized: list[gr.TokenizedPair], vectors: gr.SteeringVectors, n: int
+    bridge: Any, tokenized: list[gr.tokens.TokenizedPair], vectors: gr.SteeringVectors, n: int
 ) -> None:
     one = vectors.at([1])
     with pytest.raises(ValueError, match=f"n_test_draws={n}"):
@@ -216,10 +225,10 @@ def test_comparison_with_no_records_for_the_draws(
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_shares_of_curves_as_an_array(bridge: Any, tokenized: list[gr.TokenizedPair]) -> None:
-    found = gr.attribute_all(bridge, tokenized[:1])
+def test_shares_of_curves_as_an_array(bridge: Any, tokenized: list[gr.tokens.TokenizedPair]) -> None:
+    found = gr.attribution.attribute_all(bridge, tokenized[:1])
     given: list[Any] = [np.array([0.2, 0.5]), [0.2, 0.5]]
-    one, other = (gr.curves(bridge, tokenized[:1], found, shares=shares) for shares in given)
+    one, other = (gr.faithfulness.curves(bridge, tokenized[:1], found, shares=shares) for shares in given)
     assert torch.equal(one.deleted, other.deleted)
 
 
@@ -230,11 +239,11 @@ def test_messages_of_parts_stay_parts() -> None:
     """They became the text of a Python list."""
     system = {"role": "system", "content": [{"type": "text", "text": "old"}]}
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "2 + 2?"}]}
-    pair = gr.with_system_prompt([gr.PreferencePair([system, user], "4", "5")], "new")[0]
+    pair = gr.baselines.with_system_prompt([gr.PreferencePair([system, user], "4", "5")], "new")[0]
     messages: Any = pair.prompt
     texts = [part["text"] for part in messages[0]["content"]]
     assert texts == ["new\n\n", "old"] and messages[1] == user
-    letters: Any = gr.letters(gr.MultipleChoice([user], ("4", "5"), (True, False))).prompt
+    letters: Any = gr.records.letters(gr.MultipleChoice([user], ("4", "5"), (True, False))).prompt
     asked = letters[0]["content"]
     assert asked[:2] == user["content"] and asked[2]["text"] == "\nA. 4\nB. 5\nAnswer:"
 
@@ -248,16 +257,20 @@ def test_a_prompt_without_content(bridge: Any, pairs: list[gr.PreferencePair]) -
     alone = gr.attribute(bridge, strange, method="leave_k_out", n_steps=4, content_only=True)
     assert alone.scores.isnan().all()
     options: Any = {"method": "leave_k_out", "n_steps": 8, "content_only": True}
-    mixed = gr.attribute_all(bridge, gr.tokenize_pairs(bridge, [pairs[0], strange, pairs[1]]), **options)
+    mixed = gr.attribution.attribute_all(
+        bridge, gr.tokens.tokenize_pairs(bridge, [pairs[0], strange, pairs[1]]), **options
+    )
     for found, pair in zip(mixed, (pairs[0], strange, pairs[1]), strict=True):
         wanted = gr.attribute(bridge, pair, **options)
         torch.testing.assert_close(found.scores, wanted.scores, equal_nan=True, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="no prompt has a content token"):
-        gr.collect_differences(bridge, gr.tokenize_pairs(bridge, [strange]), [gr.Selection((), ())], layers=[1])
+        gr.vectors.collect_differences(
+            bridge, gr.tokens.tokenize_pairs(bridge, [strange]), [gr.attribution.Selection((), ())], layers=[1]
+        )
 
 
 def test_no_units_no_draws(bridge: Any) -> None:
-    tokenized = gr.tokenize_pairs(bridge, [gr.PreferencePair(*STRANGE)])
+    tokenized = gr.tokens.tokenize_pairs(bridge, [gr.PreferencePair(*STRANGE)])
     shared: Any = {"objective": "sum", "masker": "zero", "image_masker": "mean_patch", "max_tokens": 64}
     scores, values = leave_k_out_scores(bridge, tokenized, [[]], [torch.Generator()], k=3, n_draws=4, **shared)
     whole = gr.score_pairs(bridge, tokenized)
@@ -276,13 +289,13 @@ def test_means_are_not_rounded_in_half_precision() -> None:
     """1/n is no bfloat16 number, and sums of that type are rounded: means were 0.4 % off, and differences of means more."""
     act = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     store = torch.zeros(2, 1, 64)
-    ((_, fn),) = gr.cache_hook([0], torch.full((2, 7), 1 / 7), store)
+    ((_, fn),) = gr.hooks.cache_hook([0], torch.full((2, 7), 1 / 7), store)
     fn(act, hook=None)
     torch.testing.assert_close(store[:, 0], act.float().mean(1), atol=1e-6, rtol=1e-5)
 
 
 def test_reading_a_vector_is_exact_under_autocast(
-    bridge: Any, tokenized: list[gr.TokenizedPair], vectors: gr.SteeringVectors
+    bridge: Any, tokenized: list[gr.tokens.TokenizedPair], vectors: gr.SteeringVectors
 ) -> None:
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         neighbours = [gr.analysis.embedding_neighbours(bridge, vectors, space=s, n_top=3) for s in ("embed", "unembed")]
@@ -296,13 +309,13 @@ def test_reading_a_vector_is_exact_under_autocast(
 
 
 def test_writers_and_heads_under_autocast(
-    bridge: Any, pairs: list[gr.PreferencePair], tokenized: list[gr.TokenizedPair], vectors: gr.SteeringVectors
+    bridge: Any, pairs: list[gr.PreferencePair], tokenized: list[gr.tokens.TokenizedPair], vectors: gr.SteeringVectors
 ) -> None:
     """The run itself is rounded; what is made of it is not: parts add up, and what a head writes is its weights' product."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         parts = gr.analysis.writers(bridge, tokenized, vectors, layer=1)
-        whole = gr.read_out(bridge, tokenized, layers=[1])[:, 0]
-        heads = gr.head_vectors(bridge, pairs, layers=[1], n_heads=2)
+        whole = gr.vectors.read_out(bridge, tokenized, layers=[1])[:, 0]
+        heads = gr.baselines.head_vectors(bridge, pairs, layers=[1], n_heads=2)
     along = (whole.double() * vectors.directions[1].double()).sum(-1).mean()
     assert parts["projection"].sum() == pytest.approx(float(along), rel=1e-4)
     assert heads.writes.dtype == heads.sigmas.dtype == torch.float32

@@ -35,7 +35,7 @@ def activations(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) 
 
 
 def hook_of(*args: Any, **kwargs: Any) -> Any:
-    ((_, fn),) = gr.steer_hook(*args, **kwargs)
+    ((_, fn),) = gr.hooks.steer_hook(*args, **kwargs)
     return lambda act: fn(act, hook=None)
 
 
@@ -201,7 +201,7 @@ def test_mask_of_another_shape() -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_steering_touches_one_layer_and_what_follows(model: Any, layer: int) -> None:
     plain = record(model, IDS, [])
-    under = record(model, IDS, gr.steer_hook(layer, direction(), 2.5, operator="add"))
+    under = record(model, IDS, gr.hooks.steer_hook(layer, direction(), 2.5, operator="add"))
     for earlier in range(layer):
         assert torch.equal(plain[earlier], under[earlier])
     assert torch.equal(plain[layer] + 2.5 * unit(), under[layer])
@@ -212,7 +212,7 @@ def test_steering_touches_one_layer_and_what_follows(model: Any, layer: int) -> 
 @pytest.mark.parametrize("renorm", [True, False])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_steered_logits_equal_a_plain_hook(model: Any, hf: Any, layer: int, renorm: bool) -> None:
-    hooks = gr.steer_hook(layer, direction(), 2.5, operator="add_renorm" if renorm else "add")
+    hooks = gr.hooks.steer_hook(layer, direction(), 2.5, operator="add_renorm" if renorm else "add")
     with torch.no_grad(), edited(hf, layer, lambda act: steered(act, 2.5 * unit(), renorm=renorm)):
         wanted = hf(IDS).logits.log_softmax(-1)
         torch.testing.assert_close(
@@ -225,14 +225,14 @@ def test_steered_logits_equal_a_plain_hook(model: Any, hf: Any, layer: int, reno
 
 def test_steered_logits_with_learned_positions() -> None:
     model, hf = tiny_model("bridge", "gpt2"), tiny_hf("gpt2")
-    found = model.run_with_hooks(IDS, fwd_hooks=gr.steer_hook(1, direction(), 2.5))
+    found = model.run_with_hooks(IDS, fwd_hooks=gr.hooks.steer_hook(1, direction(), 2.5))
     with torch.no_grad(), edited(hf, 1, lambda act: steered(act, 2.5 * unit(), renorm=True)):
         torch.testing.assert_close(found.log_softmax(-1), hf(IDS).logits.log_softmax(-1), atol=LOGIT_ATOL, rtol=0)
 
 
 def test_zero_steering_gives_the_same_bits(model: Any) -> None:
     with torch.no_grad():
-        assert torch.equal(model.run_with_hooks(IDS, fwd_hooks=gr.steer_hook(1, direction(), 0.0)), model(IDS))
+        assert torch.equal(model.run_with_hooks(IDS, fwd_hooks=gr.hooks.steer_hook(1, direction(), 0.0)), model(IDS))
 
 
 def test_hooks_are_gone_after_an_exception(model: Any) -> None:
@@ -241,7 +241,7 @@ def test_hooks_are_gone_after_an_exception(model: Any) -> None:
 
     with torch.no_grad():
         before = model(IDS)
-        hooks = [*gr.steer_hook(0, direction(), 2.5), ("blocks.2.hook_resid_post", fail)]
+        hooks = [*gr.hooks.steer_hook(0, direction(), 2.5), ("blocks.2.hook_resid_post", fail)]
         with pytest.raises(RuntimeError, match="on purpose"):
             model.run_with_hooks(IDS, fwd_hooks=hooks)
         with pytest.raises(RuntimeError, match="on purpose"), model.hooks(fwd_hooks=hooks):
@@ -249,8 +249,8 @@ def test_hooks_are_gone_after_an_exception(model: Any) -> None:
         with pytest.raises(ValueError, match="does not fit"):
             gr.score_pairs(
                 model,
-                gr.tokenize_pairs(model, [gr.PreferencePair("film was", " good", " bad")]),
-                gr.steer_hook(1, direction(d_model=8), 1.0),
+                gr.tokens.tokenize_pairs(model, [gr.PreferencePair("film was", " good", " bad")]),
+                gr.hooks.steer_hook(1, direction(d_model=8), 1.0),
             )
         assert torch.equal(model(IDS), before)
     assert not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
@@ -273,7 +273,7 @@ def test_composition_with_a_users_patch(model: Any, hf: Any, ours_first: bool) -
         act[:, 2] = patch
         return act if ours_first else steered(act, 2.5 * unit(), renorm=True)
 
-    ours = gr.steer_hook(1, direction(), 2.5)
+    ours = gr.hooks.steer_hook(1, direction(), 2.5)
     theirs: Any = [("blocks.1.hook_resid_post", users)]
     with torch.no_grad(), edited(hf, 1, by_hand):
         wanted = hf(IDS).logits.log_softmax(-1)
@@ -284,8 +284,8 @@ def test_composition_with_a_users_patch(model: Any, hf: Any, ours_first: bool) -
 def test_the_two_orders_differ(model: Any) -> None:
     """The negative control of the composition test."""
     clamp, add = (
-        gr.steer_hook(1, direction(), 0.0, operator="clamp"),
-        gr.steer_hook(1, direction(), 5.0, operator="add"),
+        gr.hooks.steer_hook(1, direction(), 0.0, operator="clamp"),
+        gr.hooks.steer_hook(1, direction(), 5.0, operator="add"),
     )
     with torch.no_grad():
         one, other = (model.run_with_hooks(IDS, fwd_hooks=h) for h in (clamp + add, add + clamp))
@@ -293,7 +293,7 @@ def test_the_two_orders_differ(model: Any) -> None:
 
 
 def test_cached_activations_show_the_steering(model: Any) -> None:
-    with torch.no_grad(), model.hooks(fwd_hooks=gr.steer_hook(1, direction(), 2.5, operator="add")):
+    with torch.no_grad(), model.hooks(fwd_hooks=gr.hooks.steer_hook(1, direction(), 2.5, operator="add")):
         _, cache = model.run_with_cache(IDS)
     plain = record(model, IDS, [])
     torch.testing.assert_close(cache["blocks.1.hook_resid_post"], plain[1] + 2.5 * unit(), atol=1e-6, rtol=0)
@@ -326,7 +326,7 @@ def test_gradients_flow_through(model: Any) -> None:
 )
 def test_refused(arguments: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        gr.steer_hook(*arguments, **options)
+        gr.hooks.steer_hook(*arguments, **options)
 
 
 def test_direction_of_another_model() -> None:

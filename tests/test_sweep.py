@@ -19,12 +19,14 @@ from conftest import tiny_hf, tiny_model
 from oracles import block, edited, n_blocks, pair_logprobs, response_logprobs, steered
 
 import grains_tl as gr
-from grains_tl.checkpoint import open_checkpoint
-from grains_tl.choices import binary_accuracy, mc1, mc2, score_choices
-from grains_tl.effects import record_id
-from grains_tl.evaluate import Setting, run_settings
-from grains_tl.scoring import batch_logprobs, prepare_restart, restart_logprobs, score_batches
-from grains_tl.sweep import counted_token_layers, grid
+from grains_tl.evaluate.measuring import run_settings
+from grains_tl.evaluate.settings import Setting, grid
+from grains_tl.evaluate.store import open_checkpoint
+from grains_tl.evaluate.sweeps import counted_token_layers
+from grains_tl.inference.choices import binary_accuracy, mc1, mc2, score_choices
+from grains_tl.inference.logprobs import batch_logprobs, score_batches
+from grains_tl.inference.restart import prepare_restart, restart_logprobs
+from grains_tl.records.splits import record_id
 
 ATOL = 1e-4  # nats; the promise of the sweep
 ALPHAS = [-0.2, 0.0, 0.1, 0.4]
@@ -54,7 +56,7 @@ def questions() -> list[gr.MultipleChoice]:
 
 
 def by_hand(
-    hf: Any, tokenized: list[gr.TokenizedPair], vectors: gr.SteeringVectors, alpha: float, layer: int
+    hf: Any, tokenized: list[gr.tokens.TokenizedPair], vectors: gr.SteeringVectors, alpha: float, layer: int
 ) -> list[float]:
     """Margins from a plain Hugging Face model with a plain forward hook, one response at a time."""
     step = alpha * vectors.resid_norms[layer] * vectors.directions[layer]
@@ -70,8 +72,8 @@ def test_restart_naive_and_hugging_face_agree(
     model: Any, hf: Any, pairs: list[gr.PreferencePair], max_tokens: int
 ) -> None:
     named = {"a": vectors_of(0), "b": vectors_of(1)}
-    found, _ = gr.sweep_records(model, named, pairs, alphas=ALPHAS, max_tokens=max_tokens, progress=False)
-    tokenized = gr.tokenize_pairs(model, pairs)
+    found, _ = gr.evaluate.sweep_records(model, named, pairs, alphas=ALPHAS, max_tokens=max_tokens, progress=False)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     base = [float(a - b) for a, b in (pair_logprobs(hf, t) for t in tokenized)]
     assert len(found) == 2 * len(LAYERS) * len(ALPHAS) * len(pairs)
     groups: Any = found.groupby(COLUMNS)
@@ -89,7 +91,7 @@ def test_restart_naive_and_hugging_face_agree(
 def test_several_settings_in_one_pass(architecture: str, pairs: list[gr.PreferencePair]) -> None:
     """Copies of the batch side by side give what each gives alone, and it is one pass."""
     model, hf = tiny_model("bridge", architecture), tiny_hf(architecture)
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     vectors = vectors_of()
     (_, batch), *_ = score_batches(model, tokenized)
     restart = prepare_restart(model, batch, [1], copies=True)
@@ -99,7 +101,7 @@ def test_several_settings_in_one_pass(architecture: str, pairs: list[gr.Preferen
         found = dict(run_settings(model, batch, grid({"v": vectors}, [1], [0.1, 0.2, 0.4]), max_tokens=10_000))
     assert count[-1] == 3 * restart.packing.row.numel()
     for i, alpha in enumerate([0.1, 0.2, 0.4]):
-        wanted = by_hand(hf, gr.tokenize_pairs(model, pairs), vectors, alpha, 1)
+        wanted = by_hand(hf, gr.tokens.tokenize_pairs(model, pairs), vectors, alpha, 1)
         order = next(iter(score_batches(model, tokenized)))[0]
         got = (found[i][:, 0] - found[i][:, 1]).tolist()
         np.testing.assert_allclose(got, [wanted[j] for j in order], atol=ATOL, rtol=0)
@@ -107,8 +109,8 @@ def test_several_settings_in_one_pass(architecture: str, pairs: list[gr.Preferen
 
 def test_a_block_argument_that_cannot_be_copied(bridge: Any, pairs: list[gr.PreferencePair], monkeypatch: Any) -> None:
     """Where copies of the batch would be wrong, settings run one at a time."""
-    (_, batch), *_ = score_batches(bridge, gr.tokenize_pairs(bridge, pairs))
-    monkeypatch.setattr("grains_tl.scoring._copied", lambda value, n_rows, copies: value)
+    (_, batch), *_ = score_batches(bridge, gr.tokens.tokenize_pairs(bridge, pairs))
+    monkeypatch.setattr("grains_tl.inference.restart._copied", lambda value, n_rows, copies: value)
     restart = prepare_restart(bridge, batch, [0], copies=True)
     assert restart.exact
     assert not restart.tiles
@@ -128,7 +130,7 @@ def test_responses_share_their_prompt(bridge: Any, hf: Any, n_records: int) -> N
         :n_records
     ]
     pairs = [gr.PreferencePair(*r) for r in rows]  # type: ignore[arg-type]
-    tokenized, vectors = gr.tokenize_pairs(bridge, pairs), vectors_of()
+    tokenized, vectors = gr.tokens.tokenize_pairs(bridge, pairs), vectors_of()
     ((_, batch),) = score_batches(bridge, tokenized)
     restart = prepare_restart(bridge, batch, [0], copies=True)
     assert restart.packing is not None
@@ -138,7 +140,9 @@ def test_responses_share_their_prompt(bridge: Any, hf: Any, n_records: int) -> N
             pass
     assert count[-1] == 2 * restart.packing.row.numel() < 2 * 0.9 * batch.ids.numel()
     for positions in ("all", "prompt", "generated", "last"):
-        found = gr.record_effects(bridge, pairs, grid({"v": vectors}, [0, 1], [-0.4, 0.4], positions=positions))  # type: ignore[arg-type]
+        found = gr.evaluate.record_effects(
+            bridge, pairs, grid({"v": vectors}, [0, 1], [-0.4, 0.4], positions=positions)
+        )  # type: ignore[arg-type]
         groups: Any = found.groupby(["layer", "alpha"])
         for (key, alpha), group in groups:
             layer = int(key)  # pandas 2 hands out NumPy's integers
@@ -156,7 +160,7 @@ def test_responses_share_their_prompt(bridge: Any, hf: Any, n_records: int) -> N
 
 def test_hooks_that_tell_rows_apart_are_not_packed(bridge: Any) -> None:
     """A hook may steer the prompt of one response only: then the prompt is not shared."""
-    tokenized = gr.tokenize_pairs(bridge, [gr.PreferencePair(*LONG)])
+    tokenized = gr.tokens.tokenize_pairs(bridge, [gr.PreferencePair(*LONG)])
     ((_, batch),) = score_batches(bridge, tokenized)
     restart = prepare_restart(bridge, batch, [0])
     assert restart.packing is not None
@@ -174,13 +178,13 @@ def test_hooks_that_tell_rows_apart_are_not_packed(bridge: Any) -> None:
 def test_scopes(bridge: Any, hf: Any, pairs: list[gr.PreferencePair], positions: Any) -> None:
     """Each scope against a plain hook that knows where the prompt ends; several scopes in one call."""
     vectors, layer, alpha = vectors_of(), 1, 0.4
-    found, _ = gr.sweep_records(
+    found, _ = gr.evaluate.sweep_records(
         bridge, vectors, pairs, layers=[layer], alphas=[alpha], positions=["all", positions], progress=False
     )
     assert list(dict.fromkeys(found["positions"])) == ["all", positions]
     step = alpha * vectors.resid_norms[layer] * vectors.directions[layer]
     wanted = []
-    for t in gr.tokenize_pairs(bridge, pairs):
+    for t in gr.tokens.tokenize_pairs(bridge, pairs):
         border = len(t.prompt)
 
         def edit(act: torch.Tensor, border: int = border) -> torch.Tensor:
@@ -198,10 +202,10 @@ def test_scopes(bridge: Any, hf: Any, pairs: list[gr.PreferencePair], positions:
 
 def test_columns_of_a_pair_by_hand(bridge: Any, hf: Any, pairs: list[gr.PreferencePair]) -> None:
     vectors, layer, alpha = vectors_of(), 2, -0.4
-    found, _ = gr.sweep_records(bridge, vectors, pairs, layers=[layer], alphas=[alpha], progress=False)
+    found, _ = gr.evaluate.sweep_records(bridge, vectors, pairs, layers=[layer], alphas=[alpha], progress=False)
     step = alpha * vectors.resid_norms[layer] * vectors.directions[layer]
     rows: Any = found.itertuples()
-    for row, t in zip(rows, gr.tokenize_pairs(bridge, pairs), strict=True):
+    for row, t in zip(rows, gr.tokens.tokenize_pairs(bridge, pairs), strict=True):
         with torch.no_grad():
             base = torch.stack(pair_logprobs(hf, t))[:, 0].double()
             token_base = torch.stack(pair_logprobs(hf, t, "mean"))[:, 0].double()
@@ -221,7 +225,7 @@ def test_questions_with_several_answers(bridge: Any, hf: Any, questions: list[gr
     """MC1 and MC2 against their definitions on log-likelihoods of the plain model, and against ``mc1`` and ``mc2``."""
     vectors, layer, alpha = vectors_of(), 1, 0.4
     settings = grid({"v": vectors}, [layer], [alpha])
-    found = gr.record_effects(bridge, questions, settings)
+    found = gr.evaluate.record_effects(bridge, questions, settings)
     step = alpha * vectors.resid_norms[layer] * vectors.directions[layer]
     rows: Any = found.itertuples()
     for row, item in zip(rows, questions, strict=True):
@@ -239,21 +243,23 @@ def test_questions_with_several_answers(bridge: Any, hf: Any, questions: list[gr
     np.testing.assert_allclose(found["mc2"], mc2(scores, questions), atol=ATOL)
     two = [gr.MultipleChoice(q.prompt, q.choices[:2], q.labels[:2]) for q in questions]
     binary = binary_accuracy(score_choices(bridge, two, vectors.hooks(alpha, [layer])), two)
-    assert gr.record_effects(bridge, two, settings)["correct"].tolist() == binary.bool().tolist()
+    assert gr.evaluate.record_effects(bridge, two, settings)["correct"].tolist() == binary.bool().tolist()
 
 
 def test_objectives(bridge: Any, hf: Any, pairs: list[gr.PreferencePair], questions: list[gr.MultipleChoice]) -> None:
     settings = grid({"v": vectors_of()}, [0], [0.2])
-    tokenized = gr.tokenize_pairs(bridge, pairs)
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     for objective in ("sum", "mean", "single"):
-        found = gr.record_effects(bridge, pairs, settings, objective=objective)  # type: ignore[arg-type]
+        found = gr.evaluate.record_effects(bridge, pairs, settings, objective=objective)  # type: ignore[arg-type]
         with torch.no_grad():
             wanted = [float(a - b) for a, b in (pair_logprobs(hf, t, objective) for t in tokenized)]
         np.testing.assert_allclose(found["base_margin"], wanted, atol=ATOL, rtol=0)
-    with_sums, with_means = (gr.record_effects(bridge, questions, settings, objective=o) for o in ("sum", "mean"))
+    with_sums, with_means = (
+        gr.evaluate.record_effects(bridge, questions, settings, objective=o) for o in ("sum", "mean")
+    )
     np.testing.assert_allclose(with_means["margin"], with_sums["margin_token"], atol=1e-12)
     with pytest.raises(ValueError, match="'single' is for preference pairs"):
-        gr.record_effects(bridge, questions, settings, objective="single")
+        gr.evaluate.record_effects(bridge, questions, settings, objective="single")
 
 
 def test_hooks_of_ones_own(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
@@ -261,16 +267,16 @@ def test_hooks_of_ones_own(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     vectors = vectors_of()
     own = [*vectors.hooks(0.2, [0]), *vectors.hooks(0.3, [2])]
     settings = [Setting(0, own, vector="two layers"), *grid({"v": vectors}, [0], [0.2, 0.4])]
-    found = gr.record_effects(bridge, pairs, settings, max_tokens=10_000)
+    found = gr.evaluate.record_effects(bridge, pairs, settings, max_tokens=10_000)
     assert found["vector"].tolist() == ["two layers"] * len(pairs) + ["v"] * 2 * len(pairs)
     for i, hooks in enumerate((own, vectors.hooks(0.2, [0]), vectors.hooks(0.4, [0]))):
-        wanted = gr.score_pairs(bridge, gr.tokenize_pairs(bridge, pairs), hooks)
+        wanted = gr.score_pairs(bridge, gr.tokens.tokenize_pairs(bridge, pairs), hooks)
         got = found["margin"].to_numpy().reshape(3, -1)[i]
         np.testing.assert_allclose(got, wanted[:, 0] - wanted[:, 1], atol=ATOL, rtol=0)
 
 
 def test_alpha_zero_is_exact_and_free(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
-    found, costs = gr.sweep_records(
+    found, costs = gr.evaluate.sweep_records(
         bridge, vectors_of(), pairs, alphas=[0.0], neutral=["the film was good"], progress=False
     )
     assert costs is not None
@@ -280,8 +286,8 @@ def test_alpha_zero_is_exact_and_free(bridge: Any, pairs: list[gr.PreferencePair
     assert (costs["kl"] == 0).all()
     assert (costs["agreement"] == 1).all()
     with counted_token_layers(bridge) as count:
-        gr.record_effects(bridge, pairs, grid({"v": vectors_of()}, LAYERS, [0.0]))
-    one_pass = 3 * sum(b.ids.numel() for _, b in score_batches(bridge, gr.tokenize_pairs(bridge, pairs)))
+        gr.evaluate.record_effects(bridge, pairs, grid({"v": vectors_of()}, LAYERS, [0.0]))
+    one_pass = 3 * sum(b.ids.numel() for _, b in score_batches(bridge, gr.tokens.tokenize_pairs(bridge, pairs)))
     assert sum(count) <= 2 * one_pass  # the run and its check
 
 
@@ -295,7 +301,7 @@ def test_half_the_token_layers_of_a_naive_loop(model: Any, hf: Any, pairs: list[
         block(hf, i).register_forward_hook(lambda module, args, out: ran.append(args[0].shape[1]))
         for i in range(n_blocks(hf))
     ]
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     try:
         for _ in range(1 + len(LAYERS) * len(ALPHAS)):
             for t in tokenized:
@@ -315,8 +321,8 @@ def test_the_sweep_table(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     frame = gr.sweep(bridge, vectors, pairs, layers=[1, 2], alphas=[-0.2, 0.2], progress=False)
     assert list(zip(frame["layer"], frame["alpha"], strict=True)) == [(1, -0.2), (1, 0.2), (2, -0.2), (2, 0.2)]
     assert {"margin", "effect", "effect_se", "wrong_way", "accuracy", "base_margin", "n"} <= set(frame)
-    found, _ = gr.sweep_records(bridge, vectors, pairs, layers=[1, 2], alphas=[-0.2, 0.2], progress=False)
-    pd.testing.assert_frame_equal(frame, gr.summarize(found))
+    found, _ = gr.evaluate.sweep_records(bridge, vectors, pairs, layers=[1, 2], alphas=[-0.2, 0.2], progress=False)
+    pd.testing.assert_frame_equal(frame, gr.evaluate.summarize(found))
     assert frame["effect"].tolist() == pytest.approx(found.groupby(["layer", "alpha"])["change"].mean().tolist())
     assert set(frame.attrs["records"]) == set(found["record_id"])
 
@@ -329,7 +335,7 @@ sys.path[:0] = sys.argv[2:4]
 os.environ["TQDM_DISABLE"] = "1"
 import conftest, test_sweep
 import grains_tl as gr
-from grains_tl.checkpoint import Checkpoint
+from grains_tl.evaluate.store import Checkpoint
 write = Checkpoint.append
 def slow(self, rows):
     write(self, rows)
@@ -352,7 +358,7 @@ def the_sweep(model: Any, checkpoint: Any, **changed: Any) -> tuple[pd.DataFrame
     } | changed
     texts = ["the film was good", "we hated it . it was very bad"]
     named = {"a": vectors_of(0), "b": vectors_of(1)}
-    return gr.sweep_records(
+    return gr.evaluate.sweep_records(
         model, named, [r for r in records if str(r.chosen).strip() not in r.rejected], neutral=texts, progress=False,
         checkpoint=checkpoint, **options,
     )  # fmt: skip
@@ -447,7 +453,7 @@ def test_the_same_record_twice(bridge: Any, pairs: list[gr.PreferencePair], tmp_
     for max_tokens in (1, 4000):  # in batches of their own, and in one
         path = tmp_path / f"{max_tokens}.jsonl"
         for checkpoint in (None, path):
-            frame, _ = gr.sweep_records(
+            frame, _ = gr.evaluate.sweep_records(
                 bridge,
                 vectors_of(),
                 [pairs[0], pairs[1], pairs[0]],
@@ -481,7 +487,7 @@ def test_files_that_are_no_checkpoint_are_refused(bridge: Any, pairs: list[gr.Pr
     with pytest.raises(ValueError, match="results of another model .*the weights"):
         gr.sweep(tuned, vectors_of(), pairs, checkpoint=path, progress=False)
     with pytest.raises(ValueError, match="settings with a key"):
-        gr.record_effects(bridge, pairs, [Setting(0, vectors_of().hooks(0.1, [0]))], checkpoint=path)
+        gr.evaluate.record_effects(bridge, pairs, [Setting(0, vectors_of().hooks(0.1, [0]))], checkpoint=path)
 
 
 @pytest.mark.parametrize("cut", [1, 40])

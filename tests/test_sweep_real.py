@@ -20,8 +20,8 @@ from oracles import edited, pair_logprobs, steered
 from test_real import plain, real, records  # noqa: F401 (two of them are fixtures)
 
 import grains_tl as gr
-from grains_tl.cli import main
-from grains_tl.sweep import counted_token_layers
+from grains_tl.cli.main import main
+from grains_tl.evaluate.sweeps import counted_token_layers
 
 pytestmark = pytest.mark.real
 
@@ -38,8 +38,8 @@ def random_vectors(layers: range) -> gr.SteeringVectors:
 def test_sweep_equals_plain_hooks(real: Any, plain: Any) -> None:  # noqa: F811
     """Single-token and long answers, two layers, against one Hugging Face run per response."""
     vectors, pairs = random_vectors(range(30)), records()
-    found, _ = gr.sweep_records(real, vectors, pairs, layers=[8, 21], alphas=[-0.3, 0.3], progress=False)
-    tokenized = gr.tokenize_pairs(real, pairs)
+    found, _ = gr.evaluate.sweep_records(real, vectors, pairs, layers=[8, 21], alphas=[-0.3, 0.3], progress=False)
+    tokenized = gr.tokens.tokenize_pairs(real, pairs)
     groups: Any = found.groupby(["layer", "alpha"])
     for (layer, alpha), group in groups:
         step = alpha * vectors.resid_norms[layer] * vectors.directions[layer]
@@ -78,7 +78,7 @@ def test_killed_and_resumed_from_the_command_line(smollm2: SimpleNamespace, tmp_
     assert not killed.exists()
     before = len(results.read_text().splitlines())
     assert before < n_rows
-    monkeypatch.setattr("grains_tl.models.load_model", lambda *args, **options: smollm2.bridge)
+    monkeypatch.setattr("grains_tl.models.loading.load_model", lambda *args, **options: smollm2.bridge)
     with counted_token_layers(smollm2.bridge) as rest:
         assert main([*common, "--out", str(killed)]) == 0
     with counted_token_layers(smollm2.bridge) as all_of_it:

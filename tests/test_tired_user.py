@@ -18,7 +18,8 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 
 import grains_tl as gr
-from grains_tl import cli
+from grains_tl.attribution import store
+from grains_tl.cli import main as cli
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # as a user meets it: without the run-time type checks
 GOOD = {"prompt": "this film was very", "chosen": " good", "rejected": " bad"}
@@ -164,10 +165,14 @@ def sweep(model: Any, vectors: Any = VECTORS, pairs: Any = None, **options: Any)
 def test_refused_before_the_records_run(name: str, bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fingerprint of the weights is one short run; the records themselves never reach the model."""
     ran: list[Any] = []
-    long_work = {"attributed": "attribute_all", "sweep": "record_effects", "generation": "_continue"}
+    long_work = {
+        "attribution.store": "attribute_all",
+        "evaluate.sweeps": "record_effects",
+        "inference.generation": "_continue",
+    }
     for room, function in long_work.items():
         if "among records" not in name:
-            module = importlib.import_module(f"grains_tl.{room}")  # gr.sweep is the function
+            module = importlib.import_module(f"grains_tl.{room}")
             monkeypatch.setattr(module, function, lambda *args, **kwargs: ran.append(args))
     call, words = REFUSED[name]
     with pytest.raises(ValueError, match=words):
@@ -200,7 +205,7 @@ def test_the_shell_loads_the_type_that_was_asked_for(
     """--dtype was read and forgotten."""
     made: list[Any] = []
     load = gr.load_model
-    monkeypatch.setattr("grains_tl.models.load_model", lambda *a, **k: made.append(load(*a, **k)) or made[-1])
+    monkeypatch.setattr("grains_tl.models.loading.load_model", lambda *a, **k: made.append(load(*a, **k)) or made[-1])
     name = str(dtype).removeprefix("torch.")
     common = (f"--pairs={folder}/p.jsonl", f"--model={folder}/model", f"--dtype={name}")
     assert shell("attribute", *common) == 0
@@ -213,13 +218,13 @@ def test_the_shell_runs_under_autocast_when_asked(
     asked: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found: list[bool] = []
-    run = gr.attributed.attribute_records
+    run = store.attribute_records
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         found.append(torch.is_autocast_enabled("cpu"))
         return run(*args, **kwargs)
 
-    monkeypatch.setattr("grains_tl.attributed.attribute_records", noting)
+    monkeypatch.setattr("grains_tl.attribution.store.attribute_records", noting)
     common = (f"--pairs={folder}/p.jsonl", f"--model={folder}/model")
     assert shell("attribute", *common, *(["--autocast"] if asked else [])) == 0
     assert found == [asked] and not torch.is_autocast_enabled("cpu")
@@ -264,7 +269,7 @@ SHELL: dict[str, tuple[list[str], str]] = {
 def test_the_shell_refuses_before_the_model_is_loaded(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("grains_tl.models.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("grains_tl.models.loading.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     arguments, words = SHELL[name]
     try:
         status = shell(*(a.format(f=folder) for a in arguments))
@@ -291,7 +296,7 @@ def test_hooks_that_are_none(bridge: Any, hooks: Any) -> None:
     with pytest.raises(ValueError, match=r"hooks"):
         gr.generate(bridge, ["this film was"], wrong, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"hooks"):
-        gr.score_pairs(bridge, gr.tokenize_pairs(bridge, gr.load_pairs(ROWS)), wrong)
+        gr.score_pairs(bridge, gr.tokens.tokenize_pairs(bridge, gr.load_pairs(ROWS)), wrong)
 
 
 @pytest.mark.parametrize("positions", [[0, 1], 3, torch.tensor([True, False]), torch.ones(1, 4, dtype=torch.long)])

@@ -17,9 +17,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import grains_tl as gr
-from grains_tl.batches import Batch, by_token_budget, pad_rows, scoring_batch
-from grains_tl.scoring import batch_logprobs
-from grains_tl.tokens import prompt_ids
+from grains_tl.inference.batches import Batch, by_token_budget, pad_rows, scoring_batch
+from grains_tl.inference.logprobs import batch_logprobs
+from grains_tl.tokens.pairs import prompt_ids
 
 LOGPROB_ATOL = 1e-4  # float32 round-off of log-probabilities of some nats, summed in another order
 BOS, EOS = WORDS.index("<bos>"), WORDS.index("<eos>")
@@ -47,8 +47,8 @@ def words(*text: str) -> tuple[int, ...]:
     return tuple(WORDS.index(w) for w in " ".join(text).split())
 
 
-def one(tokenizer: Any, prompt: Any, chosen: Any, rejected: Any) -> gr.TokenizedPair:
-    return gr.tokenize_pairs(NoModel(tokenizer), [gr.PreferencePair(prompt, chosen, rejected)])[0]
+def one(tokenizer: Any, prompt: Any, chosen: Any, rejected: Any) -> gr.tokens.TokenizedPair:
+    return gr.tokens.tokenize_pairs(NoModel(tokenizer), [gr.PreferencePair(prompt, chosen, rejected)])[0]
 
 
 def bare_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -101,7 +101,7 @@ def test_margin_is_that_of_the_whole_texts(chosen: str, rejected: str) -> None:
     """log p(whole text) of both, as the tokenizer cuts them, differ by the margin, wherever the border was put."""
     hf, model, tokenizer = tiny_hf(), tiny_model(), merging_tokenizer()
     model.tokenizer = tokenizer
-    pair = gr.tokenize_pairs(model, [gr.PreferencePair("abc", chosen, rejected)])
+    pair = gr.tokens.tokenize_pairs(model, [gr.PreferencePair("abc", chosen, rejected)])
     whole = []
     for response in (chosen, rejected):
         ids = tokenizer("abc" + response)["input_ids"]
@@ -140,7 +140,7 @@ def bare_tokenizer_dropping(text: str) -> PreTrainedTokenizerFast:
 
 def test_bos_is_added_once_where_the_tokenizer_adds_it() -> None:
     tokenizer = bos_tokenizer()
-    assert gr.token_rules(NoModel(tokenizer)).bos == BOS
+    assert gr.tokens.token_rules(NoModel(tokenizer)).bos == BOS
     pair = one(tokenizer, "film was", " good", " bad")
     assert pair.prompt == (BOS, *words("film was"))
     assert pair.chosen == words("good") and pair.rejected == words("bad")
@@ -149,7 +149,7 @@ def test_bos_is_added_once_where_the_tokenizer_adds_it() -> None:
 
 
 def test_bos_is_not_added_where_the_tokenizer_does_not_add_it() -> None:
-    assert gr.token_rules(NoModel(tiny_tokenizer())).bos is None
+    assert gr.tokens.token_rules(NoModel(tiny_tokenizer())).bos is None
     assert one(tiny_tokenizer(), "film was", " good", " bad").prompt == words("film was")
 
 
@@ -167,7 +167,7 @@ def test_chat_template_gets_no_bos() -> None:
     ],
 )
 def test_missing_special_tokens(special: dict[str, str], eos: int, pad: int) -> None:
-    rules = gr.token_rules(NoModel(bare_tokenizer(**special)))
+    rules = gr.tokens.token_rules(NoModel(bare_tokenizer(**special)))
     assert (rules.bos, rules.eos, rules.pad) == (None, eos, pad)
     assert rules.describe().startswith("no BOS added")
 
@@ -178,7 +178,7 @@ def test_missing_special_tokens(special: dict[str, str], eos: int, pad: int) -> 
 def test_tokenizer_without_special_tokens_scores_the_same(kind: str, pairs: list[gr.PreferencePair]) -> None:
     """Whatever id is under the padding, the attention mask must hide it."""
     hf, model = tiny_hf(), tiny_model(kind, tokenizer=bare_tokenizer())
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     wanted = torch.tensor(
         [[response_logprobs(hf, t.prompt, r).sum() for r in (t.chosen, t.rejected)] for t in tokenized]
     )
@@ -187,7 +187,7 @@ def test_tokenizer_without_special_tokens_scores_the_same(kind: str, pairs: list
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decided_ids_are_in_the_vocabulary(kind: str) -> None:
-    rules = gr.token_rules(tiny_model(kind, tokenizer=bare_tokenizer()))
+    rules = gr.tokens.token_rules(tiny_model(kind, tokenizer=bare_tokenizer()))
     assert 0 <= rules.eos < len(WORDS) and 0 <= rules.pad < len(WORDS)
 
 
@@ -269,14 +269,14 @@ def test_record_longer_than_the_context_is_named() -> None:
     model = NoModel(tiny_tokenizer(), n_ctx=8)
     fits = gr.PreferencePair("one two three four five six", " was good", " bad")
     too_long = gr.PreferencePair("one two three four five six", " bad", " was very good")
-    assert len(gr.tokenize_pairs(model, [fits])[0].prompt) == 6
+    assert len(gr.tokens.tokenize_pairs(model, [fits])[0].prompt) == 6
     with pytest.raises(ValueError, match=r"record 2: prompt \+ rejected is 9 tokens, the model's context holds 8"):
-        gr.tokenize_pairs(model, [fits, too_long])
+        gr.tokens.tokenize_pairs(model, [fits, too_long])
 
 
 def test_no_records() -> None:
     with pytest.raises(ValueError, match="no records"):
-        gr.tokenize_pairs(NoModel(tiny_tokenizer()), [])
+        gr.tokens.tokenize_pairs(NoModel(tiny_tokenizer()), [])
 
 
 def test_prompt_ids() -> None:
@@ -295,7 +295,7 @@ def test_prompt_ids() -> None:
 def batch_of(*texts: tuple[str, str, str], side: str = "right") -> Batch:
     model = NoModel(tiny_tokenizer())
     pairs = [gr.PreferencePair(*t) for t in texts]
-    return scoring_batch(model, gr.tokenize_pairs(model, pairs), padding_side=side)
+    return scoring_batch(model, gr.tokens.tokenize_pairs(model, pairs), padding_side=side)
 
 
 def test_single_token_responses_share_a_row() -> None:
@@ -338,7 +338,7 @@ def test_prompt_mask_leaves_the_response_out() -> None:
 
 
 def test_left_and_right_padding_agree(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     with torch.no_grad():
         right, left = (
             batch_logprobs(model, scoring_batch(model, tokenized, padding_side=s)) for s in ("right", "left")

@@ -10,10 +10,10 @@ from conftest import tiny_model
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.batches import scoring_batch
-from grains_tl.masking import mask_hook
-from grains_tl.models import forward_logits
-from grains_tl.unembedding import target_logits
+from grains_tl.hooks.mask import mask_hook
+from grains_tl.inference.batches import scoring_batch
+from grains_tl.inference.logprobs import target_logits
+from grains_tl.models.running import forward_logits
 
 ATOL = 1e-5  # the same products in another order; logits of a few units
 
@@ -26,7 +26,7 @@ def every_position(model: Any, batch: Any, hooks: Any = None) -> Tensor:
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_equal_to_every_position(model: Any, pairs: list[gr.PreferencePair], padding_side: str) -> None:
-    batch = scoring_batch(model, gr.tokenize_pairs(model, pairs), padding_side=padding_side)
+    batch = scoring_batch(model, gr.tokens.tokenize_pairs(model, pairs), padding_side=padding_side)
     hidden = torch.zeros_like(batch.ids, dtype=torch.bool)
     hidden[:, 6] = True
     for hooks in ([], mask_hook(model, hidden, "zero")):
@@ -37,12 +37,12 @@ def test_equal_to_every_position(model: Any, pairs: list[gr.PreferencePair], pad
 
 def test_equal_with_learned_positions(pairs: list[gr.PreferencePair]) -> None:
     model = tiny_model("bridge", "gpt2")
-    batch = scoring_batch(model, gr.tokenize_pairs(model, pairs))
+    batch = scoring_batch(model, gr.tokens.tokenize_pairs(model, pairs))
     torch.testing.assert_close(target_logits(model, batch), every_position(model, batch), atol=ATOL, rtol=0)
 
 
 def test_gradients_are_equal(model: Any, pairs: list[gr.PreferencePair]) -> None:
-    batch = scoring_batch(model, gr.tokenize_pairs(model, pairs))
+    batch = scoring_batch(model, gr.tokens.tokenize_pairs(model, pairs))
     grads = []
     for logits in (target_logits, every_position):
         probe = torch.zeros(*batch.ids.shape, 32, requires_grad=True)
@@ -54,7 +54,7 @@ def test_gradients_are_equal(model: Any, pairs: list[gr.PreferencePair]) -> None
 
 def test_no_position_is_unembedded_twice(model: Any, pairs: list[gr.PreferencePair]) -> None:
     """Single-token responses: both are predicted at one place; others take one place per token."""
-    tokenized = gr.tokenize_pairs(model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
     batch = scoring_batch(model, tokenized)
     seen: list[int] = []
     handle = model.unembed.register_forward_hook(lambda module, args, output: seen.append(output[..., 0].numel()))

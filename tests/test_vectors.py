@@ -20,17 +20,18 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.vectors import FORMAT, write_atomically
+from grains_tl._util.files import write_atomically
+from grains_tl.vectors.steering_vectors import FORMAT
 
 ATOL = 1e-5  # unit vectors, reduced in float64 and kept in float32
 LAYERS = (4, 7)
 
 
-def differences(n_records: int = 9, d_model: int = 6, seed: int = 0, shift: float = 0.5) -> gr.Differences:
+def differences(n_records: int = 9, d_model: int = 6, seed: int = 0, shift: float = 0.5) -> gr.vectors.Differences:
     generator = torch.Generator().manual_seed(seed)
     up = torch.randn(n_records, 2, d_model, generator=generator) + shift
     down = torch.randn(n_records, 2, d_model, generator=generator) - shift
-    return gr.Differences(up, down, LAYERS, torch.tensor([50.0, 80.0]))
+    return gr.vectors.Differences(up, down, LAYERS, torch.tensor([50.0, 80.0]))
 
 
 def vectors(raw: Tensor | None = None, info: dict[str, Any] | None = None) -> gr.SteeringVectors:
@@ -48,7 +49,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("side", ["both", "toward_chosen"])
 def test_mean(side: Any) -> None:
     d = differences()
-    found = gr.reduce_vectors(d, reduce="mean", side=side)
+    found = gr.vectors.reduce_vectors(d, reduce="mean", side=side)
     wanted = d.toward_chosen.numpy().mean(0) - (d.toward_rejected.numpy().mean(0) if side == "both" else 0)
     np.testing.assert_allclose(found.raw.numpy(), wanted, atol=ATOL)
     np.testing.assert_allclose(found.magnitudes.numpy(), np.linalg.norm(wanted, axis=-1), atol=ATOL)
@@ -59,7 +60,7 @@ def test_mean(side: Any) -> None:
 @pytest.mark.parametrize("side", ["both", "toward_chosen"])
 def test_svd(side: Any) -> None:
     d = differences()
-    found = gr.reduce_vectors(d, reduce="svd", side=side)
+    found = gr.vectors.reduce_vectors(d, reduce="svd", side=side)
     per_record = d.toward_chosen.numpy() - (d.toward_rejected.numpy() if side == "both" else 0)
     for row in range(2):
         _, _, right = np.linalg.svd(per_record[:, row])
@@ -75,7 +76,7 @@ def test_svd(side: Any) -> None:
 def test_pca(side: Any) -> None:
     """The paper's: scikit-learn's first components, each turned to its own mean, subtracted; then the sign of the result."""
     d = differences()
-    found = gr.reduce_vectors(d, reduce="pca", side=side)
+    found = gr.vectors.reduce_vectors(d, reduce="pca", side=side)
     for row in range(2):
         parts = []
         for side_ in (d.toward_chosen, d.toward_rejected):
@@ -88,7 +89,7 @@ def test_pca(side: Any) -> None:
 
 def test_reductions_differ() -> None:
     d = differences(shift=0.1)
-    found = [gr.reduce_vectors(d, reduce=r) for r in ("mean", "svd", "pca")]  # type: ignore[arg-type]
+    found = [gr.vectors.reduce_vectors(d, reduce=r) for r in ("mean", "svd", "pca")]  # type: ignore[arg-type]
     assert max(float(a.cosine(b).max()) for a in found for b in found if a is not b) < 0.999
 
 
@@ -104,7 +105,7 @@ def test_vectors_never_point_away_from_the_mean_difference(
     seed: int, n_records: int, shift: float, reduce: Any, side: Any
 ) -> None:
     d = differences(n_records, seed=seed, shift=shift)
-    found = gr.reduce_vectors(d, reduce=reduce, side=side)
+    found = gr.vectors.reduce_vectors(d, reduce=reduce, side=side)
     mean = (d.toward_chosen - (d.toward_rejected if side == "both" else 0)).mean(0)
     assert ((found.directions * mean).sum(-1) >= -ATOL).all()
     assert (found.magnitudes > 0).all()
@@ -114,10 +115,10 @@ def test_vectors_never_point_away_from_the_mean_difference(
 @pytest.mark.parametrize("reduce", ["mean", "svd", "pca"])
 def test_swapping_the_sides_turns_the_vector_round(reduce: Any) -> None:
     d = differences()
-    swapped = gr.Differences(d.toward_rejected, d.toward_chosen, d.layers, d.resid_norms)
+    swapped = gr.vectors.Differences(d.toward_rejected, d.toward_chosen, d.layers, d.resid_norms)
     torch.testing.assert_close(
-        gr.reduce_vectors(swapped, reduce=reduce).directions,
-        -gr.reduce_vectors(d, reduce=reduce).directions,
+        gr.vectors.reduce_vectors(swapped, reduce=reduce).directions,
+        -gr.vectors.reduce_vectors(d, reduce=reduce).directions,
         atol=ATOL,
         rtol=0,
     )
@@ -127,18 +128,18 @@ def test_swapping_the_sides_turns_the_vector_round(reduce: Any) -> None:
 def test_one_record_is_its_own_difference(reduce: Any) -> None:
     d = differences(n_records=1)
     wanted = (d.toward_chosen - d.toward_rejected)[0]
-    found = gr.reduce_vectors(d, reduce=reduce)
+    found = gr.vectors.reduce_vectors(d, reduce=reduce)
     torch.testing.assert_close(found.raw, wanted, atol=ATOL, rtol=0)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_refused_reductions() -> None:
     with pytest.raises(ValueError, match="needs at least 2 records, 1 given"):
-        gr.reduce_vectors(differences(n_records=1), reduce="pca")
+        gr.vectors.reduce_vectors(differences(n_records=1), reduce="pca")
     with pytest.raises(ValueError, match="median"):
-        gr.reduce_vectors(differences(), reduce="median")  # type: ignore[arg-type]
+        gr.vectors.reduce_vectors(differences(), reduce="median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="left"):
-        gr.reduce_vectors(differences(), side="left")  # type: ignore[arg-type]
+        gr.vectors.reduce_vectors(differences(), side="left")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("side", ["both", "toward_chosen"])
@@ -147,7 +148,7 @@ def test_a_zero_difference_has_no_direction(reduce: Any, side: Any) -> None:
     d = differences()
     d.toward_chosen[:, 1], d.toward_rejected[:, 1] = 0, 0
     with pytest.raises(ValueError, match=r"layers \[7\]"):
-        gr.reduce_vectors(d, reduce=reduce, side=side)
+        gr.vectors.reduce_vectors(d, reduce=reduce, side=side)
 
 
 # -- the class --------------------------------------------------------------------------------------------------------

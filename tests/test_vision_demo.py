@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import grains_tl as gr
-from grains_tl import tiny_vlm as tv
-from grains_tl.cli import main
-from grains_tl.tiny_vlm import captions as cp
-from grains_tl.tiny_vlm import questions as qu
-from grains_tl.tiny_vlm.scenes import patches_of
-from grains_tl.tiny_vlm.threshold import yes_no_study
-from grains_tl.vision_demo import VisionDemoSettings, run_vision_demo, vision_summary
+from grains_tl.cli.main import main
+from grains_tl.demo import scene_captions as cp
+from grains_tl.demo import scene_questions as qu
+from grains_tl.demo import scene_records as tv_scene_records
+from grains_tl.demo.vision import VisionDemoSettings, run_vision_demo, vision_summary
+from grains_tl.models import tiny_vlm as tv_tiny_vlm
+from grains_tl.models._scenes import patches_of
+from studies.tiny_vlm.yes_no_study import yes_no_study
 
 NORM = 300.0
 SMALL = VisionDemoSettings(
@@ -51,11 +52,11 @@ def some_vectors(seed: int = 0) -> gr.SteeringVectors:
 
 def test_captions_are_those_of_generate(vlm: Any) -> None:
     """The large-batch decoder of the study against the package's own ``generate``, unsteered and steered."""
-    _, pictures = tv.scenes_for("test", 5)
-    prompt = tv.question_text("describe the picture .")
+    _, pictures = tv_scene_records.scenes_for("test", 5)
+    prompt = tv_tiny_vlm.question_text("describe the picture .")
     for hooks in ([], some_vectors().hooks(0.4, [2])):
         expected = gr.generate(vlm, [prompt] * 5, hooks, images=pictures, max_new_tokens=24)
-        scenes = tv.scenes_for("test", 5)[0]
+        scenes = tv_scene_records.scenes_for("test", 5)[0]
         assert cp.caption_scenes(vlm, scenes, pictures, hooks).said == expected
 
 
@@ -73,7 +74,7 @@ def test_kl_is_that_of_the_plain_model(vlm: Any, choose: cp.Captioned) -> None:
     meter = cp.kl_meter(vlm, choose, n=3)
     vectors, alpha, layer = some_vectors(), 0.5, 1
     step = alpha * NORM * vectors.directions[layer]
-    plain, processor = tv.load_tiny_vlm()
+    plain, processor = tv_tiny_vlm.load_tiny_vlm()
 
     def steer(module: Any, args: Any, output: Any) -> Any:
         h = output[0] if isinstance(output, tuple) else output
@@ -83,7 +84,7 @@ def test_kl_is_that_of_the_plain_model(vlm: Any, choose: cp.Captioned) -> None:
 
     total, n = 0.0, 0
     for picture, said in zip(choose.pictures[:3], choose.said[:3], strict=True):
-        text = f"{tv.question_text('describe the picture .')} {said} <eos>"
+        text = f"{tv_tiny_vlm.question_text('describe the picture .')} {said} <eos>"
         inputs = processor(images=[picture], text=[text], return_tensors="pt")
         start = inputs["input_ids"].shape[1] - len(said.split()) - 1
         with torch.no_grad():
@@ -123,12 +124,14 @@ def test_tuning_chooses_on_one_set_and_measures_on_the_other(vlm: Any, choose: c
 
 def test_occlusion_is_the_fall_of_the_margin(vlm: Any) -> None:
     """Against the plain Hugging Face model, its image features replaced by their mean over the picture."""
-    questions = [q for q in tv.yes_no_questions("test", 3) if q.split == "adversarial"][:3]
+    questions = [q for q in tv_scene_records.yes_no_questions("test", 3) if q.split == "adversarial"][:3]
     found = qu.occlusion(vlm, questions)
-    plain, processor = tv.load_tiny_vlm()
+    plain, processor = tv_tiny_vlm.load_tiny_vlm()
     yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "no"])
     for row, question in enumerate(questions):
-        inputs = processor(images=[question.image], text=[tv.question_text(question.question)], return_tensors="pt")
+        inputs = processor(
+            images=[question.image], text=[tv_tiny_vlm.question_text(question.question)], return_tensors="pt"
+        )
 
         def margin(cell: int | None, inputs: Any = inputs) -> float:
             def cover(module: Any, args: Any, output: Any) -> Any:

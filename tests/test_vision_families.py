@@ -19,7 +19,7 @@ from torch import Tensor
 from vision_families import FAMILIES, ID, LAYERS, Family, bridge, build, picture
 
 import grains_tl as gr
-from grains_tl.replacements import prompt_embeddings
+from grains_tl.hooks.stand_ins import prompt_embeddings
 
 PROMPT = "question : what is this ? answer :"
 CHOSEN, REJECTED = " a cat", " a big dog"
@@ -108,10 +108,10 @@ def test_what_runs_wrongly_is_refused(made: Family, monkeypatch: pytest.MonkeyPa
     model = bridge(made)
     pair = gr.PreferencePair(prompt=PROMPT, chosen=CHOSEN, rejected=REJECTED, image=picture(0))
     with pytest.raises(ValueError, match="install TransformerLens 4"):
-        gr.tokenize_pairs(model, [pair])
-    monkeypatch.setattr("grains_tl.images.NEEDS_TL4", ())
+        gr.tokens.tokenize_pairs(model, [pair])
+    monkeypatch.setattr("grains_tl.tokens.images.NEEDS_TL4", ())
     family = SimpleNamespace(name=made.name, hf=build(made), processor=made.processor())
-    found = gr.score_pairs(model, gr.tokenize_pairs(model, [pair]))[0]
+    found = gr.score_pairs(model, gr.tokens.tokenize_pairs(model, [pair]))[0]
     with torch.no_grad():
         wanted = plain_margin(family, pair.image)
     # should this fail, TransformerLens 3 has been repaired: take the family out of NEEDS_TL4
@@ -119,7 +119,7 @@ def test_what_runs_wrongly_is_refused(made: Family, monkeypatch: pytest.MonkeyPa
 
 
 def test_forward_and_margin_equal_hugging_face(family: SimpleNamespace) -> None:
-    tokenized = gr.tokenize_pairs(family.model, [family.pair])
+    tokenized = gr.tokens.tokenize_pairs(family.model, [family.pair])
     found = gr.score_pairs(family.model, tokenized)[0]
     with torch.no_grad():
         wanted = [plain_logprob(family, PROMPT, r, family.pair.image) for r in (CHOSEN, REJECTED)]
@@ -128,7 +128,7 @@ def test_forward_and_margin_equal_hugging_face(family: SimpleNamespace) -> None:
 
 def test_the_image_matters(family: SimpleNamespace) -> None:
     pairs = [gr.PreferencePair(prompt=PROMPT, chosen=CHOSEN, rejected=REJECTED, image=picture(i)) for i in (0, 1)]
-    scores = gr.score_pairs(family.model, gr.tokenize_pairs(family.model, pairs))
+    scores = gr.score_pairs(family.model, gr.tokens.tokenize_pairs(family.model, pairs))
     with torch.no_grad():
         wanted = torch.stack([plain_margin(family, pair.image) for pair in pairs])
     assert (wanted[0] - wanted[1]).abs() > 0.01
@@ -138,14 +138,14 @@ def test_the_image_matters(family: SimpleNamespace) -> None:
 def test_batches_of_different_images_equal_single_runs(family: SimpleNamespace) -> None:
     images = [picture(0), None, picture(2, 24, 40), [picture(3), picture(4, 16, 16)]]
     pairs = [gr.PreferencePair(prompt=PROMPT, chosen=CHOSEN, rejected=REJECTED, image=image) for image in images]
-    tokenized = gr.tokenize_pairs(family.model, pairs)
+    tokenized = gr.tokens.tokenize_pairs(family.model, pairs)
     together = gr.score_pairs(family.model, tokenized, max_tokens=100_000)
     alone = torch.cat([gr.score_pairs(family.model, [t]) for t in tokenized])
     assert torch.allclose(together, alone, atol=TOLERANCE)
 
 
 def test_patches_are_known(family: SimpleNamespace) -> None:
-    record = gr.tokenize_pairs(family.model, [family.pair])[0]
+    record = gr.tokens.tokenize_pairs(family.model, [family.pair])[0]
     assert record.images is not None
     assert record.n_patches == family.n_patches == len(record.images.patches)
     assert all(record.is_image[p] and record.content[p] for p in record.images.patches)
@@ -159,7 +159,7 @@ def test_patches_are_known(family: SimpleNamespace) -> None:
     two = gr.PreferencePair(
         prompt=[{"role": "user", "content": "what is this ?"}], chosen="a cat", rejected="a dog", image=[picture(0)] * 2
     )
-    record = gr.tokenize_pairs(family.model, [two])[0]
+    record = gr.tokens.tokenize_pairs(family.model, [two])[0]
     assert record.images is not None
     assert [s.image for s in record.images.spans] == sorted(s.image for s in record.images.spans)
     assert record.n_patches == 2 * family.n_patches and {s.image for s in record.images.spans} == {0, 1}
@@ -171,7 +171,7 @@ def test_the_grid_points_at_the_right_place(family: SimpleNamespace) -> None:
     """Paint a patch of the picture: its own token must change most, in every grid."""
     size = (48, 48) if family.name in ("LLaVA-NeXT", "LLaVA-OneVision", "Idefics3") else (32, 32)
     ground = np.full((size[1], size[0], 3), 110, dtype=np.uint8)
-    base = gr.tokenize_pairs(family.model, [gr.PreferencePair(PROMPT, CHOSEN, REJECTED, image=ground)])[0]
+    base = gr.tokens.tokenize_pairs(family.model, [gr.PreferencePair(PROMPT, CHOSEN, REJECTED, image=ground)])[0]
     assert base.images is not None
     before = prompt_embeddings(family.model, base)
     right, total = 0, 0
@@ -182,7 +182,9 @@ def test_the_grid_points_at_the_right_place(family: SimpleNamespace) -> None:
             left, top, end, bottom = (round(f * s) for f, s in zip(box, size * 2, strict=True))
             painted = ground.copy()
             painted[top:bottom, left:end] = (250, 5, 130)
-            changed = gr.tokenize_pairs(family.model, [gr.PreferencePair(PROMPT, CHOSEN, REJECTED, image=painted)])[0]
+            changed = gr.tokens.tokenize_pairs(
+                family.model, [gr.PreferencePair(PROMPT, CHOSEN, REJECTED, image=painted)]
+            )[0]
             moved = (prompt_embeddings(family.model, changed) - before).norm(dim=-1)[span.positions]
             total += 1
             right += int(moved.argmax()) == row * span.cols + col
@@ -212,7 +214,7 @@ def test_gradients_at_the_merged_point_equal_the_plain_models(family: SimpleName
 
 @pytest.mark.parametrize("image_masker", ["mean_patch", "zero", "neighbour_patch", "blurred_image"])
 def test_a_masked_patch_equals_the_plain_model_without_it(family: SimpleNamespace, image_masker: Any) -> None:
-    record = gr.tokenize_pairs(family.model, [family.pair])[0]
+    record = gr.tokens.tokenize_pairs(family.model, [family.pair])[0]
     assert record.images is not None
     span = record.images.spans[-1]
     place = int(span.positions[1, 0])
@@ -251,8 +253,8 @@ def _neighbours(places: Tensor, row: int, col: int) -> list[int]:
 
 def test_steering_equals_a_plain_forward_hook(family: SimpleNamespace) -> None:
     step = torch.linspace(-1, 1, 32)
-    hooks = gr.steer_hook(1, step, float(step.norm()), operator="add")
-    tokenized = gr.tokenize_pairs(family.model, [family.pair])
+    hooks = gr.hooks.steer_hook(1, step, float(step.norm()), operator="add")
+    tokenized = gr.tokens.tokenize_pairs(family.model, [family.pair])
     found = gr.score_pairs(family.model, tokenized, hooks)[0]
     base = gr.score_pairs(family.model, tokenized)[0]
     with after_layer(family.hf, 1, step), torch.no_grad():
@@ -267,7 +269,7 @@ def test_generation_with_hooks_equals_the_plain_models(family: SimpleNamespace) 
     found = gr.generate(
         family.model,
         [PROMPT] * 2,
-        gr.steer_hook(1, step, float(step.norm()), operator="add"),
+        gr.hooks.steer_hook(1, step, float(step.norm()), operator="add"),
         images=images,
         max_new_tokens=6,
     )

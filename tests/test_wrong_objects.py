@@ -28,8 +28,11 @@ def made(bridge: Any) -> Any:
         ]
     )
     vectors = gr.build_vectors(bridge, pairs, top_k=1, progress=False)
-    settings = gr.grid({"v": vectors}, [1], [-0.2, 0.2])
-    records, costs = gr.record_effects(bridge, pairs, settings), gr.text_costs(bridge, settings, ["the film was good"])
+    settings = gr.evaluate.grid({"v": vectors}, [1], [-0.2, 0.2])
+    records, costs = (
+        gr.evaluate.record_effects(bridge, pairs, settings),
+        gr.evaluate.text_costs(bridge, settings, ["the film was good"]),
+    )
     return SimpleNamespace(
         model=bridge,
         pairs=pairs,
@@ -37,16 +40,16 @@ def made(bridge: Any) -> Any:
         settings=settings,
         records=records,
         costs=costs,
-        table=gr.summarize(records, costs),
+        table=gr.evaluate.summarize(records, costs),
     )
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 MEASURES = {
-    "text_costs": lambda m, s: gr.text_costs(m.model, s, ["the film was good"]),
-    "record_effects": lambda m, s: gr.record_effects(m.model, m.pairs, s),
-    "measure": lambda m, s: gr.measure(m.model, m.pairs, s),
+    "text_costs": lambda m, s: gr.evaluate.text_costs(m.model, s, ["the film was good"]),
+    "record_effects": lambda m, s: gr.evaluate.record_effects(m.model, m.pairs, s),
+    "measure": lambda m, s: gr.evaluate.measure(m.model, m.pairs, s),
 }
 
 
@@ -76,12 +79,12 @@ def test_a_summary_where_records_are_needed(made: Any) -> None:
         r"the frame lacks \[.*'record', 'record_id'.*\]; give the per-record table of record_effects or sweep_records"
     )
     with pytest.raises(ValueError, match=wanted):
-        gr.two_sided(made.table)
+        gr.evaluate.two_sided(made.table)
     with pytest.raises(ValueError, match=r"the frame lacks .* give the per-record table"):
-        gr.effect_at_kl(made.table, made.costs)
+        gr.evaluate.effect_at_kl(made.table, made.costs)
     with pytest.raises(ValueError, match=r"the table of costs lacks .*'text'.*; give the per-text table of text_costs"):
-        gr.effect_at_kl(made.records, made.table)
-    for call in (gr.two_sided, gr.summarize, lambda both: gr.effect_at_kl(both, made.costs)):
+        gr.evaluate.effect_at_kl(made.records, made.table)
+    for call in (gr.evaluate.two_sided, gr.evaluate.summarize, lambda both: gr.evaluate.effect_at_kl(both, made.costs)):
         with pytest.raises(ValueError, match="the frame is a tuple; give the per-record table"):
             call((made.records, made.costs))
 
@@ -111,9 +114,9 @@ def test_a_layer_is_a_set_of_one(made: Any) -> None:
 
 
 def test_building_records_have_no_model_to_tokenize_with(made: Any) -> None:
-    tokenized = gr.tokenize_pairs(made.model, made.pairs)
-    found = gr.caa_differences(made.model, tokenized, layers=[1], resid_norms=torch.ones(1))
-    chosen = [gr.Selection((1,), (2,))] * len(tokenized)
+    tokenized = gr.tokens.tokenize_pairs(made.model, made.pairs)
+    found = gr.baselines.caa_differences(made.model, tokenized, layers=[1], resid_norms=torch.ones(1))
+    chosen = [gr.attribution.Selection((1,), (2,))] * len(tokenized)
     for call in (gr.analysis.building_records, gr.analysis.building_tokens):
         call(made.vectors, found, layer=1, tokenized=tokenized, selections=chosen)
         with pytest.raises(ValueError, match=r"record 1 is a PreferencePair; .*tokenize_pairs\(model, pairs\)"):
@@ -123,14 +126,14 @@ def test_building_records_have_no_model_to_tokenize_with(made: Any) -> None:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 SHARES = torch.tensor([0.0, 0.5, 1.0])
-CURVES = gr.Curves(SHARES, torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.5, 2.0]]))
+CURVES = gr.faithfulness.Curves(SHARES, torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.5, 2.0]]))
 PROBES = gr.analysis.Probes(
     pd.DataFrame({"layer": [1, 2], "accuracy": [0.7, 0.8], "se": [0.1, 0.1], "floor": [0.5, 0.5], "floor_high": 0.6}),
     torch.eye(2),
     torch.eye(2),
     (1, 2),
 )
-COMPARISON = gr.Comparison(
+COMPARISON = gr.evaluate.Comparison(
     pd.DataFrame({"vector": ["v"], "effect": [2.0], "low": [1.0], "high": [3.0]}),
     {"v": [1.9, 2.2], "random": [0.1]},
     torch.ones(2),
@@ -149,41 +152,53 @@ ATTRIBUTION = gr.Attribution(
 
 
 def test_figures_of_whole_results(made: Any) -> None:
-    assert figure_png(gr.plot_probes(PROBES)) == figure_png(gr.plot_probes(PROBES.frame))
-    assert figure_png(gr.plot_curves(CURVES)) == figure_png(gr.plot_curves({"curves": CURVES}))
-    whole = figure_png(gr.plot_controls(COMPARISON))
-    assert whole == figure_png(gr.plot_controls(COMPARISON.table, COMPARISON.draws))
-    assert whole != figure_png(gr.plot_controls(COMPARISON, {"v": [1.0]}))  # draws that are given come first
+    assert figure_png(gr.plotting.plot_probes(PROBES)) == figure_png(gr.plotting.plot_probes(PROBES.frame))
+    assert figure_png(gr.plotting.plot_curves(CURVES)) == figure_png(gr.plotting.plot_curves({"curves": CURVES}))
+    whole = figure_png(gr.plotting.plot_controls(COMPARISON))
+    assert whole == figure_png(gr.plotting.plot_controls(COMPARISON.table, COMPARISON.draws))
+    assert whole != figure_png(gr.plotting.plot_controls(COMPARISON, {"v": [1.0]}))  # draws that are given come first
 
 
 def test_layers_of_a_sweep(made: Any) -> None:
     table = gr.sweep(made.model, made.vectors, made.pairs, alphas=[0.2], progress=False)
-    fig = gr.plot_layers(table)
+    fig = gr.plotting.plot_layers(table)
     assert fig.axes[0].get_ylabel() == "effect: change of the margin, nats"
     band, line = fig.axes[0].collections[0], fig.axes[0].lines[-1]
     assert list(line.get_ydata()) == pytest.approx(list(table.sort_values("layer").effect))
     top = band.get_paths()[0].get_extents().y1
     assert top == pytest.approx((table.effect + 1.96 * table.effect_se).max())
-    assert "half the change" in gr.plot_layers(table.rename(columns={"effect_se": "se"})).axes[0].get_ylabel()
-    assert gr.plot_layers(table, label="mine").axes[0].get_ylabel() == "mine"
+    assert "half the change" in gr.plotting.plot_layers(table.rename(columns={"effect_se": "se"})).axes[0].get_ylabel()
+    assert gr.plotting.plot_layers(table, label="mine").axes[0].get_ylabel() == "mine"
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda m: gr.plot_cosines(m.vectors), r"a SteeringVectors came; .*plot_cosines\(analysis.cosine_map\("),
-        (lambda m: gr.plot_probes(m.vectors), r"a SteeringVectors came; .*fit_probes"),
-        (lambda m: gr.plot_curves([CURVES]), r"a list came; pass \{name: curves\("),
-        (lambda m: gr.plot_curves({"a": ATTRIBUTION}), r"'a' is a Attribution, not curves; pass \{name: curves\("),
-        (lambda m: gr.plot_tokens([ATTRIBUTION] * 2), r"a list came; .*plot_tokens\(attributions\[0\]\)"),
-        (lambda m: gr.plot_tokens([" a", " b"]), r"show_tokens\(tokens, scores\)"),
-        (lambda m: gr.plot_controls(COMPARISON.table), r"draws=None; .*plot_controls\(found.table, found.draws\)"),
         (
-            lambda m: gr.plot_controls(m.vectors, {}),
+            lambda m: gr.plotting.plot_cosines(m.vectors),
+            r"a SteeringVectors came; .*plot_cosines\(analysis.cosine_map\(",
+        ),
+        (lambda m: gr.plotting.plot_probes(m.vectors), r"a SteeringVectors came; .*fit_probes"),
+        (lambda m: gr.plotting.plot_curves([CURVES]), r"a list came; pass \{name: curves\("),
+        (
+            lambda m: gr.plotting.plot_curves({"a": ATTRIBUTION}),
+            r"'a' is a Attribution, not curves; pass \{name: curves\(",
+        ),
+        (lambda m: gr.plotting.plot_tokens([ATTRIBUTION] * 2), r"a list came; .*plot_tokens\(attributions\[0\]\)"),
+        (lambda m: gr.plotting.plot_tokens([" a", " b"]), r"show_tokens\(tokens, scores\)"),
+        (
+            lambda m: gr.plotting.plot_controls(COMPARISON.table),
+            r"draws=None; .*plot_controls\(found.table, found.draws\)",
+        ),
+        (
+            lambda m: gr.plotting.plot_controls(m.vectors, {}),
             r"a SteeringVectors came; a table with the columns .*'effect', 'low'",
         ),
-        (lambda m: gr.plot_layers(m.vectors), r"a SteeringVectors came; a table with the columns .*'layer', 'effect'"),
-        (lambda m: gr.plot_layers(m.table.drop(columns="effect_se")), r"missing: \['se'\]"),
+        (
+            lambda m: gr.plotting.plot_layers(m.vectors),
+            r"a SteeringVectors came; a table with the columns .*'layer', 'effect'",
+        ),
+        (lambda m: gr.plotting.plot_layers(m.table.drop(columns="effect_se")), r"missing: \['se'\]"),
     ],
 )
 def test_figures_of_something_else(made: Any, call: Any, words: str) -> None:

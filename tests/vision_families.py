@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from grains_tl import models as gr_models
+from grains_tl.models import loading as gr_models
 
 hf: Any = transformers  # its configurations are typed by their generated signatures, which lack aliases
 SPECIAL = (

@@ -14,35 +14,6 @@ sparse              ``load_sae``, ``decoder_cosines``, ``sparse_decomposition``,
 ==================  ====================================================================================
 """
 
-from grains_tl.analysis.ablation import ablate_hooks, ablation_table
-from grains_tl.analysis.geometry import building_records, building_tokens, cosine_map, stability, vector_table
-from grains_tl.analysis.lens import embedding_neighbours, lens_logits, logit_lens
-from grains_tl.analysis.patching import compare_patching, patch, patch_hook
-from grains_tl.analysis.probes import Probes, fit_probes, residuals, separation
-from grains_tl.analysis.sparse import decoder_cosines, feature_vectors, load_sae, sparse_decomposition
-from grains_tl.analysis.writers import writers
+import lazy_loader
 
-__all__ = [
-    "Probes",
-    "ablate_hooks",
-    "ablation_table",
-    "building_records",
-    "building_tokens",
-    "compare_patching",
-    "cosine_map",
-    "decoder_cosines",
-    "embedding_neighbours",
-    "feature_vectors",
-    "fit_probes",
-    "lens_logits",
-    "load_sae",
-    "logit_lens",
-    "patch",
-    "patch_hook",
-    "residuals",
-    "separation",
-    "sparse_decomposition",
-    "stability",
-    "vector_table",
-    "writers",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl._util.checks import layer_numbers, listed
+from grains_tl._util.stats import mean_and_se
 from grains_tl.analysis.runs import margins_and_kl
-from grains_tl.controls import random_direction_vectors
-from grains_tl.evaluate import mean_and_se
-from grains_tl.models import require_layers, resid_post
-from grains_tl.numbers import layer_numbers, listed
-from grains_tl.objectives import Objective
-from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import Records, as_tokenized
+from grains_tl.baselines.controls import random_direction_vectors
+from grains_tl.inference.logprobs import MAX_TOKENS
+from grains_tl.inference.objectives import Objective
+from grains_tl.models.running import require_layers, resid_post
+from grains_tl.tokens.pairs import Records, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
-from grains_tl.vectors import SteeringVectors
+from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
 def ablate_hooks(

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.caching import Differences
-from grains_tl.masking import Selection
-from grains_tl.tokens import TokenizedPair
-from grains_tl.vectors import Reduce, Side, SteeringVectors, check_reduction, reduce_vectors
+from grains_tl.attribution.selection import Selection
+from grains_tl.tokens.pairs import TokenizedPair
+from grains_tl.vectors.differences import Differences
+from grains_tl.vectors.reduce import Reduce, Side, check_reduction, reduce_vectors
+from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
 def vector_table(vectors: SteeringVectors, differences: Differences | None = None) -> pd.DataFrame:
@@ -119,7 +120,7 @@ def stability(
         ValueError: fewer than four records, or unknown options.
 
     Example:
-        >>> from grains_tl.caching import Differences
+        >>> from grains_tl.vectors.differences import Differences
         >>> d = Differences(torch.ones(4, 1, 3), torch.zeros(4, 1, 3), (12,), torch.tensor([140.0]))
         >>> stability(d, n_draws=5)["split_half"].round(3).tolist()
         [1.0]
@@ -180,8 +181,8 @@ def building_records(
         ValueError: a layer that is not stored, lists of different lengths, or records that are not tokenized.
 
     Example:
-        >>> from grains_tl.caching import Differences
-        >>> from grains_tl.vectors import reduce_vectors
+        >>> from grains_tl.vectors.differences import Differences
+        >>> from grains_tl.vectors.reduce import reduce_vectors
         >>> d = Differences(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), (12,), torch.tensor([140.0]))
         >>> building_records(reduce_vectors(d), d, layer=12)["cosine"].round(3).tolist()
         [1.0, 1.0]

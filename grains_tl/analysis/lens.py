@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.models import device_of, embed_tokens, final_norm
-from grains_tl.precision import full_precision
+from grains_tl.models.precision import full_precision
+from grains_tl.models.running import device_of, embed_tokens, final_norm
 from grains_tl.types import HookedModel
-from grains_tl.vectors import SteeringVectors
+from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
 def lens_logits(model: HookedModel, vectors: SteeringVectors) -> Float[Tensor, "layer vocab"]:

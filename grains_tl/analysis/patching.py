@@ -20,12 +20,11 @@ from tqdm.auto import tqdm
 
 from grains_tl.analysis.runs import batch_runner
 from grains_tl.analysis.sites import By, Component, Site, act_name, check_options, positions, site_table, sites_for
-from grains_tl.batches import Batch
-from grains_tl.evaluate import margins
-from grains_tl.models import require_hook_names
-from grains_tl.objectives import Objective
-from grains_tl.scoring import MAX_TOKENS, HooksForBatch, batch_logprobs, hooks_for, score_batches
-from grains_tl.tokens import Records, as_tokenized
+from grains_tl.inference.batches import Batch
+from grains_tl.inference.logprobs import MAX_TOKENS, HooksForBatch, batch_logprobs, hooks_for, score_batches
+from grains_tl.inference.objectives import Objective, margins
+from grains_tl.models.running import require_hook_names
+from grains_tl.tokens.pairs import Records, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 
 
@@ -199,8 +198,6 @@ def _correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 # -- the two methods --------------------------------------------------------------------------------------------------
-
-
 def _exact(
     model: HookedModel,
     batch: Batch,

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grains_tl.caching import read_out, read_out_responses
-from grains_tl.masking import Masker, Selection
-from grains_tl.models import existing_layers, hooked
-from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import Records, as_tokenized
+from grains_tl.attribution.selection import Selection
+from grains_tl.hooks.mask import Masker
+from grains_tl.inference.logprobs import MAX_TOKENS
+from grains_tl.models.running import existing_layers, hooked
+from grains_tl.tokens.pairs import Records, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
-from grains_tl.vectors import SteeringVectors
+from grains_tl.vectors.readout import read_out, read_out_responses
+from grains_tl.vectors.steering_vectors import SteeringVectors
 
 #: Where the two sides of a record are read. ``"response_end"``: last token of prompt + chosen and of prompt + rejected.
 #: ``"prompt_end"``: last token of the prompt, once without its tokens toward rejected, once without those toward chosen.

@@ -10,21 +10,19 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grains_tl.batches import Batch
-from grains_tl.evaluate import margins
-from grains_tl.models import forward_logits, resid_post
-from grains_tl.objectives import Objective
-from grains_tl.scoring import (
+from grains_tl.inference.batches import Batch
+from grains_tl.inference.logprobs import (
     MAX_TOKENS,
     HooksForBatch,
     batch_logprobs,
     gather_logprobs,
     hooks_for,
-    prepare_restart,
-    restart_logprobs,
     score_batches,
 )
-from grains_tl.tokens import TokenizedPair
+from grains_tl.inference.objectives import Objective, margins
+from grains_tl.inference.restart import prepare_restart, restart_logprobs
+from grains_tl.models.running import forward_logits, resid_post
+from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 
 #: Hooks -> margins ``[record]`` of one batch, nats.

@@ -11,14 +11,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grains_tl.batches import Batch
-from grains_tl.models import require_layers
-from grains_tl.tokens import TokenizedPair
+from grains_tl.inference.batches import Batch
+from grains_tl.models.running import require_layers
+from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 
 #: What can be patched: the residual stream before and after a block, the outputs of attention and MLP, single heads.
 #: The residual between attention and MLP is left out: editing it means another thing in a ``TransformerBridge``.
 Component = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z"]
+
+
 By = Literal["layer", "head", "pos", "all"]
 
 

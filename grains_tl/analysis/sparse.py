@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.vectors import SteeringVectors
+from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
 def load_sae(release: str, sae_id: str, *, device: str = "cpu") -> tuple[Any, int]:

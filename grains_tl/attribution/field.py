@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.batches import Batch, by_token_budget, scoring_batch
-from grains_tl.models import attribution_point
-from grains_tl.objectives import Objective
-from grains_tl.scoring import MAX_TOKENS, batch_logprobs
-from grains_tl.sharing import prompt_batches
-from grains_tl.tokens import TokenizedPair
+from grains_tl.attribution.sharing import prompt_batches
+from grains_tl.inference.batches import Batch, by_token_budget, scoring_batch
+from grains_tl.inference.logprobs import MAX_TOKENS, batch_logprobs
+from grains_tl.inference.objectives import Objective
+from grains_tl.models.running import attribution_point
+from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 
 #: A pass that keeps a graph takes this fraction (1 / GRAPH) of the token budget.
 GRAPH = 2
+
 #: Makes the point to look at, ``[pos, d_model]``; made only when its batch runs, so that few are held at once.
 MakePoint = Callable[[], Tensor]
 
@@ -180,45 +181,6 @@ def require_finite(values: Tensor, name: str) -> None:
     """Raises ValueError for NaN or infinite entries."""
     if not torch.isfinite(values).all():
         raise ValueError(f"{name} has NaN or infinite entries; check the model's weights and its dtype (use float32)")
-
-
-def interpolate_hook(
-    model: HookedModel,
-    alphas: Float[Tensor, "batch"],
-    prompt_mask: Bool[Tensor, "batch pos"],
-    baseline: Float[Tensor, "*position d_model"],
-) -> FwdHooks:
-    """One hook that moves the prompt's embeddings towards a baseline: ``x' + alpha * (x - x')``.
-
-    The path of integrated gradients (arXiv 1703.01365).
-
-    Args:
-        model: gives the hook point.
-        alphas: ``[batch]``, place on the path of every row; 1 is the real input.
-        prompt_mask: ``[batch, pos]``, True where to interpolate.
-        baseline: ``[d_model]`` x', or ``[batch, pos, d_model]`` for one of its own at every position.
-
-    Returns:
-        ``[(name, fn)]`` for ``run_with_hooks``.
-
-    Raises:
-        ValueError: during the run, shapes that do not fit.
-
-    Example:
-        >>> hooks = interpolate_hook(model, torch.tensor([0.5]), mask, torch.zeros(576))   # doctest: +SKIP
-        >>> logits = model.run_with_hooks(ids, fwd_hooks=hooks)                           # doctest: +SKIP
-    """
-
-    def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
-        if prompt_mask.shape != act.shape[:2] or alphas.shape[0] != act.shape[0]:
-            raise ValueError(
-                f"alphas {tuple(alphas.shape)} and mask {tuple(prompt_mask.shape)} do not fit {tuple(act.shape)}"
-            )
-        start = baseline.to(act)
-        moved = start + alphas.to(act)[:, None, None] * (act - start)
-        return torch.where(prompt_mask.to(act.device)[..., None], moved, act)
-
-    return [(attribution_point(model), hook_fn)]
 
 
 def _enter(

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from grains_tl.attribution import paths, samples
-from grains_tl.attribution.baselines import DEFAULT_SET, Baseline, Baselines, check_baseline, require_baseline
 from grains_tl.attribution.field import ModelField, real_inputs, values_at
 from grains_tl.attribution.paths import Ends, Scores
 from grains_tl.attribution.propagation import checked, frozen_hooks
+from grains_tl.attribution.reference import DEFAULT_SET, Baseline, Baselines, check_baseline, require_baseline
 from grains_tl.attribution.removal import leave_k_out_scores, leave_out_scores
-from grains_tl.masking import Masker
-from grains_tl.models import device_of, embed_tokens, require_layers
-from grains_tl.objectives import Objective, require_objective
-from grains_tl.replacements import ImageMasker
-from grains_tl.scoring import MAX_TOKENS
-from grains_tl.sharing import shares_prompts
-from grains_tl.tokens import TokenizedPair
+from grains_tl.attribution.sharing import shares_prompts
+from grains_tl.hooks.mask import Masker
+from grains_tl.hooks.stand_ins import ImageMasker
+from grains_tl.inference.logprobs import MAX_TOKENS
+from grains_tl.inference.objectives import Objective, require_objective
+from grains_tl.models.running import device_of, embed_tokens, require_layers
+from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import HookedModel
 
 Method = Literal[
@@ -36,14 +36,19 @@ Method = Literal[
     "gradient_x_input",
     "attention_aware",
 ]
+
 #: How integrated gradients place their nodes.
 Nodes = Literal["gauss_legendre", "riemann", "adaptive"]
+
 #: Methods that only take tokens out: no gradients.
 REMOVAL = ("leave_one_out", "leave_k_out")
+
 #: Methods that draw at random.
 DRAWS = ("leave_k_out", "expected_gradients", "smoothgrad")
+
 #: Methods that go along a path from a baseline.
 PATH = ("integrated_gradients", "sequential_ig", "discretized_ig", "expected_gradients")
+
 #: A gap below this share of |f(x) - f(x')| counts as converged.
 TOLERANCE = 0.05
 

@@ -84,8 +84,6 @@ def complete(scores: Tensor, value: float, start_value: float, steps: int) -> Sc
 
 
 # -- adaptive ---------------------------------------------------------------------------------------------------------
-
-
 class Node(NamedTuple):
     """A place on the path: f there, and each token's rate of change along the path ``[pos]``."""
 
@@ -189,8 +187,6 @@ def _nodes(field: Field, ends: Ends, wanted: Sequence[tuple[int, float]]) -> dic
 
 
 # -- other paths ------------------------------------------------------------------------------------------------------
-
-
 def one_at_a_time(field: Field, ends: Ends, nodes: Tensor, weights: Tensor) -> list[Scores]:
     """Sequential integrated gradients (arXiv 2305.15853): only one token moves, the others stay real.
 

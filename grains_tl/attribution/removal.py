@@ -11,14 +11,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grains_tl.attribution.field import require_finite, run_batches
-from grains_tl.batches import Batch
-from grains_tl.masking import Masker, mask_hook
-from grains_tl.objectives import Objective
-from grains_tl.precision import exactness
-from grains_tl.replacements import ImageMasker, Replacements, hide, replacements
-from grains_tl.scoring import MAX_TOKENS, batch_logprobs
-from grains_tl.sharing import ROW, WORTH, branch, can_share, row_length, rows_of, shared_batches
-from grains_tl.tokens import TokenizedPair
+from grains_tl.attribution.sharing import ROW, WORTH, branch, can_share, row_length, rows_of, shared_batches
+from grains_tl.hooks.mask import Masker, mask_hook
+from grains_tl.hooks.stand_ins import ImageMasker, Replacements, hide, replacements
+from grains_tl.inference.batches import Batch
+from grains_tl.inference.logprobs import MAX_TOKENS, batch_logprobs
+from grains_tl.inference.objectives import Objective
+from grains_tl.models.precision import exactness
+from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 
 #: Positions to take out of one record's prompt.

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grains_tl.batches import by_token_budget, image_inputs, pad_rows
-from grains_tl.caching import read_out
-from grains_tl.models import hooked, require_layers, run_blocks
-from grains_tl.scoring import MAX_TOKENS
-from grains_tl.tokens import TokenizedPair, tokenize_pairs
-from grains_tl.types import FwdHooks, HookedModel, PreferencePair
+from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
+from grains_tl.inference.logprobs import MAX_TOKENS
+from grains_tl.models.running import hooked, require_layers, run_blocks
+from grains_tl.records.pairs import PreferencePair
+from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
+from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.readout import read_out
 
 #: The step of a head: from the mean of rejected to the mean of chosen response ends, or the probe's weights.
 HeadDirection = Literal["mean_shift", "probe"]

@@ -13,12 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from grains_tl.batches import by_token_budget, scoring_batch
-from grains_tl.evaluate import margins
-from grains_tl.models import is_bridge, run_blocks
-from grains_tl.scoring import MAX_TOKENS, batch_logprobs, score_pairs
-from grains_tl.tokens import TokenizedPair, tokenize_pairs
-from grains_tl.types import HookedModel, PreferencePair
+from grains_tl.inference.batches import by_token_budget, scoring_batch
+from grains_tl.inference.logprobs import MAX_TOKENS, batch_logprobs, score_pairs
+from grains_tl.inference.objectives import margins
+from grains_tl.models.hugging_face import is_linear
+from grains_tl.models.running import is_bridge, run_blocks
+from grains_tl.records.pairs import PreferencePair
+from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
+from grains_tl.types import HookedModel
 
 #: ``"sft"``: likelihood of the chosen responses alone. ``"dpo"``: the margin against the untrained model's
 #: (arXiv 2305.18290), the objective the attributions use.
@@ -33,6 +35,10 @@ class LoraRun:
         losses: one per optimiser step, before that step.
         n_parameters: trained ones.
         modules: names of the linear layers that carry an adapter.
+
+    Example:
+        >>> with lora_adapter(model, pairs) as run:                # doctest: +SKIP
+        ...     print(run.losses[-1], run.n_parameters)            # doctest: +SKIP
     """
 
     losses: list[float]
@@ -175,13 +181,11 @@ def _running_linear_layers(model: Any) -> list[str]:
 
     Found by running, because a bridge splits the joint projections of some architectures and calls its own parts.
     """
-    from transformers.pytorch_utils import Conv1D
-
     inside = {id(m) for block in model.blocks for m in block.modules()}
     named = [
         (name, module)
         for name, module in model.original_model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and id(module) in inside
+        if is_linear(module) and id(module) in inside
     ]
     called: set[str] = set()
     handles = [

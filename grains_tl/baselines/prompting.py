@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from grains_tl.types import PreferencePair
+from grains_tl.records.pairs import PreferencePair
 
 
 def with_system_prompt(

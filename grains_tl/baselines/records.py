@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.caching import Differences, read_out, read_out_responses
-from grains_tl.evaluate import margins
-from grains_tl.masking import Masker
-from grains_tl.scoring import MAX_TOKENS, score_pairs
-from grains_tl.tokens import TokenizedPair
+from grains_tl.hooks.mask import Masker
+from grains_tl.inference.logprobs import MAX_TOKENS, score_pairs
+from grains_tl.inference.objectives import margins
+from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import HookedModel
-from grains_tl.vectors import SteeringVectors
+from grains_tl.vectors.differences import Differences
+from grains_tl.vectors.readout import read_out, read_out_responses
+from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class BuildingRecords:
         top_k, masker: how many tokens ``random_tokens`` masks on each side, and with what.
         max_tokens: token budget of one pass.
         progress: show bars.
+
+    Example:
+        >>> records = BuildingRecords(model, tokenize_pairs(model, pairs), (12,))     # doctest: +SKIP
+        >>> BASELINES["caa"](records, seed=0).directions.shape                       # doctest: +SKIP
     """
 
     model: HookedModel

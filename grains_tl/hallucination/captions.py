@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from grains_tl.uncertainty import standard_error
+from grains_tl._util.stats import standard_error
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import re
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from grains_tl.hallucination.readers import JudgedQuestion
+from grains_tl.hallucination.datasets import JudgedQuestion
 
 #: Takes a prompt, returns the judge's reply.
 Judge = Callable[[str], str]
+
 
 SCALE = """\
 6: nothing made up, very informative, with good analysis or reasoning

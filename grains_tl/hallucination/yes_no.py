@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.uncertainty import standard_error
+from grains_tl._util.stats import standard_error
 
 
 @dataclass(frozen=True)

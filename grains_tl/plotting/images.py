@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grains_tl.images import load_images
-from grains_tl.patches import WHOLE, ImageSpan
+from grains_tl.attribution.result import Attribution
 from grains_tl.plotting.style import (
     CHOSEN,
     GREY,
@@ -24,7 +23,8 @@ from grains_tl.plotting.style import (
     visible,
     wrapped,
 )
-from grains_tl.types import Attribution
+from grains_tl.records.pictures import load_images
+from grains_tl.tokens.patches import WHOLE, ImageSpan
 
 #: How opaque the largest score is, on patches and words alike: the picture stays visible under its heat.
 OPAQUE = 0.8

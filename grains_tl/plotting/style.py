@@ -15,8 +15,14 @@ import torch
 
 #: Paul Tol's "bright" scheme, told apart under every common colour blindness; grey is left for what is not data.
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE")
+
+
 MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
 CHOSEN, REJECTED, GREY, DRAW = "#2166AC", "#B2182B", "#666666", "#E08E45"
+
+
 STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],

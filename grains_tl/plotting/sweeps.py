@@ -27,7 +27,10 @@ from grains_tl.plotting.style import (
 )
 
 EFFECT = "effect: change of the margin, nats"
+
+
 KL = "KL(steered || base) per token, nats"
+
 #: Up to so many cells a heatmap has its numbers written in, and up to so many records have their names under the bars.
 MAX_WRITTEN, MAX_NAMED = 60, 30
 

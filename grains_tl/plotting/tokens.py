@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from grains_tl.attribution.result import Attribution
 from grains_tl.plotting.style import (
     CHOSEN,
     GREY,
@@ -19,7 +20,6 @@ from grains_tl.plotting.style import (
     visible,
     wrapped,
 )
-from grains_tl.types import Attribution
 
 #: circuitsvis writes tokens into the page as markup and into a script as they are; these stand in for what could end
 #: either. An ampersand is kept from starting an entity; a line break becomes visible.

@@ -1,0 +1,1 @@
+"""Helpers that know no model: checks of values, files, statistics, processes."""

@@ -1,0 +1,111 @@
+"""Files that others rely on: written whole or not at all, with a checksum of what they say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+
+def short_hash(value: Any) -> str:
+    """Of anything JSON can hold; what it cannot is an error, so that two different things never share a hash."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()[:16]
+
+
+def hash_of(value: Any) -> str:
+    """A short, stable name for anything that JSON can hold.
+
+    Example:
+        >>> hash_of([1, "a"]) == hash_of((1, "a"))
+        True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def write_atomically(path: str | Path, content: bytes) -> Path:
+    """Write beside the target and rename: a reader sees the old file or the new one, never half of it.
+
+    Raises:
+        OSError: no space, no permission, ...: naming the target; what stood there before is unchanged.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # a temporary file is private, a result is not
+        os.replace(temporary, target)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(error, target, "what stood there before is unchanged") from error
+        raise
+    return target
+
+
+def cannot_write(error: OSError, path: Path, safe: str) -> OSError:
+    """The same kind of error, saying which file, what is safe, and what to do."""
+    reason = error.strerror or str(error)
+    return type(error)(error.errno, f"{reason}: cannot write; {safe}. Make room or give another path", str(path))
+
+
+def sealed_line(row: Mapping[str, Any]) -> str:
+    """A row of a jsonl file with its checksum, line end included.
+
+    Example:
+        >>> unsealed(sealed_line({"key": "a", "values": [1.0]}))
+        {'key': 'a', 'values': [1.0]}
+    """
+    return json.dumps({**row, "crc": _crc(row)}) + "\n"
+
+
+def unsealed(line: str, *, needs_crc: bool = True) -> dict[str, Any] | None:
+    """The row of one line; ``None`` if it is torn or damaged. Rows of older files have no checksum.
+
+    Example:
+        >>> unsealed(sealed_line({"values": [1.5]}).replace("1.5", "1.7")) is None
+        True
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    crc = row.pop("crc", None)
+    sound = not needs_crc if crc is None else crc == _crc(row)
+    return row if sound else None
+
+
+def _crc(row: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row).encode())
+
+
+def plain(value: Any) -> Any:
+    """For ``json.dumps(default=plain)``: arrays and tensors as lists, sets sorted, paths as text.
+
+    Raises:
+        TypeError: anything else that JSON cannot hold.
+
+    Example:
+        >>> import json, numpy as np
+        >>> json.dumps({"k": np.int64(3)}, default=plain)
+        '{"k": 3}'
+    """
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{value!r} cannot be written as JSON: it is a {type(value).__name__}")

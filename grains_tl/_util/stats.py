@@ -1,0 +1,72 @@
+"""How sure a comparison of vectors is: over test records, over building records, and over random draws at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def mean_and_se(values: Float[Tensor, "*shape record"]) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """Mean over records and its standard error (NaN for a single record).
+
+    Example:
+        >>> import torch
+        >>> mean, se = mean_and_se(torch.tensor([1.0, 3.0]))
+        >>> mean.item(), se.item()
+        (2.0, 1.0)
+    """
+    return values.mean(-1), values.std(-1) / values.shape[-1] ** 0.5
+
+
+def compare(
+    own: Float[Tensor, "record"],
+    resampled: Float[Tensor, "draw_a record"],
+    random: Float[Tensor, "draw_b record"],
+    *,
+    seed: int = 0,
+    n: int = 4000,
+) -> dict[str, float]:
+    """How far a vector's effect lies above that of random draws, with all three uncertainties in one interval.
+
+    Args:
+        own: ``[record]`` effects of the vector.
+        resampled: ``[draw, record]`` effects of its bootstrap vectors (resampled building records).
+        random: ``[draw, record]`` effects of the control's draws.
+        seed: of the resampling.
+        n: resamples.
+
+    Returns:
+        ``difference`` of the means, its 95 % interval ``low`` .. ``high`` (resampling building records, test records and
+        draws together), ``beaten``: number of draws with a smaller mean effect, of ``n_draws``.
+    """
+    rng = np.random.default_rng(seed)
+    a, b = resampled.numpy(), random.numpy()
+    records = rng.integers(0, a.shape[1], (n, a.shape[1]))
+    pick_a = rng.integers(0, a.shape[0], n)
+    pick_b = rng.integers(0, b.shape[0], (n, b.shape[0]))
+    difference = np.array(
+        [a[i][r].mean() - b[j].mean(0)[r].mean() for i, j, r in zip(pick_a, pick_b, records, strict=True)]
+    )
+    estimate = float(own.mean() - random.mean())
+    low, high = np.quantile(difference, [0.025, 0.975]) + estimate - float(difference.mean())
+    beaten = int((random.mean(-1) < own.mean()).sum())
+    return {"difference": estimate, "low": float(low), "high": float(high), "beaten": beaten, "n_draws": len(b)}
+
+
+def resampled_means(effects: Float[Tensor, "draw record"], *, seed: int = 0, n: int = 4000) -> NDArray[np.float64]:
+    """``[n]`` mean effects over resampled draws and resampled records of ``[draw, record]`` effects."""
+    rng = np.random.default_rng(seed)
+    values = effects.double().numpy()
+    records = rng.integers(0, values.shape[1], (n, values.shape[1]))
+    return np.array([values[i][r].mean() for i, r in zip(rng.integers(0, len(values), n), records, strict=True)])
+
+
+def standard_error(values: Sequence[float] | np.ndarray) -> float:
+    """Standard error of a mean; NaN for fewer than two values."""
+    x = np.asarray(values, dtype=float)
+    return float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan

@@ -1,0 +1,67 @@
+"""The result of an attribution: one signed score per token, with what is needed to judge it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Signed scores of the input tokens of one record.
+
+    Attributes:
+        scores: ``[pos]``, nats; positive pushes towards ``chosen``. One per prompt token.
+        tokens: the prompt's tokens as text, same length.
+        content: ``[pos]``, False for special tokens, BOS, chat-template tokens and row separators of images.
+        is_image: ``[pos]``, True where an image feature stands; all False without an image.
+        gap: completeness gap in nats, ``sum(scores) - (f(x) - f(x'))``, signed as captum's convergence delta; ``None``
+            for methods that promise no completeness.
+        objective: f(x) in nats, the contrastive log-likelihood of the unchanged prompt.
+        baseline_objective: f(x') in nats; ``None`` for methods without a baseline run.
+        method: name of the attribution method.
+        spans: the patch grids of the images (``ImageSpan``), empty without an image.
+        steps: gradients, or forward passes of methods without gradients, spent on this record.
+        starts_word: ``[pos]``, whether a word begins at the token; ``None`` where that is not known.
+
+    Example:
+        >>> import torch
+        >>> a = Attribution(torch.tensor([0.5, -1.0]), [" good", " bad"], torch.tensor([True] * 2),
+        ...                 torch.tensor([False] * 2), None, 1.5, None, "leave_one_out")
+        >>> print(a)
+        leave_one_out: f(x) = +1.50 nats, gap none; largest: ' bad' -1.00, ' good' +0.50
+    """
+
+    scores: Tensor
+    tokens: list[str]
+    content: Tensor
+    is_image: Tensor
+    gap: float | None
+    objective: float
+    baseline_objective: float | None
+    method: str
+    spans: tuple[Any, ...] = ()
+    steps: int | None = None
+    starts_word: Tensor | None = None
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether the gap is below 5 % of |f(x) - f(x')|; ``None`` where there is no gap."""
+        return None if self.relative_gap is None else self.relative_gap < 0.05
+
+    @property
+    def relative_gap(self) -> float | None:
+        """``|gap| / |f(x) - f(x')|``; ``None`` where there is no gap. Above 0.05 the scores have not converged."""
+        if self.gap is None or self.baseline_objective is None:
+            return None
+        return abs(self.gap) / max(abs(self.objective - self.baseline_objective), 1e-12)
+
+    def __str__(self) -> str:
+        # what can be selected; markers of a chat template often score higher, and mean nothing
+        size = self.scores.nan_to_num(0.0).abs().masked_fill(~self.content, -1.0)
+        order = size.argsort(descending=True)[: min(5, int(self.content.sum()))].tolist()
+        top = ", ".join(f"{self.tokens[i]!r} {self.scores[i]:+.2f}" for i in order)
+        gap = "none" if self.gap is None else f"{self.gap:+.2f} nats"
+        return f"{self.method}: f(x) = {self.objective:+.2f} nats, gap {gap}; largest: {top}"

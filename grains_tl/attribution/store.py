@@ -1,0 +1,156 @@
+"""Attribution of many records, kept in a file one by one, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grains_tl._util.files import cannot_write, sealed_line, short_hash, unsealed
+from grains_tl._util.processes import ALONE, Processes, files
+from grains_tl.attribution.api import attribute_all
+from grains_tl.attribution.methods import REMOVAL
+from grains_tl.attribution.result import Attribution
+from grains_tl.inference.logprobs import MAX_TOKENS
+from grains_tl.models.identity import model_identity
+from grains_tl.models.precision import autocast_dtype
+from grains_tl.tokens.pairs import TokenizedPair
+from grains_tl.types import HookedModel
+
+
+def attribute_records(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    options: dict[str, Any],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+    checkpoint: str | Path | None = None,
+    processes: Processes = ALONE,
+) -> list[Attribution]:
+    """``attribute_all`` that keeps finished records in a file and does not compute them again.
+
+    Args:
+        model, tokenized: the model and its records.
+        options: keyword arguments of ``attribute_all``: method, n_steps, baseline, objective, masker, ...
+        max_tokens, progress: as in ``attribute_all``.
+        checkpoint: the ``.jsonl`` file, or ``None``.
+        processes: names the part of the checkpoint that this process writes; all parts are read.
+    """
+    # template tokens are never chosen: there is no need to take them out
+    filled = {"content_only": options["method"] in REMOVAL, **options}
+    if checkpoint is None:
+        return attribute_all(model, tokenized, max_tokens=max_tokens, progress=progress, **filled)
+    path = Path(checkpoint)
+    own = processes.own_file(path)
+    keys = _keys(model, options, tokenized)
+    done, todo = _state(path, keys, tokenized, mend=own)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with own.open("a", encoding="utf-8") as file:
+        attribute_all(
+            model,
+            [tokenized[i] for i in todo],
+            max_tokens=max_tokens,
+            progress=progress,
+            on_result=_append_to(file, done, [keys[i] for i in todo]),
+            **filled,
+        )
+    return [_restore(done[key], t) for key, t in zip(keys, tokenized, strict=True)]
+
+
+def seconds_spent(
+    model: HookedModel, tokenized: Sequence[TokenizedPair], options: dict[str, Any], checkpoint: str | Path
+) -> float:
+    """What the records in the file took together, in whichever runs; NaN if one of them is not there."""
+    keys = _keys(model, options, tokenized)
+    done, _ = _state(Path(checkpoint), keys, tokenized)
+    return sum(float(done.get(key, {}).get("seconds", "nan")) for key in keys)
+
+
+def image_key(pair: TokenizedPair) -> list[str]:
+    """Nothing without an image: text-only hashes stay what they were."""
+    return [] if pair.images is None else [pair.images.digest]
+
+
+def _keys(model: HookedModel, options: dict[str, Any], tokenized: Sequence[TokenizedPair]) -> list[str]:
+    identity, autocast = model_identity(model), autocast_dtype(model)
+    options = options if autocast is None else {**options, "autocast": autocast}
+    return [
+        short_hash([identity, options, t.prompt, t.chosen, t.rejected, t.content, *image_key(t)]) for t in tokenized
+    ]
+
+
+def _state(
+    path: Path, keys: Sequence[str], tokenized: Sequence[TokenizedPair], mend: Path | None = None
+) -> tuple[dict[str, dict[str, Any]], list[int]]:
+    """Finished rows by key, and the places of the records that have none."""
+    done = {key: row for file in files(path) for key, row in _read_checkpoint(file, mend=file == mend).items()}
+    return done, [i for i, (key, t) in enumerate(zip(keys, tokenized, strict=True)) if not _fits(done.get(key), t)]
+
+
+def _append_to(file: Any, done: dict[str, dict[str, Any]], keys: Sequence[str]) -> Callable[[int, Attribution], None]:
+    before = time.perf_counter()
+
+    def append(index: int, a: Attribution) -> None:
+        nonlocal before
+        now = time.perf_counter()
+        row = {
+            "key": keys[index],
+            "scores": a.scores.tolist(),
+            "gap": a.gap,
+            "objective": a.objective,
+            "baseline_objective": a.baseline_objective,
+            "method": a.method,
+            "steps": a.steps,
+            "seconds": now - before,  # records of one pass come together: only their sum means something
+        }
+        before = now
+        try:
+            file.write(sealed_line(row))
+            file.flush()
+        except OSError as error:
+            safe = "the records before are safe there, and the same call goes on from them"
+            raise cannot_write(error, Path(file.name), safe) from error
+        done[keys[index]] = row
+
+    return append
+
+
+def _read_checkpoint(path: Path, mend: bool) -> dict[str, dict[str, Any]]:
+    """Finished records by key. A run killed while writing leaves a torn last line: it is skipped, and closed off."""
+    done = {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for row in map(unsealed, text.split("\n")):  # a damaged row is computed again
+        if row is not None and isinstance(row.get("key"), str):
+            done[row["key"]] = row
+    if mend and text and not text.endswith("\n"):  # the file of another process may be in use
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+    return done
+
+
+def _fits(row: dict[str, Any] | None, pair: TokenizedPair) -> bool:
+    """Whether a row of the file can be this record's result."""
+    try:
+        return row is not None and len(_restore(row, pair).scores) == len(pair.prompt)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _restore(row: dict[str, Any], pair: TokenizedPair) -> Attribution:
+    return Attribution(
+        scores=torch.tensor(row["scores"], dtype=torch.float32),
+        tokens=list(pair.strings),
+        content=torch.tensor(pair.content),
+        is_image=torch.tensor(pair.is_image),
+        gap=row["gap"],
+        objective=row["objective"],
+        baseline_objective=row["baseline_objective"],
+        method=row["method"],
+        spans=() if pair.images is None else pair.images.spans,
+        steps=row.get("steps"),
+        starts_word=torch.tensor(pair.starts_word, dtype=torch.bool),
+    )

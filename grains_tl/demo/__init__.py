@@ -1,0 +1,1 @@
+"""The main job on bundled data, from records to a written report: ``grains-tl demo``."""

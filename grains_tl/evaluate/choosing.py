@@ -1,0 +1,192 @@
+"""Choose a cell of a sweep on one split and report it on another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from grains_tl.evaluate.costs import text_costs
+from grains_tl.evaluate.records import record_effects
+from grains_tl.evaluate.settings import Vectors, grid
+from grains_tl.evaluate.summary import summarize
+from grains_tl.hooks.steer import Operator, Positions
+from grains_tl.inference.logprobs import MAX_TOKENS
+from grains_tl.inference.objectives import Objective
+from grains_tl.records.loading import neutral_texts
+from grains_tl.records.splits import Record, record_id
+from grains_tl.types import HookedModel
+from grains_tl.vectors.steering_vectors import SteeringVectors
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A cell of a sweep, and the records it was chosen on.
+
+    Attributes:
+        vector, layer, alpha, positions, operator, objective: the setting.
+        why: how it was chosen, in a sentence.
+        records: hashes of the records used for choosing; ``report_choice`` refuses them.
+
+    Example:
+        >>> picked = choose(frame, max_kl=0.1)            # doctest: +SKIP
+        >>> vectors.hooks(picked.alpha, [picked.layer])    # doctest: +SKIP
+    """
+
+    vector: str
+    layer: int
+    alpha: float
+    positions: Positions
+    operator: Operator
+    objective: Objective
+    why: str
+    records: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"{self.vector}, layer {self.layer}, alpha {self.alpha:+g}, positions {self.positions}: {self.why}"
+
+
+def choose(
+    frame: pd.DataFrame,
+    *,
+    max_kl: float | None = None,
+    vector: str | None = None,
+    records: Iterable[Record] | None = None,
+    operator: Operator | None = None,
+    objective: Objective | None = None,
+) -> Choice:
+    """The cell with the largest effect that does not cost too much.
+
+    Cells with negative alpha are not chosen: a vector that only works backwards is found out, not turned round.
+
+    Args:
+        frame: from ``sweep``, with ``neutral`` texts if there is a budget.
+        max_kl: budget, nats per token of KL(steered || base) on the neutral texts; ``None`` for none.
+        vector: choose among the cells of this one only.
+        records: what the sweep was measured on; needed only where the frame has lost its ``attrs`` (read from a csv).
+        operator, objective: of the sweep, for a frame without these columns; default ``"add_renorm"`` and ``"sum"``.
+
+    Raises:
+        ValueError: no cell fits, no costs to compare with the budget, cells of different objectives, or a frame that does
+            not say on which records it was measured.
+
+    Example:
+        >>> frame = pd.DataFrame({"vector": "v", "positions": "all", "layer": [3, 4, 5], "alpha": 0.2, "n": 8,
+        ...                       "effect": [1.0, 2.0, 3.0], "effect_se": 0.1, "kl": [0.01, 0.02, 0.5]})
+        >>> frame.attrs["records"] = ["a", "b"]
+        >>> choose(frame, max_kl=0.1).layer
+        4
+    """
+    used = frame.attrs.get("records") if records is None else [record_id(r) for r in records]
+    if not used:
+        raise ValueError(
+            "the frame does not say which records it was measured on; pass them: choose(frame, records=pairs)"
+        )
+    cells = frame[frame["alpha"] > 0]
+    if vector is not None:
+        cells = cells[cells["vector"] == vector]
+    cells = cells[np.isfinite(cells["effect"])]
+    if "objective" in cells and cells["objective"].nunique() > 1:
+        raise ValueError(
+            f"cells of the objectives {sorted(set(cells['objective']))}: nats of the one are not those of the other; choose "
+            "among one: choose(frame[frame.objective == 'sum'])"
+        )
+    if cells.empty:
+        raise ValueError(
+            f"no cell with a positive alpha{f' of vector {vector!r}' if vector else ''}; there are vectors "
+            f"{sorted(set(frame['vector']))} and alphas {sorted(set(frame['alpha']))}"
+        )
+    n_cells = len(cells)
+    if max_kl is not None:
+        if "kl" not in cells:
+            raise ValueError("max_kl needs the cost; measure it with sweep(..., neutral=10)")
+        lowest = cells["kl"].min()
+        cells = cells[cells["kl"] <= max_kl]
+        if cells.empty:
+            raise ValueError(
+                f"no cell costs {max_kl} nats per token or less, the cheapest {lowest:.4g}; add smaller alphas"
+            )
+    best = cells.iloc[int(cells["effect"].to_numpy().argmax())]  # an index may repeat in joined tables
+    why = f"largest effect ({best['effect']:+.3f} +- {best['effect_se']:.3f} nats, {int(best['n'])} records)"
+    if max_kl is None:
+        why += f" of {n_cells} cells, whatever they cost"
+    else:
+        why += f" of the {len(cells)} of {n_cells} cells within {max_kl:g} nats per token (this one {best['kl']:.3g})"
+    if best["effect"] <= 0:
+        why += "; no cell moves the margin up: expect no effect, or the wrong way"
+    return Choice(
+        vector=str(best["vector"]),
+        layer=int(best["layer"]),
+        alpha=float(best["alpha"]),
+        positions=best["positions"],
+        operator=best.get("operator") or operator or "add_renorm",
+        objective=best.get("objective") or objective or "sum",
+        why=why,
+        records=frozenset(used),
+    )
+
+
+def report_choice(
+    model: HookedModel,
+    vectors: Vectors,
+    choice: Choice,
+    test_pairs: Iterable[Record],
+    *,
+    draws: Sequence[SteeringVectors] = (),
+    neutral: Sequence[str] | int | None = None,
+    level: float = 0.95,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """The chosen cell on records that had no part in choosing it.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        vectors: what was swept.
+        choice: from ``choose``.
+        test_pairs: other records.
+        draws: the vector built from resampled records (``bootstrap_vectors``): adds the uncertainty over building.
+        neutral: texts to measure the cost on, or how many of the bundled ones.
+        level: of the intervals.
+        max_tokens, progress: as in ``sweep``.
+
+    Returns:
+        One row, the columns of ``summarize`` (nats); its ``verdict`` is ``"steers"``, ``"no effect"`` or ``"wrong way"``.
+        Since the cell was chosen elsewhere, a vector that does nothing is called "no effect" in 95 % of cases, however many
+        cells were tried.
+
+    Raises:
+        ValueError: a record that was used for choosing (swapping its responses does not make it another one).
+
+    Example:
+        >>> choice = choose(sweep(model, vectors, choosing, neutral=10), max_kl=0.1)   # doctest: +SKIP
+        >>> report_choice(model, vectors, choice, testing).T                                  # doctest: +SKIP
+    """
+    records = list(test_pairs)
+    seen = [i for i, r in enumerate(records, start=1) if record_id(r) in choice.records]
+    if seen:
+        raise ValueError(
+            f"{len(seen)} of {len(records)} records were used for choosing (the first is record {seen[0]}); their effect "
+            "is biased upwards, report on others"
+        )
+    if isinstance(vectors, SteeringVectors):
+        vectors = {choice.vector: vectors}
+    if choice.vector not in vectors:
+        raise ValueError(f"no vector {choice.vector!r}, which was chosen; there are {sorted(vectors)}")
+    vectors[choice.vector].require_match(model)
+    settings = grid(
+        {choice.vector: vectors[choice.vector]},
+        [choice.layer],
+        [choice.alpha],
+        operator=choice.operator,
+        positions=choice.positions,
+        draws={choice.vector: draws},
+    )
+    found = record_effects(
+        model, records, settings, objective=choice.objective, max_tokens=max_tokens, progress=progress
+    )
+    texts = neutral_texts(neutral) if isinstance(neutral, int) else neutral
+    costs = None if texts is None else text_costs(model, settings[:1], texts, max_tokens=max_tokens, progress=progress)
+    return summarize(found, costs, level=level)

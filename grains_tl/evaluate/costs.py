@@ -1,0 +1,156 @@
+"""What steering costs: divergence and perplexity on neutral text, and knowledge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from grains_tl._util.checks import listed
+from grains_tl._util.files import hash_of
+from grains_tl.evaluate.measuring import shared_passes
+from grains_tl.evaluate.records import SETTING, require_keys
+from grains_tl.evaluate.settings import Setting, require_settings
+from grains_tl.evaluate.store import Checkpoint, open_checkpoint
+from grains_tl.inference.batches import Batch, batch_of, by_token_budget
+from grains_tl.inference.logprobs import MAX_TOKENS
+from grains_tl.inference.restart import prepare_restart, restart_logits
+from grains_tl.records.loading import neutral_texts
+from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.types import HookedModel
+
+#: What is kept of a text under a setting, per predicted token.
+MEASURES = ["kl", "base_nll", "nll", "agreement"]
+
+#: Logits of one pass, in numbers: 128 MB in float32.
+MAX_LOGITS = 2**25
+
+
+def cost_rows(model: HookedModel, texts: Sequence[str] | None = None) -> list[list[int]]:
+    """The texts of ``text_costs`` as token ids, for a caller that has long work to do before it.
+
+    Raises:
+        ValueError: no texts, one of fewer than two tokens, or one longer than the context; the message names it (from 1).
+    """
+    rows = []
+    for number, text in enumerate(neutral_texts() if texts is None else listed("texts", texts), start=1):
+        try:
+            rows.append(prompt_ids(model, text))
+        except ValueError as error:
+            raise ValueError(f"text {number}: {error}") from None
+        if len(rows[-1]) < 2:
+            raise ValueError(f"text {number} has fewer than two tokens, so nothing in it is predicted")
+    if not rows:
+        raise ValueError("no texts; at least one is needed")
+    return rows
+
+
+def text_costs(
+    model: HookedModel,
+    settings: Sequence[Setting],
+    texts: Sequence[str] | None = None,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+    checkpoint: str | Path | Checkpoint | None = None,
+) -> pd.DataFrame:
+    """What each setting does to the prediction of ordinary text.
+
+    A scope such as ``"prompt"`` takes the first half of a text as the prompt; the averages are over the whole text.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        settings: what to measure; ``grid`` makes them from vectors.
+        texts: default ``neutral_texts()``.
+        max_tokens: token budget of one pass (less where the vocabulary is large).
+        progress: show a bar.
+        checkpoint: as in ``record_effects``; the same file can serve both.
+
+    Returns:
+        One row per setting and text: ``vector``, ``draw``, ``positions``, ``layer``, ``alpha``, ``text`` (its place),
+        ``n_tokens`` (predicted tokens), and means over these: ``kl`` = KL(steered || base) of the next-token
+        distribution, ``base_nll`` and ``nll`` = -log p of the text's own token without and with steering (all nats),
+        ``agreement`` (share of tokens where both have the same likeliest token). ``summarize(frame, costs)`` gives the
+        perplexities exp(nll).
+
+    Raises:
+        ValueError: no texts, one of fewer than two tokens, or one longer than the context, no list of settings, or
+            settings without a ``key`` when there is a checkpoint; before anything runs.
+
+    Example:
+        >>> costs = text_costs(model, grid({"ours": vectors}, [12], [0.1, 0.2]))       # doctest: +SKIP
+        >>> costs.groupby("alpha")["kl"].mean()                                        # doctest: +SKIP
+    """
+    rows = cost_rows(model, texts)
+    settings = require_settings(model, settings)
+    store = open_checkpoint(checkpoint, model)
+    require_keys(store, settings)
+    names = [hash_of(row) for row in rows]
+    keys = [[hash_of(["cost", s.key or str(k), name]) for name in names] for k, s in enumerate(settings)]
+    budget = max(1, min(max_tokens, MAX_LOGITS // int(model.cfg.d_vocab)))
+    with tqdm(total=len(settings) * len(rows), desc="cost", unit="run", disable=not progress) as bar:
+        for group in by_token_budget([len(row) for row in rows], budget):
+            wanted = [k for k in range(len(settings)) if any(keys[k][i] not in store.rows for i in group)]
+            bar.update(len(group) * (len(settings) - len(wanted)))
+            if not wanted:
+                continue
+            batch = _text_batch(model, [rows[i] for i in group])
+            with torch.no_grad():
+                for k, values in _measured(model, batch, [settings[k] for k in wanted], budget):
+                    setting, of_texts = settings[wanted[k]], keys[wanted[k]]
+                    about = {name: getattr(setting, name) for name in [*SETTING, "draw"]}
+                    new = {of_texts[i]: (place, i) for place, i in enumerate(group) if of_texts[i] not in store.rows}
+                    store.append([(key, values[p].tolist(), {**about, "text": i}) for key, (p, i) in new.items()])
+                    bar.update(len(group))
+    table = [
+        {
+            **{name: getattr(s, name) for name in [*SETTING, "draw"]},
+            "text": i,
+            "n_tokens": len(rows[i]) - 1,
+            **dict(zip(MEASURES, store.rows[keys[k][i]], strict=True)),
+        }
+        for k, s in enumerate(settings)
+        for i in range(len(rows))
+    ]
+    frame = pd.DataFrame(table)
+    frame.attrs = {"tokens": sum(map(len, rows))}
+    return frame
+
+
+def _text_batch(model: HookedModel, rows: Sequence[Sequence[int]]) -> Batch:
+    """Every token of a text after its first is a target; slot = place of the text."""
+    targets = [(r, p, ids[p + 1], 1.0, r) for r, ids in enumerate(rows) for p in range(len(ids) - 1)]
+    halves = [max(1, len(ids) // 2) for ids in rows]
+    return batch_of(model, rows, list(range(len(rows))), halves, targets, (len(rows) + 1) // 2)
+
+
+def _measured(model: HookedModel, batch: Batch, settings: Sequence[Setting], max_tokens: int) -> Iterable:
+    """``(index of the setting, [text, measure])`` for one batch."""
+    several = batch.ids.numel() * 2 <= max_tokens
+    restart = prepare_restart(model, batch, [s.layer for s in settings], copies=several)
+    (base_logits,) = restart_logits(model, restart, max(restart.resid), [[]])
+    base = base_logits.float().log_softmax(-1)
+    for layer, group, hooks in shared_passes(settings, restart, max_tokens=max_tokens):
+        if hooks is None:
+            yield from ((k, _compared(base, base, batch)) for k in group)
+            continue
+        for k, logits in zip(group, restart_logits(model, restart, layer, hooks), strict=True):
+            yield k, _compared(base, logits.float().log_softmax(-1), batch)
+
+
+def _compared(
+    base: Float[Tensor, "target vocab"], steered: Float[Tensor, "target vocab"], batch: Batch
+) -> Float[Tensor, "text measure"]:
+    kl = (steered.exp() * (steered - base)).sum(-1)
+    nll = [-x.gather(-1, batch.target_id[:, None])[:, 0] for x in (base, steered)]
+    same = (base.argmax(-1) == steered.argmax(-1)).float()
+    per_token = torch.stack([kl, *nll, same], dim=-1)
+    n_texts = len(batch.ids)
+    total = torch.zeros(n_texts, len(MEASURES), device=kl.device).index_add(0, batch.target_slot, per_token)
+    count = torch.zeros(n_texts, device=kl.device).index_add(0, batch.target_slot, torch.ones_like(kl))
+    return (total / count[:, None]).cpu()

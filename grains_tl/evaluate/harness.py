@@ -1,0 +1,241 @@
+"""Any task of lm-evaluation-harness, on a model with our hooks on (extra ``evals``)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from grains_tl.inference.batches import batch_of, by_token_budget
+from grains_tl.inference.generation import generate
+from grains_tl.inference.logprobs import MAX_TOKENS, HooksForBatch, hooks_for
+from grains_tl.inference.objectives import token_logprobs
+from grains_tl.models.running import forward_logits
+from grains_tl.tokens.pairs import text_ids
+from grains_tl.tokens.rules import token_rules
+from grains_tl.tokens.text import common_prefix
+from grains_tl.types import FwdHooks, HookedModel
+
+#: Tokens generated where a task sets no limit, as in lm-evaluation-harness' own models.
+MAX_NEW_TOKENS = 256
+
+
+def adapter(
+    model: HookedModel,
+    fwd_hooks: HooksForBatch | None = None,
+    *,
+    generation_hooks: FwdHooks | Callable[[int], FwdHooks] | None = None,
+    max_tokens: int = MAX_TOKENS,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Any:
+    """The model as an ``lm_eval.api.model.LM``: every request runs with the hooks on.
+
+    Context and continuation are tokenized together, the context's tokens are those that both share, and BOS is put where
+    ``token_rules`` says, as everywhere in the package. A continuation has the same log-likelihood as in
+    ``score_choices``, and as in lm-evaluation-harness' own ``hf`` model, unless a token merges across the border: there
+    ``score_choices`` moves the border for all choices of a question, here each continuation stands alone.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        fwd_hooks: hooks, or a function ``Batch -> hooks`` (for scopes that need to know where the context ends).
+        generation_hooks: hooks for ``generate_until``, as ``generate`` takes them; default ``fwd_hooks``, if that is a
+            list.
+        max_tokens: token budget of one scoring pass.
+        batch_size: prompts per batch of generation.
+        progress: show bars.
+
+    Returns:
+        An ``LM`` for ``lm_eval.simple_evaluate(model=...)``. It answers ``loglikelihood``, ``loglikelihood_rolling`` and
+        ``generate_until``; requests that are too long for the context lose their beginning.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: during the run: generation with hooks that are a function of a batch, and no ``generation_hooks``.
+
+    Example:
+        >>> import lm_eval                                                                      # doctest: +SKIP
+        >>> steered = adapter(model, vectors.hooks(0.2, layers=[12]))                           # doctest: +SKIP
+        >>> lm_eval.simple_evaluate(model=steered, tasks=["truthfulqa_mc1"])["results"]         # doctest: +SKIP
+    """
+    return _adapter_class()(model, fwd_hooks, generation_hooks, max_tokens, batch_size, progress)
+
+
+@functools.cache
+def _adapter_class() -> Any:
+    try:
+        from lm_eval.api.model import LM
+    except ImportError as error:
+        raise ImportError("the adapter needs lm-evaluation-harness: pip install 'grains-tl[evals]'") from error
+
+    class HookedLM(LM):
+        """``LM`` over a hooked model; see ``adapter``."""
+
+        def __init__(
+            self,
+            model: Any,
+            fwd_hooks: Any,
+            generation_hooks: Any,
+            max_tokens: int,
+            batch_size: int,
+            progress: bool,
+        ) -> None:
+            super().__init__()
+            self.model, self.fwd_hooks, self.generation_hooks = model, fwd_hooks, generation_hooks
+            self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(getattr(self.model.tokenizer, "name_or_path", "") or "tokenizer")
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return self.model.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            spans = [_split(self.model, *request.args) for request in requests]
+            return _score(self.model, spans, self.fwd_hooks, self.max_tokens, self.progress)
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            windows = [_windows(self.model, request.args[0]) for request in requests]
+            spans = [span for several in windows for span in several]
+            scores = iter(_score(self.model, spans, self.fwd_hooks, self.max_tokens, self.progress))
+            return [sum(next(scores)[0] for _ in several) for several in windows]
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            hooks = self.fwd_hooks if self.generation_hooks is None else self.generation_hooks
+            if self.generation_hooks is None and callable(hooks):
+                raise ValueError(
+                    "fwd_hooks is a function of a batch, which generation has none of; give generation_hooks= too "
+                    "(a list, or a function prompt_len -> hooks)"
+                )
+            texts = [""] * len(requests)
+            settings: dict[tuple[int, float], list[int]] = {}
+            for i, request in enumerate(requests):
+                settings.setdefault(_generation_settings(request.args[1]), []).append(i)
+            with tqdm(total=len(requests), desc="generate", unit="prompt", disable=not self.progress) as bar:
+                for (limit, temperature), places in settings.items():
+                    # similar lengths together: a batch is padded to its longest
+                    places = sorted(places, key=lambda i: len(requests[i].args[0]))
+                    for start in range(0, len(places), self.batch_size):
+                        some = places[start : start + self.batch_size]
+                        prompts = [_shortened(self.model, requests[i].args[0], limit) for i in some]
+                        made = generate(
+                            self.model,
+                            prompts,
+                            hooks,
+                            max_new_tokens=limit,
+                            temperature=temperature,
+                            batch_size=self.batch_size,
+                            seed=start,
+                        )
+                        for i, text in zip(some, made, strict=True):
+                            texts[i] = _until(text, requests[i].args[1])
+                        bar.update(len(some))
+            return texts
+
+    return HookedLM
+
+
+def _split(model: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of both; white space at the end of the context counts to the continuation, as lm-evaluation-harness has it."""
+    words = context.rstrip()
+    whole = text_ids(model, context + continuation)
+    border = common_prefix(text_ids(model, words), whole) if words else 0
+    if border == 0:
+        prefix, whole = _prefixed(model, whole)
+        return [prefix], whole
+    if border == len(whole):
+        raise ValueError(f"the continuation {continuation!r} has no tokens of its own; a task needs some text to score")
+    return whole[:border], whole[border:]
+
+
+def _windows(model: Any, text: str) -> list[tuple[list[int], list[int]]]:
+    """A long text in pieces that fit the context, each token scored once; the first is predicted from BOS or end-of-text."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    prefix, ids = _prefixed(model, text_ids(model, text))
+    n_ctx = token_rules(model).n_ctx
+    windows = get_rolling_token_windows(token_list=ids, prefix_token=prefix, max_seq_len=n_ctx, context_len=1)
+    return [(list(context), list(ids)) for context, ids in map(make_disjoint_window, windows)]
+
+
+def _prefixed(model: Any, ids: list[int]) -> tuple[int, list[int]]:
+    """The token that stands before a text, and the text's ids without it."""
+    rules, bos = token_rules(model), model.tokenizer.bos_token_id
+    prefix = bos if bos in range(int(model.cfg.d_vocab)) else rules.eos
+    return prefix, ids[1:] if ids[:1] == [rules.bos] else ids
+
+
+def _score(
+    model: Any,
+    spans: Sequence[tuple[list[int], list[int]]],
+    fwd_hooks: HooksForBatch | None,
+    max_tokens: int,
+    progress: bool,
+) -> list[tuple[float, bool]]:
+    """Log-likelihood (nats) of each span's continuation, and whether greedy decoding would have written it."""
+    n_ctx = token_rules(model).n_ctx
+    longest = max((len(continuation) for _, continuation in spans), default=0)
+    if longest > n_ctx:
+        raise ValueError(f"a continuation of {longest} tokens does not fit the model's context of {n_ctx}")
+    inputs = [(context + continuation)[-(n_ctx + 1) : -1] for context, continuation in spans]
+    out: list[tuple[float, bool]] = [(0.0, True)] * len(spans)
+    with torch.no_grad(), tqdm(total=len(spans), desc="score", unit="request", disable=not progress) as bar:
+        for group in by_token_budget([len(ids) for ids in inputs], max_tokens):
+            targets, prompt_lens = [], []
+            for row, i in enumerate(group):
+                start = len(inputs[i]) - len(spans[i][1])
+                targets += [(row, start + t, token, 1.0, row) for t, token in enumerate(spans[i][1])]
+                prompt_lens.append(start + 1)
+            rows = [inputs[i] for i in group]
+            batch = batch_of(model, rows, range(len(group)), prompt_lens, targets, len(group))
+            hooks = hooks_for(fwd_hooks, batch)
+            logits = forward_logits(model, batch.ids, batch.attention_mask, batch.keep, hooks)
+            logits = logits[batch.target_row, batch.target_keep]
+            logprobs = token_logprobs(logits, batch.target_id).cpu().double()
+            missed = (logits.argmax(-1) != batch.target_id).cpu().double()
+            total = torch.zeros(len(group), 2, dtype=torch.float64)  # on the CPU: Apple GPUs have no such numbers
+            total.index_add_(0, batch.target_row.cpu(), torch.stack([logprobs, missed], dim=1))
+            for i, (logprob, misses) in zip(group, total.tolist(), strict=True):
+                out[i] = (logprob, misses == 0)
+            bar.update(len(group))
+    return out
+
+
+def _generation_settings(settings: dict[str, Any]) -> tuple[int, float]:
+    """Limit and temperature of a task's ``generation_kwargs`` (ValueError for what ``generate`` cannot do)."""
+    sampled = bool(settings.get("do_sample", False))
+    only_sampling = {"top_p", "top_k", "min_p"}
+    known = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature"} | (
+        set() if sampled else only_sampling
+    )
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ValueError(f"generation_kwargs {unknown} are not supported; there are {sorted(known)}")
+    limit = int(settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS)))
+    return limit, float(settings.get("temperature", 1.0)) if sampled else 0.0
+
+
+def _shortened(model: Any, prompt: str, limit: int) -> str:
+    """The end of a prompt that leaves room for ``limit`` new tokens."""
+    ids, room = text_ids(model, prompt), token_rules(model).n_ctx - limit
+    if len(ids) <= room or room < 1:  # where there is no room at all, generate says so
+        return prompt
+    return model.tokenizer.decode(_prefixed(model, ids)[1][-(room - 1) :])
+
+
+def _until(text: str, settings: dict[str, Any]) -> str:
+    """The text before the first of the task's stop strings."""
+    stops = settings.get("until") or []
+    for stop in [stops] if isinstance(stops, str) else stops:
+        if stop:
+            text = text.split(stop)[0]
+    return text

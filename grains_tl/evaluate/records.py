@@ -1,0 +1,280 @@
+"""What steering does to every single record: one tidy table for any list of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from grains_tl._util.files import hash_of
+from grains_tl.evaluate.measuring import run_settings
+from grains_tl.evaluate.settings import Setting, require_settings
+from grains_tl.evaluate.store import Checkpoint, open_checkpoint
+from grains_tl.inference.batches import Batch
+from grains_tl.inference.choices import choice_batches, tokenize_choices
+from grains_tl.inference.logprobs import MAX_TOKENS, score_batches
+from grains_tl.inference.objectives import Objective, require_objective
+from grains_tl.records.choices import MultipleChoice
+from grains_tl.records.pairs import PreferencePair, preference_pairs
+from grains_tl.records.splits import Record, record_id
+from grains_tl.tokens.pairs import tokenize_pairs
+from grains_tl.types import HookedModel
+
+#: The columns that name a setting.
+SETTING = ["vector", "positions", "layer", "alpha"]
+
+
+BASE = "base"
+
+#: What to give where a summary came.
+PER_RECORD = "the per-record table of record_effects or sweep_records"
+
+
+def record_effects(
+    model: HookedModel,
+    records: Iterable[Record],
+    settings: Sequence[Setting],
+    *,
+    objective: Objective = "sum",
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+    checkpoint: str | Path | Checkpoint | None = None,
+) -> pd.DataFrame:
+    """Measure every record unsteered and under every setting.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        records: preference pairs, or ``MultipleChoice`` questions.
+        settings: what to measure; ``grid`` makes them from vectors.
+        objective: how response tokens are combined (``"sum"`` or ``"mean"`` for questions).
+        max_tokens: token budget of one pass.
+        progress: show a bar.
+        checkpoint: a ``.jsonl`` file that receives every result when it is finished; a later call with the same model,
+            records and settings takes them from there.
+
+    Returns:
+        One row per setting and record: ``vector``, ``draw``, ``positions``, ``layer``, ``alpha``, ``record`` (its place),
+        ``record_id`` (a hash of its text, the same for swapped responses), and
+
+        - ``base_margin``, ``margin``, ``change``: log p(chosen) - log p(rejected) in nats without and with steering, and
+          the difference; for a question the log odds of its right against its wrong answers. With the ending ``_token``
+          the same from log-probabilities per token of a response.
+        - ``base_correct``, ``correct``: the likeliest right answer is likelier than every wrong one.
+        - ``base_mc1``, ``mc1``, ``base_mc2``, ``mc2``: as in TruthfulQA (arXiv 2109.07958). For a pair ``mc1`` equals
+          ``correct``, and ``mc2`` is the chosen response's share of the probability of the two.
+        - ``win``, ``wrong_way``: the margin moved with, against the sign of alpha (a draw is neither).
+
+        ``frame.attrs["records"]`` lists the hashes of all records, ``frame.attrs["tokens"]`` counts the input tokens of
+        one pass over them that runs every response by itself.
+
+    Raises:
+        ValueError: bad records (before anything runs), settings without a ``key`` when there is a checkpoint, a
+            checkpoint of another model, or a model that gives NaN.
+
+    Example:
+        >>> frame = record_effects(model, pairs, grid({"ours": vectors}, [12], [0.2]))     # doctest: +SKIP
+        >>> frame.sort_values("change").head()                  # the records it hurts     # doctest: +SKIP
+    """
+    given, settings = list(records), require_settings(model, settings)
+    require_objective(objective)
+    batches, responses, names = _prepared(model, given, objective, max_tokens)
+    store = open_checkpoint(checkpoint, model)
+    require_keys(store, settings)
+    keys = [
+        [hash_of([key, name]) for name in names] for key in [BASE, *(s.key or str(i) for i, s in enumerate(settings))]
+    ]
+    every = {key for row in keys for key in row}
+    taken = len(every & store.rows.keys())
+    if store.rows and not taken:
+        warn(
+            f"{store.path} has {len(store.rows)} results, none of these records and settings; they are left alone",
+            stacklevel=2,
+        )
+    with tqdm(total=len(settings) * len(given), desc="steer", unit="run", disable=not progress) as bar:
+        for slots, batch in batches:
+            group = sorted({i for i, _ in slots})
+            todo = [row for row in range(len(keys)) if any(keys[row][i] not in store.rows for i in group)]
+            wanted = [row - 1 for row in todo if row]
+            bar.update(len(group) * (len(settings) - len(wanted)))
+            if not todo:
+                continue
+            for k, logprobs in run_settings(model, batch, [settings[i] for i in wanted], max_tokens=max_tokens):
+                row = 0 if k is None else wanted[k] + 1
+                values = _per_record(slots, logprobs.flatten().tolist())
+                if row == 0:
+                    _require_numbers(values)
+                about = {"vector": BASE} if row == 0 else _about(settings[row - 1])
+                new = {
+                    keys[row][i]: i for i in group if keys[row][i] not in store.rows
+                }  # a record may stand there twice
+                store.append([(key, values[i], {**about, "record": i}) for key, i in new.items()])
+                bar.update(len(group) if row else 0)
+    # [record][1 + setting, response]; row 0 is the unsteered model
+    broken = [
+        s for s, row in zip(settings, keys[1:], strict=True) if not all(np.isfinite(store.rows[k]).all() for k in row)
+    ]
+    if broken:
+        warn(
+            f"{len(broken)} of {len(settings)} settings give NaN or infinite log-likelihoods (the first: layer "
+            f"{broken[0].layer}, alpha {broken[0].alpha:g}); the step is too large for this model",
+            stacklevel=2,
+        )
+    found = [np.array([store.rows[of_records[i]] for of_records in keys]) for i in range(len(given))]
+    frame = pd.concat(
+        [
+            _rows(i, r, v, x, objective, settings)
+            for i, (r, v, x) in enumerate(zip(given, found, responses, strict=True))
+        ],
+        ignore_index=True,
+    )
+    frame = frame.sort_values(["_setting", "record"], kind="stable", ignore_index=True).drop(columns="_setting")
+    frame.attrs = {
+        "records": sorted(set(frame["record_id"])),
+        "objective": objective,
+        "from_checkpoint": taken,
+        # input tokens of a loop that runs every response by itself (the last token of a response is no input)
+        "tokens": sum(len(r[0]) + len(response) - 1 for r in responses for response in r[1:]),
+    }
+    return frame
+
+
+def require_keys(store: Checkpoint, settings: Sequence[Setting]) -> None:
+    """Refuse settings that a file could not tell apart from those of another call (ValueError)."""
+    if store.path is not None and not all(s.key for s in settings):
+        raise ValueError("a checkpoint needs settings with a key, which grid() gives; custom hooks cannot be resumed")
+
+
+def require_columns(table: Any, columns: Sequence[str], wanted: str, name: str = "frame") -> None:
+    """Refuse a table without some columns, or something else than a table (ValueError); ``wanted``: what to give."""
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"the {name} is a {type(table).__name__}; give {wanted}")
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise ValueError(f"the {name} lacks {missing}; give {wanted}")
+
+
+def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
+    """Half the difference between +alpha and -alpha: cancels what any push of that size does, whatever its direction.
+
+    Args:
+        frame: from ``record_effects``; settings that lack one of the signs are dropped.
+
+    Returns:
+        The same columns as far as they mean something for both signs together, rows of positive alpha only; nats.
+
+    Raises:
+        ValueError: no setting was measured with both signs, or a frame without the columns of ``record_effects``.
+
+    Example:
+        >>> found = record_effects(model, pairs, grid({"v": vectors}, alphas=[-0.2, 0.2]))     # doctest: +SKIP
+        >>> two_sided(found)["change"].mean()                                                 # doctest: +SKIP
+    """
+    by = [*SETTING, "draw", "record"]
+    needed = [*by, "record_id", "base_margin", "base_margin_token", "change", "change_token"]
+    require_columns(frame, needed, PER_RECORD)
+    down = frame[frame["alpha"] < 0].assign(alpha=lambda f: -f["alpha"])
+    both = frame[frame["alpha"] > 0].merge(down[[*by, "change", "change_token"]], on=by, suffixes=("", "_down"))
+    if both.empty:
+        raise ValueError(f"no setting with both signs; the alphas are {sorted(set(frame['alpha']))}")
+    for name in ("change", "change_token"):
+        both[name] = (both[name] - both.pop(f"{name}_down")) / 2
+    both["win"], both["wrong_way"] = both["change"] > 0, both["change"] < 0
+    out = both[[*by, "record_id", "base_margin", "base_margin_token", "change", "change_token", "win", "wrong_way"]]
+    out.attrs = dict(frame.attrs)
+    return out
+
+
+def _prepared(
+    model: HookedModel, records: list[Record], objective: Objective, max_tokens: int
+) -> tuple[Iterator[tuple[list[tuple[int, int]], Batch]], list[list[tuple[int, ...]]], list[str]]:
+    """Batches with the (record, response) of each slot; the ids of prompt and responses of every record; a name of each
+    record for the checkpoint: whatever its results depend on."""
+    questions = [r for r in records if isinstance(r, MultipleChoice)]
+    if questions and any(isinstance(r, PreferencePair) for r in records):
+        raise ValueError("preference pairs and questions in one list; measure them apart")
+    if questions:
+        if objective == "single":
+            raise ValueError("objective='single' is for preference pairs; use 'sum' or 'mean' for questions")
+        asked = tokenize_choices(model, _questions(records))
+        ids = [[t.prompt, *t.choices] for t in asked]
+        return choice_batches(model, asked, max_tokens=max_tokens), ids, [hash_of([objective, r]) for r in ids]
+    tokenized = tokenize_pairs(model, preference_pairs(records))
+    batches = (
+        ([(i, side) for i in group for side in (0, 1)], batch)
+        for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens)
+    )
+    ids = [[t.prompt, t.chosen, t.rejected] for t in tokenized]
+    images = [[] if t.images is None else [t.images.digest] for t in tokenized]
+    return batches, ids, [hash_of([objective, r, *image]) for r, image in zip(ids, images, strict=True)]
+
+
+def _questions(records: list[Record]) -> list[MultipleChoice]:
+    """The records, none lost: one of another kind would shift the results of all after it."""
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, MultipleChoice):
+            raise ValueError(
+                f"record {number} is a {type(record).__name__} among questions; a MultipleChoice is needed"
+            )
+    return [r for r in records if isinstance(r, MultipleChoice)]
+
+
+def _per_record(slots: list[tuple[int, int]], values: list[float]) -> dict[int, list[float]]:
+    """The values of each record's responses, in their order (a batch of questions may have a spare slot at the end)."""
+    found: dict[int, list[float]] = {}
+    for (i, _), value in zip(slots, values, strict=False):
+        found.setdefault(i, []).append(value)
+    return found
+
+
+def _about(setting: Setting) -> dict[str, Any]:
+    return {name: getattr(setting, name) for name in [*SETTING, "draw"]}
+
+
+def _require_numbers(values: dict[int, list[float]]) -> None:
+    bad = [i + 1 for i, of_record in values.items() if not np.isfinite(of_record).all()]
+    if bad:
+        raise ValueError(f"the unsteered model gives NaN on record {bad[0]}; its weights or its dtype are broken")
+
+
+def _rows(
+    number: int,
+    record: Record,
+    logprobs: NDArray[np.float64],
+    tokens: list[tuple[int, ...]],
+    objective: Objective,
+    settings: Sequence[Setting],
+) -> pd.DataFrame:
+    """The rows of one record, from ``[1 + setting, response]`` log-likelihoods."""
+    labels = np.array(record.labels if isinstance(record, MultipleChoice) else (True, False))
+    lengths = np.array([len(ids) for ids in tokens[1:]])
+    if objective == "mean" and isinstance(record, MultipleChoice):  # the batches of questions hold sums
+        logprobs = logprobs / lengths
+    per_token = logprobs / lengths if objective == "sum" else logprobs
+    right, wrong = logprobs[:, labels], logprobs[:, ~labels]
+    margin, margin_token = _log_odds(logprobs, labels), _log_odds(per_token, labels)
+    scores = {
+        "margin": margin,
+        "margin_token": margin_token,
+        "correct": right.max(-1) > wrong.max(-1),
+        "mc1": right[:, 0] > wrong.max(-1),
+        "mc2": np.exp(-np.logaddexp(0, -margin)),  # the sigmoid, without overflow
+    }
+    columns: dict[str, Any] = {name: [getattr(s, name) for s in settings] for name in [*SETTING, "draw"]}
+    columns |= {"record": number, "record_id": record_id(record), "_setting": range(len(settings))}
+    columns |= {f"base_{name}": np.repeat(values[:1], len(settings)) for name, values in scores.items()}
+    columns |= {name: values[1:] for name, values in scores.items()}
+    change = margin[1:] - margin[0]
+    sign = np.sign([1.0 if np.isnan(s.alpha) else s.alpha for s in settings])
+    columns |= {"change": change, "change_token": margin_token[1:] - margin_token[0]}
+    columns |= {"win": change * sign > 0, "wrong_way": change * sign < 0}
+    return pd.DataFrame(columns)
+
+
+def _log_odds(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> NDArray[np.float64]:
+    return np.logaddexp.reduce(scores[:, labels], axis=-1) - np.logaddexp.reduce(scores[:, ~labels], axis=-1)

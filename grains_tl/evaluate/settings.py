@@ -1,0 +1,159 @@
+"""One cell of a sweep: which vector, layer, alpha, operator and scope, and the hooks that carry it out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from grains_tl._util.checks import finite, layer_numbers, listed
+from grains_tl._util.files import hash_of
+from grains_tl.hooks.steer import Operator, Positions
+from grains_tl.inference.batches import Batch
+from grains_tl.inference.logprobs import HooksForBatch
+from grains_tl.models.running import listed_hooks, require_hook_names, resid_post
+from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.steering_vectors import SteeringVectors
+
+Vectors = SteeringVectors | Mapping[str, SteeringVectors]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing to measure.
+
+    Attributes:
+        layer: the lowest layer the hooks act on; everything below is shared with the unsteered run.
+        hooks: hooks on ``resid_post`` of this and later layers, or a function ``Batch -> hooks``. An empty list is the
+            unsteered model and costs nothing.
+        vector, alpha, positions, draw: what to call it in a table; ``draw`` counts resampled or random vectors from 0
+            and is -1 for the vector itself.
+        key: tells in a checkpoint what the hooks do (empty: cannot be resumed).
+
+    Example:
+        >>> Setting(layer=12, hooks=[], vector="unsteered", alpha=0.0).vector
+        'unsteered'
+    """
+
+    layer: int
+    hooks: HooksForBatch
+    vector: str = "vector"
+    alpha: float = math.nan
+    positions: str = "all"
+    draw: int = -1
+    key: str = ""
+
+
+def require_settings(model: HookedModel, settings: Sequence[Setting]) -> list[Setting]:
+    """The settings as a list.
+
+    Hooks that are made for each batch are looked at when they are there.
+
+    Raises:
+        KeyError: a hook that the model lacks.
+        ValueError: something else than settings, such as hooks or one setting alone, or hooks that would never run.
+    """
+    wanted = "a list of Setting is needed: grid(vectors, layers, alphas) makes it, or [Setting(layer, hooks)]"
+    if isinstance(settings, Setting) or not hasattr(settings, "__iter__"):
+        raise ValueError(f"settings are one {type(settings).__name__}; {wanted}")
+    settings = list(settings)
+    for number, setting in enumerate(settings, start=1):
+        if not isinstance(setting, Setting):
+            raise ValueError(f"setting {number} is a {type(setting).__name__}; {wanted}")
+    for setting in settings:
+        if not callable(setting.hooks):
+            hooks = listed_hooks(setting.hooks)
+            require_hook_names(model, hooks)
+            _require_reach(setting.layer, hooks)
+    return settings
+
+
+def _require_reach(layer: int, fwd_hooks: FwdHooks) -> None:
+    """Blocks up to ``layer`` are not run again: a hook in one of them would be left out without a word."""
+    for name, _ in fwd_hooks:
+        found = re.match(r"blocks\.(\d+)\.", str(name))
+        place = int(found[1]) if found else layer + 1 if str(name).startswith(("ln_final", "unembed")) else -1
+        if place < layer or (place == layer and name != resid_post(layer)):
+            raise ValueError(
+                f"a setting of layer {layer} has a hook on {name}, which would never run: all up to {resid_post(layer)} is "
+                "taken from the unsteered run. Give the lowest layer that the hooks act on, one less for hooks inside it"
+            )
+
+
+def grid(
+    vectors: Vectors,
+    layers: Sequence[int] | None = None,
+    alphas: Sequence[float] = (-0.2, 0.2),
+    *,
+    operator: Operator = "add_renorm",
+    positions: Positions | Sequence[Positions] = "all",
+    draws: Mapping[str, Sequence[SteeringVectors]] | None = None,
+) -> list[Setting]:
+    """Settings for every vector, scope, layer and alpha, for ``record_effects`` and ``text_costs``.
+
+    Args:
+        vectors: one, or several by name.
+        layers: default all that a vector has.
+        alphas, operator, positions: as in ``sweep``.
+        draws: by name, resampled versions of a vector (``bootstrap_vectors``) or draws of a control.
+
+    Raises:
+        ValueError: nothing to measure, an option that ``SteeringVectors.hooks`` refuses, or a layer that is not stored.
+
+    Example:
+        >>> import torch
+        >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
+        >>> [(s.layer, s.alpha) for s in grid({"v": v}, alphas=[0.1, 0.2])]
+        [(4, 0.1), (4, 0.2), (5, 0.1), (5, 0.2)]
+    """
+    steps = list(dict.fromkeys(finite("alpha", alpha) for alpha in listed("alphas", alphas)))
+    wanted = None if layers is None else layer_numbers(layers)
+    scopes = [positions] if isinstance(positions, str) else list(positions)
+    members = [(name, -1, one) for name, one in named_vectors(vectors).items()]
+    members += [(name, i, one) for name, several in (draws or {}).items() for i, one in enumerate(several)]
+    settings = [
+        Setting(
+            layer,
+            # a step of length 0 is the unsteered model
+            [] if alpha == 0 and operator != "clamp" else _hooks(one, float(alpha), layer, operator, scope),
+            vector=name,
+            alpha=float(alpha),
+            positions=scope,
+            draw=draw,
+            key=_key(one, float(alpha), layer, operator, scope),
+        )
+        for name, draw, one in members
+        for scope in scopes
+        for layer in sorted(set(one.layers if wanted is None else wanted))
+        for alpha in steps
+    ]
+    if not settings:
+        raise ValueError("nothing to measure; give vectors, layers, scopes and alphas, for example alphas=[-0.2, 0.2]")
+    return settings
+
+
+def named_vectors(vectors: Vectors) -> Mapping[str, SteeringVectors]:
+    """Vectors by name; a single one goes by the method it was built with."""
+    return {str(vectors.info.get("method", "vector")): vectors} if isinstance(vectors, SteeringVectors) else vectors
+
+
+def _hooks(
+    vectors: SteeringVectors, alpha: float, layer: int, operator: Operator, positions: Positions
+) -> HooksForBatch:
+    """Steering hooks that know where each row's prompt ends, for scopes other than ``"all"``."""
+    made = vectors.hooks(alpha, [layer], operator=operator, positions=positions)  # refuses bad options now
+    if positions == "all":
+        return made
+
+    def make(batch: Batch) -> FwdHooks:
+        return vectors.hooks(alpha, [layer], operator=operator, positions=positions, prompt_len=batch.prompt_len)
+
+    return make
+
+
+def _key(vectors: SteeringVectors, alpha: float, layer: int, operator: str, positions: str) -> str:
+    """What the hooks do, in a word: direction, size, operator and scope (not what the vector is called)."""
+    one = vectors.at([layer])
+    numbers = [one.directions[0].tolist(), float(one.resid_norms[0])]
+    return hash_of([numbers, alpha, layer, operator, positions])

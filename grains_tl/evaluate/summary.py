@@ -1,0 +1,131 @@
+"""From per-record tables to one row per setting, with its uncertainty. No model here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from grains_tl._util.stats import resampled_means, standard_error
+from grains_tl.evaluate.records import PER_RECORD, SETTING, require_columns
+
+#: What ``verdict`` can say; see ``summarize``.
+STEERS, NO_EFFECT, WRONG_WAY, TOO_FEW = "steers", "no effect", "wrong way", "too few records"
+
+
+def summarize(
+    frame: pd.DataFrame, costs: pd.DataFrame | None = None, *, level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
+    """One row per setting, with standard errors and intervals.
+
+    Args:
+        frame: from ``record_effects`` (or ``two_sided`` of it).
+        costs: from ``text_costs``, for the same settings.
+        level: of the intervals.
+        seed: of the resampling, where there are draws.
+
+    Returns:
+        Columns ``vector``, ``positions``, ``layer``, ``alpha``, and
+
+        - ``effect``, ``effect_se``, ``low``, ``high``: mean paired change of the margin over the records (nats), its
+          standard error, and its interval (Student's t); ``effect_token``, ``effect_token_se`` per token;
+        - ``verdict``: ``"steers"`` where the interval lies on alpha's side of zero, ``"wrong way"`` on the other side
+          (anti-steering), else ``"no effect"``;
+        - ``win``, ``wrong_way``: share of records moved with, against alpha's sign;
+        - ``margin``, ``base_margin``, ``accuracy``, ``base_accuracy``, ``mc1``, ``mc2`` and their ``base_``: means over
+          records; ``accuracy_se``, ``mc1_se``, ``mc2_se``: standard errors of the paired change;
+        - ``n``: records;
+        - with draws (resampled or random vectors): ``n_draws``, ``draw_low``, ``draw_high``, an interval that resamples
+          building draws and test records together. Draws without a vector of their own are averaged, and their spread
+          is in that interval alone.
+        - of a sweep: its ``operator`` and ``objective``;
+        - with costs: ``kl``, ``kl_se`` (nats per token), ``base_perplexity``, ``perplexity``, ``agreement``.
+
+    Raises:
+        ValueError: a frame without the columns of ``record_effects``.
+
+    Example:
+        >>> import pandas as pd
+        >>> change = pd.DataFrame({"vector": "v", "positions": "all", "layer": 3, "alpha": 0.2, "draw": -1,
+        ...                        "record": [0, 1, 2], "change": [1.0, 2.0, 3.0]})
+        >>> summarize(change)[["effect", "effect_se", "verdict"]].round(2).values.tolist()
+        [[2.0, 0.58, 'no effect']]
+    """
+    require_columns(frame, (*SETTING, "draw", "record", "change"), PER_RECORD)
+    rows = [{**setting, **_effect(group, level, seed)} for setting, group in _settings(frame)]
+    table = pd.DataFrame(rows)
+    if costs is not None:
+        spent = pd.DataFrame([{**setting, **_cost(group)} for setting, group in _settings(costs)])
+        table = table.merge(spent, on=SETTING, how="left")
+    table.attrs = dict(frame.attrs)
+    if "operator" in table.attrs:  # of a sweep: columns survive a csv file and joined tables, attrs do not
+        table = table.assign(operator=table.attrs["operator"], objective=table.attrs["objective"])
+    return table
+
+
+def verdict(low: float, high: float, alpha: float) -> str:
+    """What an interval of the effect says about a step ``alpha``.
+
+    Example:
+        >>> verdict(0.1, 0.3, alpha=0.2), verdict(-0.3, -0.1, alpha=0.2), verdict(-0.1, 0.1, alpha=0.2)
+        ('steers', 'wrong way', 'no effect')
+    """
+    if np.isnan(low) or np.isnan(high):
+        return TOO_FEW
+    if low <= 0 <= high:
+        return NO_EFFECT
+    return WRONG_WAY if (low > 0) == (alpha < 0) else STEERS
+
+
+def _settings(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    for values, group in frame.groupby(SETTING, sort=False, dropna=False):
+        yield dict(zip(SETTING, values, strict=True)), group
+
+
+def _effect(group: pd.DataFrame, level: float, seed: int) -> dict[str, Any]:
+    drawn = group[group["draw"] >= 0]
+    main = group[group["draw"] < 0]
+    if main.empty:
+        main = drawn.groupby("record", as_index=False).mean(numeric_only=True)
+    change, n = main["change"].to_numpy(), len(main)
+    effect, se = float(change.mean()), standard_error(change)
+    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * se if n > 1 and se > 0 else (0.0 if n > 1 else np.nan)
+    row: dict[str, Any] = {"effect": effect, "effect_se": se, "low": effect - reach, "high": effect + reach}
+    row["verdict"] = verdict(row["low"], row["high"], float(group["alpha"].iloc[0]))
+    if "change_token" in main:
+        row |= {
+            "effect_token": main["change_token"].mean(),
+            "effect_token_se": standard_error(main["change_token"].to_numpy()),
+        }
+    row |= {name: main[name].mean() for name in ("win", "wrong_way", "margin", "base_margin") if name in main}
+    for name, column in (("accuracy", "correct"), ("mc1", "mc1"), ("mc2", "mc2")):
+        if column in main:
+            before, after = (main[c].to_numpy(dtype=float) for c in (f"base_{column}", column))
+            row |= {f"base_{name}": before.mean(), name: after.mean(), f"{name}_se": standard_error(after - before)}
+    row["n"] = n
+    if not drawn.empty:
+        per_draw = drawn.pivot(index="draw", columns="record", values="change").to_numpy()
+        spread = resampled_means(torch.tensor(per_draw), seed=seed)
+        # centred on the vector's own effect: resampled building sets are a little noisier than the whole one
+        around = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2]) - spread.mean() + effect
+        row |= {"n_draws": len(per_draw), "draw_low": float(around[0]), "draw_high": float(around[1])}
+    return row
+
+
+def _cost(group: pd.DataFrame) -> dict[str, float]:
+    """Means over tokens; the standard error is that of a ratio over texts."""
+    main = group[group["draw"] < 0] if (group["draw"] < 0).any() else group
+    weight = main["n_tokens"].to_numpy(dtype=float)
+    kl, base, nll, same = (np.average(main[c], weights=weight) for c in ("kl", "base_nll", "nll", "agreement"))
+    residual = weight * (main["kl"].to_numpy() - kl) / weight.mean()
+    return {
+        "kl": float(kl),
+        "kl_se": standard_error(residual),
+        "base_perplexity": float(np.exp(base)),
+        "perplexity": float(np.exp(nll)),
+        "agreement": float(same),
+    }

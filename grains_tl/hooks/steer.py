@@ -1,0 +1,152 @@
+"""Changing the residual stream: pure hook functions, no model needed to make them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from grains_tl._util.checks import finite, whole
+from grains_tl.models.running import resid_post
+from grains_tl.types import FwdHooks
+
+#: ``"add_renorm"`` is the paper's h' = (h + s) |h| / |h + s|; ``"add"`` leaves out the second factor; ``"ablate"`` takes the
+#: direction's component out; ``"clamp"`` sets that component to a value.
+Operator = Literal["add_renorm", "add", "ablate", "clamp"]
+
+#: Which positions are steered. ``"generated"`` are the tokens after the prompt, ``"last"`` those that predict a token
+#: of the response: the prompt's last and all after it.
+Positions = Literal["all", "prompt", "generated", "last"]
+
+
+def steer_hook(
+    layer: int,
+    direction: Float[Tensor, "d_model"],
+    amount: float,
+    *,
+    operator: Operator = "add_renorm",
+    positions: Positions | Bool[Tensor, "batch pos"] = "all",
+    prompt_len: int | Int[Tensor, "batch"] | None = None,
+) -> FwdHooks:
+    """Steer the residual stream after one block.
+
+    ``"add_renorm"`` is the paper's step (arXiv 2507.18043, section 3): add, then scale back to the norm there was.
+
+    Args:
+        layer: counted from 0; the hook point is ``blocks.{layer}.hook_resid_post``.
+        direction: ``[d_model]``; only its direction counts, it is normalised here.
+        amount: for ``"add"`` and ``"add_renorm"`` the length of the step in residual units; for ``"ablate"`` the share of
+            the component to take out (1 = all); for ``"clamp"`` the value of the component afterwards.
+            ``SteeringVectors.hooks`` gives these from ``alpha``.
+        operator: see ``Operator``. With ``"add"``, ``"add_renorm"`` and ``"ablate"`` an amount of 0 changes no bit.
+        positions: all, a named scope, or a ``[batch, pos]`` mask (positions decoded one by one are then left alone).
+        prompt_len: where the prompt ends, an int or one per row, counted from the row's first position, padding
+            included (rows padded on the left end their prompts at one place: an int). Named scopes use it in runs over
+            whole sequences. Without it a run over several positions is taken as the prompt. Decoding with a key-value
+            cache hands over one position at a time: that is a generated one, unless ``prompt_len`` is 1.
+
+    Returns:
+        ``[(name, fn)]`` for ``run_with_hooks`` or ``model.hooks``, next to any other hooks.
+
+    Raises:
+        ValueError: zero or non-finite direction, non-finite amount, unknown operator or scope; during the run, a
+            ``d_model``, mask shape or ``prompt_len`` that does not fit.
+
+    Example:
+        >>> hooks = steer_hook(0, torch.tensor([3.0, 4.0]), amount=5.0, operator="add")
+        >>> hooks[0][0], hooks[0][1](torch.zeros(1, 1, 2), hook=None)
+        ('blocks.0.hook_resid_post', tensor([[[3., 4.]]]))
+    """
+    layer, amount = whole("layer", layer), finite("amount", amount)
+    if layer < 0:
+        raise ValueError(f"layer={layer}; layers count from 0")
+    if operator not in get_args(Operator):
+        raise ValueError(f"operator={operator!r}; it is one of {get_args(Operator)}")
+    if isinstance(positions, str) and positions not in get_args(Positions):
+        raise ValueError(f"positions={positions!r}; it is one of {get_args(Positions)} or a [batch, pos] mask")
+    if not isinstance(positions, (str, torch.Tensor)) or (
+        isinstance(positions, torch.Tensor) and (positions.ndim != 2 or positions.dtype != torch.bool)
+    ):
+        raise ValueError(
+            f"positions={positions!r}; it is one of {get_args(Positions)} or a boolean [batch, pos] tensor, True where to "
+            "steer (not a list of places)"
+        )
+    prompt_len = _border(prompt_len)
+    size = direction.float().norm()
+    if not torch.isfinite(size) or size == 0:
+        raise ValueError(f"the direction at layer {layer} has norm {size:.3g}; a finite, non-zero vector is needed")
+    unit = direction.float() / size
+
+    def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+        if act.shape[-1] != unit.shape[0]:
+            raise ValueError(f"a direction of d_model {unit.shape[0]} does not fit activations {tuple(act.shape)}")
+        if amount == 0 and operator != "clamp":
+            return act
+        scope = _scope(act, positions, prompt_len)
+        if scope is not None and not bool(scope.any()):
+            return act
+        new = _apply(act, unit.to(act.device), amount, operator)
+        return new if scope is None else torch.where(scope[..., None], new, act)
+
+    return [(resid_post(layer), hook_fn)]
+
+
+def _border(prompt_len: Any) -> int | Int[Tensor, "batch"] | None:
+    if prompt_len is None:
+        return None
+    if not isinstance(prompt_len, torch.Tensor) or prompt_len.ndim == 0:
+        return whole("prompt_len", prompt_len, 1)
+    if prompt_len.ndim != 1 or prompt_len.is_floating_point() or prompt_len.numel() == 0 or int(prompt_len.min()) < 1:
+        raise ValueError(f"prompt_len={prompt_len.tolist()}; a whole number from 1 on is needed, or one per row")
+    return prompt_len
+
+
+def _apply(
+    act: Float[Tensor, "*shape d_model"], unit: Float[Tensor, "d_model"], amount: float, operator: Operator
+) -> Float[Tensor, "*shape d_model"]:
+    if operator == "add":
+        return act + (amount * unit).to(act.dtype)
+    h = act.float()  # norms and projections of half-precision residuals overflow or round too much
+    if operator == "add_renorm":
+        moved = h + amount * unit
+        # where the step cancels h exactly there is no direction left to scale: keep h
+        scale = h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+        return torch.where(torch.isfinite(scale), moved * scale, h).to(act.dtype)
+    component = (h * unit).sum(-1, keepdim=True)  # not a matrix product: autocast would round it
+    target = component * (1 - amount) if operator == "ablate" else torch.full_like(component, amount)
+    return (h + (target - component) * unit).to(act.dtype)
+
+
+def _scope(
+    act: Float[Tensor, "batch pos d_model"],
+    positions: Positions | Bool[Tensor, "mask_batch mask_pos"],
+    prompt_len: int | Int[Tensor, "given"] | None,
+) -> Bool[Tensor, "rows pos"] | None:
+    """True where to steer; ``None`` for everywhere."""
+    if isinstance(positions, str) and positions == "all":
+        return None
+    batch, n_pos = act.shape[:2]
+    if not isinstance(positions, str):
+        if n_pos == 1 and positions.shape[1] != 1:
+            return torch.zeros(batch, 1, dtype=torch.bool, device=act.device)
+        if positions.shape[1] != n_pos or positions.shape[0] not in (1, batch):
+            raise ValueError(f"a mask of shape {tuple(positions.shape)} does not fit activations {tuple(act.shape)}")
+        return positions.to(act.device)
+    place = torch.arange(n_pos, device=act.device)[None]
+    if prompt_len is None:
+        border = torch.full((1, 1), n_pos if n_pos > 1 else 0, device=act.device)
+    else:
+        border = torch.as_tensor(prompt_len, device=act.device).reshape(-1, 1)
+        if len(border) not in (1, batch):
+            raise ValueError(f"prompt_len has {len(border)} rows, the run has {batch}; give one number for each row")
+        if n_pos > 1 and int(border.max()) > n_pos:
+            raise ValueError(f"prompt_len={int(border.max())} is beyond the {n_pos} positions of this run")
+        if n_pos == 1:  # a decoding step, except for the only token of a one-token prompt
+            border = (border == 1).long()
+    if positions == "prompt":
+        return place < border
+    if positions == "generated":
+        return place >= border
+    return place >= border - 1

@@ -1,0 +1,139 @@
+"""Continuing text under hooks, the same for both model classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from grains_tl._util.checks import finite, listed, whole
+from grains_tl.inference.batches import image_inputs, pad_rows
+from grains_tl.models.hugging_face import plain_decoding
+from grains_tl.models.precision import finite_hook, require_eval
+from grains_tl.models.running import hooked, is_bridge, listed_hooks, resid_post
+from grains_tl.tokens.images import ImageInputs
+from grains_tl.tokens.pairs import prompt_inputs
+from grains_tl.tokens.rules import token_rules
+from grains_tl.types import FwdHooks, HookedModel, Text
+
+
+def generate(
+    model: HookedModel,
+    prompts: Sequence[Text],
+    fwd_hooks: FwdHooks | Callable[[int], FwdHooks] | None = None,
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    images: Sequence[Any] | None = None,
+) -> list[str]:
+    """Continue prompts with hooks active at every step.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        prompts: texts or conversations (rendered with the chat template).
+        fwd_hooks: ``[(name, fn)]``, or a function ``prompt_len -> hooks`` for hooks that need the prompt's length
+            (of the batch, padding included): ``lambda n: vectors.hooks(0.2, [12], positions="prompt", prompt_len=n)``.
+        max_new_tokens: longest continuation.
+        temperature: 0 for greedy decoding, else sampling.
+        seed: for sampling; the global random state is left as it was.
+        batch_size: prompts per batch; they are padded left.
+        images: for vision-language models, one entry per prompt: an image, a list of images, or ``None`` (see
+            ``PreferencePair``).
+
+    Returns:
+        The new text of each prompt, special tokens left out.
+
+    Raises:
+        ValueError: no prompts, an empty or too long one, not as many images as prompts, ``max_new_tokens < 1``, or a
+            model in train mode with dropout; during the run, NaN or inf after the last block.
+
+    Example:
+        >>> generate(model, ["The film was"], vectors.hooks(0.2, layers=[15]), max_new_tokens=10)  # doctest: +SKIP
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string; give a list: generate(model, [prompt])")
+    prompts = listed("prompts", prompts)
+    if not prompts:
+        raise ValueError("no prompts; give at least one")
+    max_new_tokens, batch_size = whole("max_new_tokens", max_new_tokens), whole("batch_size", batch_size)
+    temperature, seed = finite("temperature", temperature), whole("seed", seed)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}; at least 1 is needed")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; at least 1 is needed")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature}; 0 (greedy) or a positive number")
+    require_eval(model)
+    if images is not None and (isinstance(images, str) or not hasattr(images, "__iter__")):
+        raise ValueError(
+            f"images is a {type(images).__name__}; a list with one entry per prompt is needed: images=[image]"
+        )
+    images = [None] * len(prompts) if images is None else list(images)
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(images)} images; give one entry per prompt (None for none)")
+    encoded = [prompt_inputs(model, p, image) for p, image in zip(prompts, images, strict=True)]
+    longest, n_ctx = max(len(ids) for ids, _ in encoded), int(model.cfg.n_ctx)
+    if longest + max_new_tokens > n_ctx:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are too long, the model's context holds "
+            f"{n_ctx}; shorten one of them"
+        )
+    texts: list[str] = []
+    for start in range(0, len(encoded), batch_size):
+        rows = encoded[start : start + batch_size]
+        # every batch has a seed of its own, far from those of the next seeds: copies of a prompt must not repeat
+        texts += _continue(model, rows, fwd_hooks, max_new_tokens, temperature, seed * 1_000_003 + start)
+    return texts
+
+
+def _continue(
+    model: HookedModel,
+    rows: list[tuple[list[int], ImageInputs | None]],
+    fwd_hooks: FwdHooks | Callable[[int], FwdHooks] | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[str]:
+    # A prompt of one token would look like a decoding step to a hook: it gets a (masked) position of padding.
+    ids, mask, offset = pad_rows(model, [row for row, _ in rows], padding_side="left", at_least=2)
+    pictures = image_inputs(model, [images for _, images in rows], ids, offset)
+    prompt_len = ids.shape[1]
+    hooks = listed_hooks(fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks)
+    hooks = [*hooks, *finite_hook(resid_post(int(model.cfg.n_layers) - 1))]
+    rules = token_rules(model)
+    sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
+    with torch.no_grad(), torch.random.fork_rng(), hooked(model, hooks):
+        torch.manual_seed(seed)
+        if is_bridge(model):
+            if sampling:
+                sampling |= {"top_k": 0, "top_p": 1.0}
+            with plain_decoding(model.original_model, rules.eos, rules.pad) as end_ids:  # type: ignore[attr-defined]
+                out = model.original_model.generate(  # type: ignore[attr-defined]
+                    input_ids=ids,
+                    attention_mask=mask,
+                    **pictures,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=bool(sampling),
+                    **sampling,
+                )
+        else:
+            end_ids = [rules.eos]
+            out = model.generate(  # type: ignore[attr-defined]
+                ids,
+                max_new_tokens=max_new_tokens,
+                stop_at_eos=True,
+                eos_token_id=rules.eos,
+                padding_side="left",
+                verbose=False,
+                do_sample=bool(sampling),
+                **sampling,
+            )
+    return [_text(model, row[prompt_len:].tolist(), end_ids) for row in out]
+
+
+def _text(model: HookedModel, ids: list[int], end_ids: list[int]) -> str:
+    end = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
+    return model.tokenizer.decode(ids[:end], skip_special_tokens=True)

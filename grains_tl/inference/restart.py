@@ -1,0 +1,183 @@
+"""Runs that begin at a layer, from a residual stream that was cached."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from grains_tl.inference.batches import Batch
+from grains_tl.inference.logprobs import batch_logprobs, gather_logprobs, target_logits
+from grains_tl.inference.packing import BlockInputs, Packing, pack_batch
+from grains_tl.models.precision import exactness, full_precision
+from grains_tl.models.running import final_norm, hooked, is_bridge, require_layers, resid_post
+from grains_tl.types import FwdHooks, HookedModel
+
+
+# -- restart from a cached residual -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Restart:
+    """A batch with its unsteered residuals, ready to be continued from any of some layers.
+
+    Attributes:
+        batch: the rows and targets.
+        resid: layer -> ``[batch, pos, d_model]`` residual after that block.
+        block_inputs: for a bridge, the further arguments each block was called with (masks, rotary tables).
+        base: ``[record, 2]`` log-likelihoods of the unsteered run.
+        exact: whether continuing reproduces ``base``; where it does not, full runs are used instead.
+        tiles: whether continuing several copies of the batch in one pass does so too.
+        packing: how responses to one prompt go into one row; ``None`` where that gains little or is not exact.
+    """
+
+    batch: Batch
+    resid: dict[int, Tensor]
+    block_inputs: BlockInputs
+    base: Float[Tensor, "record 2"]
+    exact: bool
+    tiles: bool = False
+    packing: Packing | None = None
+
+
+def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, copies: bool = False) -> Restart:
+    """One full run that keeps what ``restart_logprobs`` needs, and a check that continuing gives the same numbers.
+
+    With ``copies`` the check is also made for two copies of the batch in one pass.
+    """
+    resid: dict[int, Tensor] = {}
+    inputs: BlockInputs = []
+
+    def keep(layer: int) -> Any:
+        def hook_fn(act: Tensor, hook: Any) -> None:
+            resid[layer] = act.detach()
+
+        return hook_fn
+
+    def note_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        inputs.append((args[1:] if args else (), rest))
+
+    handles = []
+    if is_bridge(model):
+        handles = [block.register_forward_pre_hook(note_inputs, with_kwargs=True) for block in model.blocks]
+    try:
+        with torch.no_grad():
+            base = batch_logprobs(model, batch, [(resid_post(i), keep(i)) for i in require_layers(model, layers)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    restart = Restart(batch, resid, inputs, base, exact=True)
+    packing = pack_batch(batch, inputs)
+    for way, tiles in itertools.product([packing, None] if packing else [None], [True, False] if copies else [False]):
+        trial = replace(restart, packing=way, tiles=tiles)
+        if _continues(model, trial, 2 if tiles else 1):
+            return trial
+    return replace(restart, exact=False)
+
+
+def _continues(model: HookedModel, restart: Restart, n: int) -> bool:
+    """Whether ``n`` copies of the batch, continued from the lowest cached layer, give its base numbers."""
+    try:
+        again = restart_many(model, restart, min(restart.resid), [[]] * n)
+    except (RuntimeError, TypeError, ValueError, IndexError):  # an architecture with block arguments of another kind
+        return False
+    return bool((again - restart.base).abs().max() < exactness(model))
+
+
+def restart_logprobs(
+    model: HookedModel, restart: Restart, layer: int, fwd_hooks: FwdHooks
+) -> Float[Tensor, "record 2"]:
+    """``batch_logprobs`` under hooks that act on ``blocks.{layer}.hook_resid_post`` and above only.
+
+    Runs the blocks after ``layer`` and unembeds the scored positions alone.
+    """
+    with torch.no_grad():
+        return gather_logprobs(restart_logits(model, restart, layer, [fwd_hooks])[0], restart.batch)
+
+
+def restart_many(
+    model: HookedModel, restart: Restart, layer: int, settings: Sequence[FwdHooks]
+) -> Float[Tensor, "setting record 2"]:
+    """``restart_logprobs`` of several hooks in one pass: the batch is continued in as many copies."""
+    with torch.no_grad():
+        return torch.stack([gather_logprobs(x, restart.batch) for x in restart_logits(model, restart, layer, settings)])
+
+
+def restart_logits(
+    model: HookedModel, restart: Restart, layer: int, settings: Sequence[FwdHooks]
+) -> Float[Tensor, "setting target vocab"]:
+    """Logits that predict the scored tokens, under each of several hooks on ``layer`` (one setting: and above it).
+
+    Raises:
+        ValueError: several settings, one of which has hooks above ``layer``; they would act on the others too.
+    """
+    batch, here = restart.batch, resid_post(layer)
+    later = [(name, fn) for hooks in settings for name, fn in hooks if name != here]
+    if later and len(settings) > 1:
+        raise ValueError(f"hooks on {later[0][0]} cannot share a pass with other settings; run them one at a time")
+    if not restart.exact:
+        return torch.stack([target_logits(model, batch, hooks) for hooks in settings])
+    with hooked(model, later):
+        resid = torch.stack([_edited(model, restart.resid[layer], hooks, here) for hooks in settings])
+        row, pos, packing = batch.target_row, batch.keep[batch.target_keep], restart.packing
+        # a hook on a later block expects the batch's own rows and positions
+        if packing is not None and not later and packing.keeps(resid):
+            final = _continue(model, restart, layer + 1, packing.pack(resid), packing.block_inputs, len(packing.row))
+            row, pos = packing.to_row[row, pos], packing.to_pos[row, pos]
+        else:
+            final = _continue(model, restart, layer + 1, resid.flatten(0, 1), restart.block_inputs, len(batch.ids))
+        row, pos = row.to(final.device), pos.to(final.device)  # of a model on several devices, the last one
+        read = final.unflatten(0, (len(settings), -1))[:, row, pos].flatten(0, 1)[:, None]
+        with full_precision(model):
+            logits = model.unembed(final_norm(model, read))  # type: ignore[attr-defined]
+        return logits.view(len(settings), len(batch.target_row), -1)
+
+
+def _edited(
+    model: HookedModel, resid: Float[Tensor, "batch pos d_model"], hooks: FwdHooks, here: str
+) -> Float[Tensor, "batch pos d_model"]:
+    """What the hooks on one point make of its activation."""
+    for name, fn in hooks:
+        if name == here:
+            changed = fn(resid, hook=model.hook_dict[name])  # type: ignore[attr-defined]
+            resid = resid if changed is None else changed
+    return resid
+
+
+def _continue(
+    model: HookedModel,
+    restart: Restart,
+    first: int,
+    resid: Float[Tensor, "rows pos d_model"],
+    block_inputs: BlockInputs,
+    n_rows: int,
+) -> Float[Tensor, "rows pos d_model"]:
+    """Run the blocks from ``first`` on; ``resid`` may hold several copies of a batch of ``n_rows``."""
+    n_layers = int(model.cfg.n_layers)
+    if first == n_layers:
+        return resid
+    if not is_bridge(model):
+        mask = restart.batch.attention_mask.repeat(len(resid) // n_rows, 1)
+        return model(resid, start_at_layer=first, stop_at_layer=n_layers, attention_mask=mask)
+    copies = len(resid) // n_rows
+    for block, (args, kwargs) in list(zip(model.blocks, block_inputs, strict=True))[first:]:
+        out = block(resid, *_copied(args, n_rows, copies), **_copied(kwargs, n_rows, copies))
+        resid = out[0] if isinstance(out, tuple) else out
+    return resid
+
+
+def _copied(value: Any, n_rows: int, copies: int) -> Any:
+    """A block's arguments for several copies of the batch: whatever has a row per batch row is repeated."""
+    if copies == 1:
+        return value
+    if isinstance(value, dict):
+        return {k: _copied(v, n_rows, copies) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_copied(v, n_rows, copies) for v in value)
+    if isinstance(value, Tensor) and value.ndim > 1 and n_rows > 1 and value.shape[0] == n_rows:
+        return value.repeat(copies, *[1] * (value.ndim - 1))
+    return value

@@ -1,0 +1,3 @@
+from .loading import load_model as load_model
+
+__all__: list[str]

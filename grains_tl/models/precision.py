@@ -1,0 +1,107 @@
+"""Mixed precision: ``torch.autocast`` around any call of the package, and what stays exact inside it.
+
+Under autocast the matrix products of the blocks run in half precision. Weights, residual stream, hooks, unembedding and
+sums keep the precision of the weights, because a difference of two log-likelihoods would not survive the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grains_tl.types import FwdHooks, HookedModel
+
+#: Largest difference of a fast path from the plain run, nats: float32 round-off of a reordered sum is some 1e-5; a missing
+#: soft-cap or extra input shows as 1e-2 and more.
+EXACT = 1e-3
+
+#: The same in half precision, whose own round-off is that large; smaller faults are not seen there.
+ROUGH = 0.5
+
+
+def _of(model: HookedModel) -> tuple[str, torch.dtype]:
+    parameter = next(model.parameters())  # type: ignore[attr-defined]
+    return parameter.device.type, parameter.dtype
+
+
+def autocast_dtype(model: HookedModel) -> str | None:
+    """``"bfloat16"`` or ``"float16"`` inside ``torch.autocast`` for the model's device, else ``None``."""
+    device, _ = _of(model)
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else None
+
+
+def full_precision(model: HookedModel) -> torch.autocast:
+    """A context without autocast, inside or outside one."""
+    return torch.autocast(_of(model)[0], enabled=False)
+
+
+def exactness(model: HookedModel) -> float:
+    """How far a fast path may be from the plain run before it counts as wrong, nats."""
+    half = autocast_dtype(model) is not None or _of(model)[1] not in (torch.float32, torch.float64)
+    return ROUGH if half else EXACT
+
+
+@contextmanager
+def exact_unembedding(model: HookedModel) -> Iterator[None]:
+    """Runs inside unembed in full precision: a bfloat16 logit between 16 and 32 is rounded to eighths."""
+    if autocast_dtype(model) is None:
+        yield
+        return
+    off, dtype = full_precision(model), _of(model)[1]
+
+    def enter(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        off.__enter__()
+        return tuple(arg.to(dtype) for arg in args)
+
+    def leave(*_: Any) -> None:
+        off.__exit__(None, None, None)
+
+    unembed = model.unembed  # type: ignore[attr-defined]
+    handles = [unembed.register_forward_pre_hook(enter), unembed.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def require_eval(model: HookedModel) -> None:
+    """Refuse a model that would drop activations at random: every number would differ from call to call.
+
+    A model in train mode without dropout computes the same as in eval mode and passes.
+
+    Raises:
+        ValueError: naming the first module with active dropout.
+    """
+    inner: Any = getattr(model, "original_model", model)
+    # the modules are walked only if something is in train mode: this runs before every forward pass
+    if not any(part.training for part in (model, inner, *model.blocks)):  # type: ignore[attr-defined]
+        return
+    for name, module in inner.named_modules():
+        p = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "attention_dropout", 0)
+        if module.training and isinstance(p, (int, float)) and p > 0:
+            raise ValueError(
+                f"the model is in train mode and {name or 'it'} drops out {p:.0%} at random, so no number would be "
+                "repeatable; call model.eval() first"
+            )
+
+
+def finite_hook(name: str) -> FwdHooks:
+    """A hook that stops a run whose last position has NaN or inf; greedy decoding would go on with made-up tokens.
+
+    Raises:
+        ValueError: during the run.
+    """
+
+    def hook_fn(act: Tensor, hook: Any) -> None:
+        if not bool(torch.isfinite(act[:, -1]).all()):  # the last position is never padding here
+            raise ValueError(
+                f"the model gives NaN or inf at {name} ({act.dtype}); its weights are broken, or a step is too large for "
+                "this precision: use a smaller alpha, or load the model in float32 or bfloat16"
+            )
+
+    return [(name, hook_fn)]

@@ -1,0 +1,5 @@
+"""From text and images to token ids: BOS rules, chat templates, records as ids, image patches."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

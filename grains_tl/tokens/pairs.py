@@ -1,0 +1,276 @@
+"""Everything about token ids: rules of one tokenizer, spans of prompt and response, padded batches with their targets.
+
+BOS, chat markers, padding and the border between prompt and response are decided here and nowhere else;
+``token_rules(model).describe()`` shows the decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from typing import Any
+
+from grains_tl.records.pairs import PreferencePair, plain_text, preference_pairs, require_text
+from grains_tl.records.pictures import load_images
+from grains_tl.tokens.images import ImageInputs, process_images, refuse_lost_image, template_owner, with_placeholders
+from grains_tl.tokens.rules import TokenRules, token_rules
+from grains_tl.tokens.text import _bos, _content_mask, _encode, _render, _response_text, _word_starts, common_prefix
+from grains_tl.types import HookedModel, Text
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A preference record as token ids.
+
+    Attributes:
+        prompt: ids up to the border.
+        chosen: ids of the preferred response after the border.
+        rejected: ids of the other response.
+        content: for every prompt token, whether it carries the user's words (not BOS, special, or chat template).
+        strings: the prompt's tokens as text.
+        starts_word: for every prompt token, whether a word begins there (word pieces go on with the word before).
+        moved_border: how many prompt tokens were given to the responses because a token merges across the border
+            (0 almost always). Both responses then begin with those characters, so their comparison stays right.
+        images: the images of the prompt as the model takes them; ``None`` without.
+
+    Example:
+        >>> t = tokenize_pairs(model, pairs)[0]     # doctest: +SKIP
+        >>> len(t.prompt) == len(t.strings)         # doctest: +SKIP
+        True
+    """
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    content: tuple[bool, ...]
+    strings: tuple[str, ...]
+    moved_border: int = 0
+    images: ImageInputs | None = None
+    starts_word: tuple[bool, ...] = ()
+
+    @property
+    def is_image(self) -> tuple[bool, ...]:
+        """For every prompt token, whether an image feature stands there."""
+        return (False,) * len(self.prompt) if self.images is None else self.images.is_image
+
+    @property
+    def n_content(self) -> int:
+        """Number of content tokens in the prompt, image patches included."""
+        return sum(self.content)
+
+    @property
+    def n_patches(self) -> int:
+        """Number of content tokens that show a part of an image."""
+        return sum(c and i for c, i in zip(self.content, self.is_image, strict=True))
+
+    @property
+    def inputs(self) -> tuple[tuple[int, ...], ...]:
+        """Input rows that score both responses: one, if an input is the beginning of the other, else two.
+
+        The last token of a response is never an input.
+        """
+        rows = (self.prompt + self.chosen[:-1], self.prompt + self.rejected[:-1])
+        short, long = sorted(rows, key=len)
+        return (long,) if long[: len(short)] == short else rows
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest input row."""
+        return max(len(row) for row in self.inputs)
+
+
+def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[TokenizedPair]:
+    """Tokenize records and check them against the model, all before anything runs.
+
+    Spans come from tokenizing prompt and prompt + response: the prompt is what both tokenizations share. For
+    conversational records the response ends with its words; the end-of-turn marker is not scored.
+
+    Args:
+        model: gives the tokenizer, and the processor for records with images.
+        pairs: the records.
+
+    Returns:
+        One ``TokenizedPair`` per record, in their order.
+
+    Raises:
+        ValueError: no records, a record that is too long for the context, a response without tokens, a conversational
+            record for a tokenizer without chat template, an image for a model without a processor; the message names
+            the record (from 1).
+
+    Example:
+        >>> toks = tokenize_pairs(model, load_bundled("sentiment", "choose"))  # doctest: +SKIP
+        >>> toks[0].chosen, toks[0].moved_border                              # doctest: +SKIP
+    """
+    rules = token_rules(model)
+    records = preference_pairs(pairs)
+    if not records:
+        raise ValueError("no records; at least one preference pair is needed")
+    tokenized = []
+    for number, pair in enumerate(records, start=1):
+        try:
+            tokenized.append(_tokenize(model, rules, pair))
+        except ValueError as error:
+            raise ValueError(f"record {number}: {error}") from None
+    return tokenized
+
+
+#: What functions take that measure records: as they were loaded, or as ``tokenize_pairs`` made them.
+Records = Sequence[TokenizedPair] | Sequence[PreferencePair]
+
+
+def as_tokenized(model: HookedModel, records: Any) -> list[TokenizedPair]:
+    """The records tokenized, whether they were or not.
+
+    Args:
+        model: as for ``tokenize_pairs``.
+        records: a list of ``PreferencePair``, or of ``TokenizedPair``, which stays as it is.
+
+    Raises:
+        ValueError: one record alone, both kinds in one list, or something else; also as ``tokenize_pairs``.
+
+    Example:
+        >>> as_tokenized(model, pairs) == tokenize_pairs(model, pairs)     # doctest: +SKIP
+        True
+    """
+    wanted = "a list of PreferencePair (load_pairs) or of TokenizedPair (tokenize_pairs) is needed"
+    if isinstance(records, (str, Mapping)) or not hasattr(records, "__iter__"):
+        raise ValueError(f"records are a {type(records).__name__}; {wanted}: [record] for one")
+    given = list(records)
+    tokenized = [r for r in given if isinstance(r, TokenizedPair)]
+    if len(tokenized) == len(given):
+        return tokenized
+    if tokenized:
+        number, other = next((i, r) for i, r in enumerate(given, start=1) if not isinstance(r, TokenizedPair))
+        raise ValueError(f"record {number} is a {type(other).__name__} among TokenizedPair; {wanted}, all of one kind")
+    return tokenize_pairs(model, given)
+
+
+def prompt_ids(model: HookedModel, prompt: Text) -> list[int]:
+    """Ids of one prompt under the model's token rules (for generation).
+
+    Raises:
+        ValueError: an empty prompt, or one longer than the context.
+    """
+    return prompt_inputs(model, prompt)[0]
+
+
+def prompt_inputs(model: HookedModel, prompt: Text, image: Any = None) -> tuple[list[int], ImageInputs | None]:
+    """Ids of one prompt with its image tokens expanded, and its images.
+
+    Raises:
+        ValueError: an empty prompt, one longer than the context, or images the model cannot take.
+    """
+    rules = token_rules(model)
+    require_text("a prompt", prompt)
+    if not plain_text(prompt).strip():
+        raise ValueError(f"the prompt is empty ({plain_text(prompt)!r}); some text is needed")
+    pictures = () if image is None else load_images(image)
+    prompt = with_placeholders(model, prompt, len(pictures))
+    text = _render(template_owner(model), rules, prompt)
+    ids, images = _encode(model.tokenizer, rules, prompt, text)[0], None
+    if pictures:
+        ids, images = process_images(model, text, pictures, bos=_bos(rules, prompt))
+    else:
+        refuse_lost_image(model, text, ids)
+    if len(ids) >= rules.n_ctx:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context holds {rules.n_ctx}; shorten it")
+    return ids, images
+
+
+def tokenize_responses(
+    model: HookedModel, prompt: Text, responses: Sequence[Text]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Ids of a prompt and of any number of responses to it, with one border for all of them.
+
+    Raises:
+        ValueError: as ``tokenize_pairs``.
+    """
+    rules = token_rules(model)
+    names = [f"response {i}" for i in range(1, len(responses) + 1)]
+    text, ids, _, border, full = _split(model, rules, prompt, dict(zip(names, responses, strict=True)))
+    refuse_lost_image(model, text, ids)
+    _require_context(rules, border, {name: one[border:] for name, one in zip(names, full, strict=True)})
+    return tuple(ids[:border]), tuple(tuple(one[border:]) for one in full)
+
+
+def text_ids(model: HookedModel, text: str) -> list[int]:
+    """Ids of a plain text of any length, BOS included where ``token_rules`` has one."""
+    return _encode(model.tokenizer, token_rules(model), text, text)[0]
+
+
+def _split(
+    model: HookedModel, rules: TokenRules, prompt: Text, responses: Mapping[str, Text]
+) -> tuple[str, list[int], list[tuple[int, int]] | None, int, list[list[int]]]:
+    """The rendered prompt, its ids and offsets; the border; the ids of prompt + response for every response."""
+    tokenizer, template = model.tokenizer, template_owner(model)
+    prompt_text = _render(template, rules, prompt)
+    ids, offsets = _encode(tokenizer, rules, prompt, prompt_text)
+    texts = [_response_text(template, prompt, prompt_text, r) for r in responses.values()]
+    full = [_encode(tokenizer, rules, prompt, prompt_text + text)[0] for text in texts]
+    border = min(common_prefix(ids, one) for one in full)
+    if border == 0:
+        raise ValueError("the whole prompt merges with the responses into one token; write a longer prompt")
+    for name, one in zip(responses, full, strict=True):
+        if len(one) == border:
+            raise ValueError(f"{name} has no tokens of its own after the prompt; write a longer response")
+    return prompt_text, ids, offsets, border, full
+
+
+def _require_context(rules: TokenRules, border: int, responses: Mapping[str, Sequence[int]]) -> None:
+    for name, response in responses.items():
+        if border + len(response) > rules.n_ctx:
+            raise ValueError(
+                f"prompt + {name} is {border + len(response)} tokens, the model's context holds {rules.n_ctx}; shorten "
+                "the prompt"
+            )
+
+
+def _tokenize(model: HookedModel, rules: TokenRules, pair: PreferencePair) -> TokenizedPair:
+    tokenizer, template = model.tokenizer, template_owner(model)
+    pictures = () if pair.image is None else load_images(pair.image)
+    source = with_placeholders(model, pair.prompt, len(pictures))
+    given = {"chosen": pair.chosen, "rejected": pair.rejected}
+    prompt_text, prompt, offsets, border, full = _split(model, rules, source, given)
+    if full[0] == full[1]:
+        raise ValueError("chosen and rejected give the same tokens; there is nothing to prefer")
+    content = _content_mask(template, rules, source, prompt_text, prompt, offsets)
+    moved, chosen, rejected = len(prompt) - border, full[0][border:], full[1][border:]
+    images = None
+    if pictures:
+        given_away = prompt[border:]
+        expanded, images = process_images(model, prompt_text, pictures, bos=_bos(rules, source))
+        content = _expand_content(prompt, content, expanded, images)
+        border, prompt = len(expanded) - moved, expanded
+        if prompt[border:] != given_away or any(images.is_image[border:]):
+            raise ValueError("a token merges across the border of prompt and response at an image; put text between")
+        images = _until(images, border)
+    else:
+        refuse_lost_image(model, prompt_text, prompt)
+    _require_context(rules, border, {"chosen": chosen, "rejected": rejected})
+    return TokenizedPair(
+        prompt=tuple(prompt[:border]),
+        chosen=tuple(chosen),
+        rejected=tuple(rejected),
+        content=tuple(content[:border]),
+        strings=tuple(tokenizer.decode([i]) for i in prompt[:border]),
+        moved_border=moved,
+        images=images,
+        starts_word=_word_starts(tokenizer, prompt[:border]),
+    )
+
+
+def _expand_content(
+    short: Sequence[int], content: Sequence[bool], prompt: Sequence[int], images: ImageInputs
+) -> list[bool]:
+    """Content flags of a prompt, carried over to the same prompt with its images expanded; patches are content."""
+    out = [False] * len(prompt)
+    for block in SequenceMatcher(None, list(short), list(prompt), autojunk=False).get_matching_blocks():
+        out[block.b : block.b + block.size] = content[block.a : block.a + block.size]
+    patches = images.patches
+    return [p in patches if is_image else out[p] for p, is_image in enumerate(images.is_image)]
+
+
+def _until(images: ImageInputs, border: int) -> ImageInputs:
+    tokens = {key: values[:border] for key, values in images.token_inputs.items()}
+    return replace(images, token_inputs=tokens, is_image=images.is_image[:border])

@@ -1,0 +1,5 @@
+"""Which direction carries a behaviour: read-out, differences, reduction, building, files, export."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

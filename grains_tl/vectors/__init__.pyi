@@ -1,0 +1,10 @@
+from . import export as export
+from .build import build_vectors as build_vectors
+from .differences import Differences as Differences
+from .differences import collect_differences as collect_differences
+from .readout import read_out as read_out
+from .reduce import reduce_vectors as reduce_vectors
+from .steering_vectors import SteeringVectors as SteeringVectors
+from .steering_vectors import load_vectors as load_vectors
+
+__all__: list[str]

@@ -1,0 +1,259 @@
+"""Vectors for other engines: a GGUF control vector, a Hugging Face checkpoint with biases, a spec for vLLM.
+
+All three can only *add* a vector at every position. The paper's operator also restores each token's norm, which none of
+them can; it is refused here, so measure with ``operator="add"`` before you export.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from grains_tl._util.files import plain
+from grains_tl.hooks.steer import Operator
+from grains_tl.models.hugging_face import load_causal_lm
+from grains_tl.models.running import device_of, forward_logits, is_bridge
+from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.steering_vectors import SteeringVectors
+
+#: The projection that writes a block's MLP output into the residual stream, by architecture family.
+MLP_OUT = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2", "fc2")
+
+
+def steps(
+    vectors: SteeringVectors, alpha: float, layers: Sequence[int] | None = None, *, operator: Operator = "add"
+) -> dict[int, Float[Tensor, "d_model"]]:
+    """What ``operator="add"`` adds to the residual stream: ``alpha * resid_norm * direction`` per layer.
+
+    Args:
+        vectors: from ``build_vectors``.
+        alpha: fraction of the layer's typical residual norm.
+        layers: at which of the stored layers; may be left out if there is only one.
+        operator: what you steer with; anything but ``"add"`` is refused.
+
+    Raises:
+        ValueError: another operator, several stored layers and none named, a layer that is not stored, a bad ``alpha``.
+
+    Example:
+        >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
+        >>> steps(v, 0.2, [5])
+        {5: tensor([ 0., 10.])}
+    """
+    if operator != "add":
+        raise ValueError(
+            f"operator={operator!r} cannot be exported: other engines only add a vector. Check that your effect "
+            "survives operator='add' (the norm is not restored then), and export that"
+        )
+    if alpha == 0 or not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha}; a finite number other than 0 is needed")
+    if layers is None and len(vectors.layers) > 1:
+        raise ValueError(f"name the layers to steer: layers=[...]; stored are {list(vectors.layers)}")
+    part = vectors.at(vectors.layers if layers is None else list(layers))
+    return {layer: alpha * part.resid_norms[i] * part.directions[i] for i, layer in enumerate(part.layers)}
+
+
+def export_gguf(
+    vectors: SteeringVectors,
+    path: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    alpha: float = 1.0,
+    operator: Operator = "add",
+    model_hint: str = "llama",
+) -> Path:
+    """Write a control vector that llama.cpp reads (``--control-vector-scaled FILE SCALE``).
+
+    llama.cpp adds ``SCALE * direction.{l}`` to the output of block ``l``, counted from 0 as here, at every position. With
+    the default ``alpha=1`` its SCALE is our alpha. It has no tensor for block 0.
+
+    Args:
+        vectors: from ``build_vectors``.
+        path: the file to write.
+        layers: at which of the stored layers; all of them act at once.
+        alpha: fraction of the residual norm that SCALE 1 stands for.
+        operator: only ``"add"``.
+        model_hint: the architecture's name in llama.cpp; kept in the file, not checked by it.
+
+    Raises:
+        ImportError: without the ``gguf`` package.
+        ValueError: layer 0, or whatever ``steps`` refuses.
+
+    Example:
+        >>> export_gguf(vectors, "v.gguf", layers=[21])      # doctest: +SKIP
+        >>> # llama-cli -m model.gguf --control-vector-scaled v.gguf 0.3
+    """
+    try:
+        from gguf import GGUFWriter
+    except ImportError:
+        raise ImportError("writing a .gguf file needs the gguf package: pip install 'grains-tl[smollm2]'") from None
+    rows = steps(vectors, alpha, layers, operator=operator)
+    if 0 in rows:
+        raise ValueError("llama.cpp has no control vector for block 0; export layers from 1 on")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        writer = GGUFWriter(temporary, "controlvector")
+        writer.add_string("controlvector.model_hint", model_hint)
+        writer.add_uint32("controlvector.layer_count", len(rows))
+        writer.add_string("grains_tl.manifest", json.dumps({**vectors.info, "alpha": alpha}, default=plain))
+        for layer, row in rows.items():
+            writer.add_tensor(f"direction.{layer}", row.float().cpu().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def vllm_interventions(
+    vectors: SteeringVectors,
+    *,
+    layers: Sequence[int] | None = None,
+    alpha: float,
+    operator: Operator = "add",
+) -> dict[str, dict[str, Any]]:
+    """The ``intervene=`` argument of TransformerLens 4's vLLM bridge (``RemoteBridge.boot_vllm``).
+
+    Plain lists, so that it can be kept as JSON. The bridge adds the value to the residual stream after the block, at every
+    position of the prompt and of the tokens generated.
+
+    Args:
+        vectors: from ``build_vectors``.
+        layers, alpha, operator: as in ``steps``.
+
+    Raises:
+        ValueError: whatever ``steps`` refuses.
+
+    Example:
+        >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
+        >>> vllm_interventions(v, layers=[5], alpha=0.5)
+        {'blocks.5.hook_out': {'op': 'add', 'value': [0.0, 25.0]}}
+    """
+    rows = steps(vectors, alpha, layers, operator=operator)
+    return {f"blocks.{layer}.hook_out": {"op": "add", "value": row.tolist()} for layer, row in rows.items()}
+
+
+def export_hf(
+    model: HookedModel,
+    vectors: SteeringVectors,
+    folder: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    alpha: float,
+    operator: Operator = "add",
+) -> Path:
+    """Write a Hugging Face checkpoint with the steering in its weights; plain ``from_pretrained`` loads it.
+
+    The step becomes the bias of the projection that writes the MLP's output. Where a family has such biases already (gpt2,
+    neox, opt, phi, ...) it is added to them; where the configuration can switch them on (``mlp_bias``: llama, granite,
+    smollm3, nemotron, ...) they are zero except for this one. What was written is loaded again and its logits are compared
+    with the hook's on a short run.
+
+    Args:
+        model: a ``TransformerBridge`` (it holds the Hugging Face model).
+        vectors: made for this model.
+        folder: a new or empty folder; the tokenizer goes there too. Nothing is left in it if the export is refused.
+        layers, alpha, operator: as in ``steps``.
+
+    Raises:
+        ValueError: a ``HookedTransformer``, a vision-language model, vectors of another model, an architecture without such
+            a bias, logits that differ (a norm after the MLP, a scaled residual), or whatever ``steps`` refuses.
+
+    Example:
+        >>> export_hf(model, vectors, "steered", layers=[21], alpha=0.2)             # doctest: +SKIP
+        >>> AutoModelForCausalLM.from_pretrained("steered")                          # doctest: +SKIP
+    """
+    rows = steps(vectors, alpha, layers, operator=operator)
+    if not is_bridge(model):
+        raise ValueError("a HookedTransformer holds no Hugging Face model; load it as a bridge (kind='bridge')")
+    if getattr(model.cfg, "is_multimodal", False):
+        raise ValueError("only text models can be exported as a checkpoint; export gguf or vllm, or use hooks")
+    target = Path(folder)
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; name a new folder")
+    vectors.require_match(model)
+    source = model.original_model  # type: ignore[attr-defined]
+    weights = _hugging_face_names(source)
+    config = type(source.config).from_dict(source.config.to_dict())
+    names = _bias_names(source, config, weights, list(rows))
+    with torch.device("meta"):
+        steered = type(source)(config)  # the shapes alone: the weights are those of the model itself
+    for name, parameter in steered.state_dict().items():
+        if name not in weights:
+            if not name.endswith(".bias"):
+                raise ValueError(f"{type(source).__name__}: weight {name} was not found in the model")
+            weights[name] = torch.zeros(parameter.shape, dtype=source.dtype, device=device_of(model))
+    for layer, row in rows.items():
+        bias = weights[names[layer]]
+        weights[names[layer]] = bias + row.to(bias)
+    steered.load_state_dict({name: weights[name] for name in steered.state_dict()}, assign=True)
+    steered.tie_weights()
+    steered.generation_config = source.generation_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        steered.save_pretrained(temporary)
+        model.tokenizer.save_pretrained(temporary)
+        _require_equal_logits(model, vectors.hooks(alpha, list(rows), operator="add"), temporary)
+        shutil.copytree(temporary, target, dirs_exist_ok=True)
+    return target
+
+
+def _hugging_face_names(source: Any) -> dict[str, Tensor]:
+    """The weights under the names a checkpoint has; the bridge's wrappers lengthen them, and list some twice."""
+    return {name.replace("._original_component", ""): weight for name, weight in source.state_dict().items()}
+
+
+def _bias_names(source: Any, config: Any, weights: dict[str, Tensor], layers: Sequence[int]) -> dict[int, str]:
+    """The bias that takes each layer's step; switches ``mlp_bias`` on in ``config`` where that makes one."""
+    found: dict[int, str] = {}
+    ends = "|".join(re.escape(end) for end in MLP_OUT)
+    for name in weights:
+        match = re.search(rf"\.(\d+)\.(?:{ends})\.weight$", name)
+        if match and int(match[1]) in layers:
+            found[int(match[1])] = name.removesuffix("weight") + "bias"
+    missing = [layer for layer in layers if found.get(layer) not in weights]
+    if not missing:
+        return found
+    if len(found) == len(layers) and getattr(config, "mlp_bias", None) is False:
+        config.mlp_bias = True
+        return found
+    raise ValueError(
+        f"{type(source).__name__}: its blocks have no bias after the MLP and its configuration cannot switch one on, so "
+        "the vector cannot go into a checkpoint that plain from_pretrained loads. Export gguf or vllm, or use hooks"
+    )
+
+
+def _require_equal_logits(model: HookedModel, hooks: FwdHooks, folder: str) -> None:
+    dtype = model.original_model.dtype  # type: ignore[attr-defined]
+    written = load_causal_lm(folder, dtype).to(device_of(model)).eval()
+    ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 12).long()[None].to(device_of(model))
+    with torch.no_grad():
+        ours = forward_logits(model, ids, torch.ones_like(ids), torch.arange(12, device=ids.device), hooks).float()
+        theirs = written(ids).logits.float()
+    worst, size = float((ours - theirs).abs().max()), float(ours.abs().max())
+    # float32: the two add in another order; half precision rounds the residual stream in another place
+    allowed = (1e-5 if dtype == torch.float32 else 3e-2) * max(size, 1.0)
+    if not worst <= allowed:
+        raise ValueError(
+            f"{type(written).__name__}: a checkpoint with this bias gives other logits than the hook (largest difference "
+            f"{worst:.2g} of {size:.3g}): something stands between the MLP and the residual stream. Nothing was "
+            "written; export gguf or vllm, or use hooks"
+        )

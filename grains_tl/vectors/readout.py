@@ -1,0 +1,176 @@
+"""Residual activations at a read-out position, of the whole and of the masked prompt: all layers from one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from grains_tl.hooks.cache import _norm_hooks, cache_hook
+from grains_tl.hooks.mask import Masker
+from grains_tl.hooks.stand_ins import ImageMasker, Replacements, hide, replacements
+from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
+from grains_tl.inference.logprobs import MAX_TOKENS
+from grains_tl.models.running import existing_layers, hooked, run_blocks
+from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
+from grains_tl.types import HookedModel
+
+#: Where the residual is read: at the prompt's last token (the paper), at the response's last token, or as the mean over
+#: the response; the last two are averaged over the two responses.
+Readout = Literal["prompt_end", "response_end", "response_mean"]
+
+
+def read_out(
+    model: HookedModel,
+    tokenized: Records,
+    masked: Sequence[Sequence[int]] | None = None,
+    *,
+    layers: Sequence[int],
+    masker: Masker = "mean_embedding",
+    image_masker: ImageMasker = "mean_patch",
+    readout: Readout = "prompt_end",
+    norms: list[Float[Tensor, "layer token"]] | None = None,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> Float[Tensor, "record layer d_model"]:
+    """Residuals of every record at the read-out position, with some of its prompt tokens taken out.
+
+    Args:
+        model, tokenized: the model and the records, tokenized or not.
+        masked: for every record the prompt positions to take out; ``None`` or empty for none.
+        layers: which layers to keep; the result has them in this order.
+        masker: how tokens are taken out.
+        image_masker: what stands in for a patch (with the masker ``"attention"`` patches are knocked out too).
+        readout: where to read.
+        norms: a list that receives the residual norms of the content tokens, ``[layer, token]`` per batch.
+        max_tokens: token budget of one pass.
+        progress: show a bar.
+
+    Returns:
+        ``[record, layer, d_model]``, residual units.
+
+    Raises:
+        ValueError: layers that do not exist, an unknown read-out, not one list of positions per record, or a position
+            outside its prompt.
+
+    Example:
+        >>> read_out(model, tokenized, layers=[12, 15]).shape     # doctest: +SKIP
+        torch.Size([24, 2, 576])
+    """
+    tokenized = as_tokenized(model, tokenized)
+    check_readout(readout)
+    masked = [()] * len(tokenized) if masked is None else masked
+    _require_places(tokenized, masked)
+    owner, rows = zip(*((i, row) for i, t in enumerate(tokenized) for row in _rows(t, readout)), strict=True)
+    needed = masker != "attention" and any(masked)
+    stand_ins = replacements(model, tokenized, masker, image_masker) if needed else None
+    found = _run_rows(
+        model,
+        rows,
+        [masked[i] for i in owner],
+        [tokenized[i] for i in owner],
+        owner=owner,
+        stand_ins=stand_ins,
+        layers=existing_layers(model, layers),
+        norms=norms,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    share = 1.0 if readout == "prompt_end" else 0.5
+    out = torch.zeros(len(tokenized), *found.shape[1:])
+    return out.index_add(0, torch.tensor(owner), share * found)
+
+
+def read_out_responses(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    *,
+    layers: Sequence[int],
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> Float[Tensor, "record 2 layer d_model"]:
+    """Residuals at the last token of prompt + chosen (0) and prompt + rejected (1), as CAA reads them."""
+    rows = [row for t in tokenized for row in _rows(t, "response_end")]
+    found = _run_rows(
+        model,
+        rows,
+        [()] * len(rows),
+        [t for t in tokenized for _ in range(2)],
+        owner=range(len(rows)),
+        stand_ins=None,
+        layers=existing_layers(model, layers),
+        norms=None,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    return found.view(len(tokenized), 2, *found.shape[1:])
+
+
+def _run_rows(
+    model: HookedModel,
+    rows: Sequence[tuple[tuple[int, ...], int]],
+    masked: Sequence[Sequence[int]],
+    records: Sequence[TokenizedPair],
+    *,
+    owner: Sequence[int],
+    stand_ins: Replacements | None,
+    layers: list[int],
+    norms: list[Float[Tensor, "layer token"]] | None,
+    max_tokens: int,
+    progress: bool,
+) -> Float[Tensor, "row layer d_model"]:
+    """Read-out of each row (ids, first position read), with its masked positions taken out, in a few full batches.
+
+    ``owner`` says which of ``stand_ins`` belongs to a row; without ``stand_ins`` masked tokens are knocked out of attention.
+    """
+    out = torch.zeros(len(rows), len(layers), int(model.cfg.d_model))
+    with torch.no_grad(), tqdm(total=len(rows), desc="cache", unit="run", disable=not progress) as bar:
+        for group in by_token_budget([len(ids) for ids, _ in rows], max_tokens):
+            ids, mask, offset = pad_rows(model, [rows[g][0] for g in group])
+            weights = torch.zeros(ids.shape)
+            for place, g in enumerate(group):
+                sequence, start = rows[g]
+                weights[place, start : len(sequence)] = 1.0 / (len(sequence) - start)
+            store = torch.zeros(len(group), *out.shape[1:])
+            taken = [masked[g] for g in group]
+            hooks = hide(model, stand_ins, [owner[g] for g in group], taken, offset=offset, like=ids)
+            if norms is not None:
+                hooks = hooks + _norm_hooks(layers, [records[g].content for g in group], norms)
+            inputs = image_inputs(model, [records[g].images for g in group], ids, offset)
+            with hooked(model, hooks + cache_hook(layers, weights, store)):
+                run_blocks(model, ids, mask, max(layers) + 1, inputs)
+            out[group] = store
+            bar.update(len(group))
+    return out
+
+
+def _require_places(tokenized: Sequence[TokenizedPair], masked: Sequence[Sequence[int]]) -> None:
+    """Refuse lists that are not those of the records: the wrong tokens would go, or none (ValueError)."""
+    if len(masked) != len(tokenized):
+        raise ValueError(f"{len(masked)} lists of masked positions for {len(tokenized)} records; give one per record")
+    for number, (pair, positions) in enumerate(zip(tokenized, masked, strict=True), start=1):
+        bad = [p for p in positions if not 0 <= p < len(pair.prompt)]
+        if bad:
+            raise ValueError(
+                f"record {number}: masked positions {bad}; its prompt has positions 0 to {len(pair.prompt) - 1}"
+            )
+
+
+def check_readout(readout: str) -> None:
+    """Refuse an unknown read-out position (ValueError)."""
+    if readout not in get_args(Readout):
+        raise ValueError(f"readout={readout!r}; it is one of {get_args(Readout)}")
+
+
+def _rows(pair: TokenizedPair, readout: Readout) -> list[tuple[tuple[int, ...], int]]:
+    """(ids, first position of the read-out); the read-out ends with the row."""
+    if readout == "prompt_end":
+        return [(pair.prompt, len(pair.prompt) - 1)]
+    rows = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
+    if readout == "response_end":
+        return [(row, len(row) - 1) for row in rows]
+    return [(row, len(pair.prompt)) for row in rows]
