@@ -1,0 +1,203 @@
+"""Rows that share a prompt's beginning, against one run at a time; visibility against a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import grains_tl as gr
+from benchmarks.common import count_operations
+from grains_tl.attribution import methods, removal, sharing
+from grains_tl.attribution.field import ModelField, Run
+from grains_tl.attribution.removal import Removal, values_without
+from grains_tl.attribution.sharing import branch, row_length, rows_of, shared_batches
+from grains_tl.inference.logprobs import batch_logprobs
+from tests.conftest import tiny_hf, tiny_model
+from tests.helpers.architectures import CONFIGS, architecture
+
+VALUE_ATOL = 1e-4  # differences of float32 log-probabilities of some nats
+LONG = gr.PreferencePair(
+    "Question: What do camels store in their humps?\nAnswer:", " It is mostly fat.", " It is water."
+)
+
+
+def removals_of(tokenized: list[gr.tokens.TokenizedPair]) -> list[Removal]:
+    """Nothing, every token by itself, and a few together."""
+    found: list[Removal] = []
+    for r, pair in enumerate(tokenized):
+        n = len(pair.prompt)
+        found += [(r, ()), *((r, (p,)) for p in range(n)), (r, (0, n - 1)), (r, (1, 2)), (r, tuple(range(n)))]
+    return found
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """``values_without`` without shared rows."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(removal, "can_share", lambda *_: False)
+            return values_without(*args, **kwargs)
+
+    return run
+
+
+def one_at_a_time(
+    hf: Any, tokenized: list[gr.tokens.TokenizedPair], removals: list[Removal], stand_in: Tensor
+) -> Tensor:
+    """A plain loop over the Hugging Face model: embeddings replaced, full logits, one response at a time."""
+    embed, values = hf.get_input_embeddings(), []
+    with torch.no_grad():
+        for record, gone in removals:
+            pair, margin = tokenized[record], 0.0
+            for sign, response in ((1, pair.chosen), (-1, pair.rejected)):
+                x = embed(torch.tensor(pair.prompt + response))
+                x[list(gone)] = stand_in
+                logprobs = hf(inputs_embeds=x[None]).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
+                margin += sign * float(logprobs.gather(-1, torch.tensor(response)[:, None]).sum())
+            values.append(margin)
+    return torch.tensor(values)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("max_tokens", [1, 60, 512])
+def test_shared_rows_equal_a_plain_loop(name: str, max_tokens: int, pairs: list[gr.PreferencePair]) -> None:
+    model, hf = tiny_model("bridge", name), tiny_hf(name)
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
+    removals = removals_of(tokenized)
+    wanted = one_at_a_time(hf, tokenized, removals, hf.get_input_embeddings().weight.mean(0))
+    with count_operations(model) as counts:
+        found = values_without(model, tokenized, removals, max_tokens=max_tokens)
+    torch.testing.assert_close(found, wanted, atol=VALUE_ATOL, rtol=0)
+    tokens = sum(sum(map(len, tokenized[r].inputs)) for r, _ in removals)
+    if max_tokens > 1:  # and they were shared; one token at a time nothing is, and the plain runs answer
+        assert counts.forward < 0.9 * tokens * model.cfg.n_layers
+
+
+@pytest.mark.parametrize("masker", ["eos", "zero", "attention"])
+@pytest.mark.parametrize("objective", ["sum", "mean"])
+def test_values_do_not_depend_on_sharing(
+    model: Any, plain: Any, pairs: list[gr.PreferencePair], masker: Any, objective: Any
+) -> None:
+    """Both model classes; knocked-out attention is never shared."""
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
+    args, how = (model, tokenized, removals_of(tokenized)), {"masker": masker, "objective": objective}
+    torch.testing.assert_close(values_without(*args, **how), plain(*args, **how), atol=VALUE_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_families(family: str, plain: Any, pairs: list[gr.PreferencePair]) -> None:
+    """Also where windows slide (16 tokens: the longest record is longer): the check then chooses the plain run."""
+    model = architecture(family)
+    long = gr.PreferencePair(prompt=" ".join([str(pairs[0].prompt)] * 2), chosen=" great", rejected=" awful and cold")
+    tokenized = gr.tokens.tokenize_pairs(model, [*pairs, long])
+    removals = removals_of(tokenized)
+    wanted = plain(model, tokenized, removals)
+    torch.testing.assert_close(values_without(model, tokenized, removals), wanted, atol=VALUE_ATOL, rtol=0)
+
+
+def test_a_wrong_mask_is_noticed(plain: Any, pairs: list[gr.PreferencePair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token sees all earlier ones of its row: the values would be wrong, so plain runs give them."""
+    model = tiny_model("bridge")
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
+    removals = removals_of(tokenized)
+    wanted = plain(model, tokenized, removals)
+    monkeypatch.setattr(sharing, "_sees", lambda pos, *_: pos[:, None, :] <= pos[:, :, None])
+    assert not sharing.shares_prompts(model, tokenized, "sum")
+    with torch.no_grad():
+        rows = rows_of(tokenized, [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals)])
+        raw = torch.zeros(len(removals))
+        for part, batch, _ in shared_batches(model, tokenized, rows, "sum", max_tokens=512):
+            raw[part] = batch_logprobs(model, batch).diff(dim=-1)[:, 0]
+    assert (raw + wanted).abs().max() > 100 * VALUE_ATOL  # a negative control
+    torch.testing.assert_close(values_without(model, tokenized, removals), wanted, atol=VALUE_ATOL, rtol=0)
+
+
+def test_what_is_not_shared(model: Any, pairs: list[gr.PreferencePair]) -> None:
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
+    assert sharing.can_share(model, tokenized) == hasattr(model, "original_model")
+    assert not sharing.shares_prompts(model, [t for t in tokenized if len(t.inputs) == 1], "sum")
+
+
+def test_rows_hold_every_branch_once(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
+    branches = [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals_of(tokenized))]
+    rows = rows_of(tokenized, branches, 60)
+    assert sorted(one.run for row in rows for one in row) == list(range(len(branches)))
+    assert all(len({one.record for one in row}) == 1 for row in rows)
+    assert max(row_length(tokenized, row) for row in rows if len(row) > 1) < 110  # a trunk and a branch over at most
+
+
+def test_visibility_by_hand(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    """Follow the tokens that each token sees: they spell the run's own input up to it, and nothing else."""
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
+    branches = [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals_of(tokenized))]
+    rows = rows_of(tokenized, branches)
+    for part, batch, hidden in shared_batches(bridge, tokenized, rows, "sum", max_tokens=512):
+        sees = batch.inputs["attention_mask"][:, 0] == 0
+        position = batch.inputs["position_ids"]
+        for row, keep, slot in zip(batch.target_row, batch.target_keep, batch.target_slot, strict=True):
+            run = branches[part[int(slot) // 2]]
+            at = int(batch.keep[keep])
+            seen = sees[row, at].nonzero()[:, 0]
+            seen = seen[position[row, seen].argsort()]
+            n = len(seen)
+            assert position[row, seen].tolist() == list(range(n))
+            assert tuple(batch.ids[row, seen].tolist()) in [ids[:n] for ids in tokenized[run.record].inputs]
+            assert hidden[row, seen].nonzero()[:, 0].tolist() == sorted(set(run.gone))
+
+
+@pytest.mark.parametrize("objective", ["sum", "mean"])
+def test_gradients_do_not_depend_on_sharing(
+    bridge: Any, pairs: list[gr.PreferencePair], monkeypatch: pytest.MonkeyPatch, objective: Any
+) -> None:
+    """Integrated gradients with both responses after one prompt, against two rows."""
+    tokenized = gr.tokens.tokenize_pairs(bridge, [p for p in pairs if len(str(p.chosen).split()) > 1])
+    how: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 4, "objective": objective}
+    with count_operations(bridge) as few:
+        found = gr.attribution.attribute_all(bridge, tokenized, **how)
+    monkeypatch.setattr(methods, "shares_prompts", lambda *_: False)
+    with count_operations(bridge) as many:
+        wanted = gr.attribution.attribute_all(bridge, tokenized, **how)
+    assert few.backward < 0.8 * many.backward
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.scores, b.scores, atol=VALUE_ATOL, rtol=1e-3)
+        assert a.gap is not None and b.gap is not None and abs(a.gap - b.gap) < 10 * VALUE_ATOL
+
+
+def test_a_pass_with_a_graph_takes_half_the_budget(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs) * 4
+    sizes: list[int] = []
+    for gradient in (False, True):
+        field = ModelField(bridge, tokenized, max_tokens=100)
+        runs = [Run(i, None) for i in range(len(tokenized))]
+
+        def size(act: Tensor, hook: Any, sizes: list[int] = sizes) -> None:
+            sizes.append(act.shape[0] * act.shape[1])
+
+        with bridge.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", size)]):
+            assert len(list(field.sample(runs, gradient=gradient))) == len(runs)
+        assert 0 < max(sizes) <= (50 if gradient else 100)
+        sizes.clear()
+
+
+@pytest.mark.real
+def test_real_model(smollm2: Any, plain: Any) -> None:
+    """Leave-one-out on both model classes: shared or not, the same scores."""
+    model = smollm2.bridge
+    tokenized = gr.tokens.tokenize_pairs(model, [*gr.load_bundled("sentiment", "build")[:3], LONG])
+    removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
+    removals += [(r, (p,)) for r, pair in enumerate(tokenized) for p in range(len(pair.prompt))]
+    with count_operations(model) as few:
+        found = values_without(model, tokenized, removals)
+    with count_operations(model) as many:
+        wanted = plain(model, tokenized, removals)
+    torch.testing.assert_close(found, wanted, atol=VALUE_ATOL, rtol=0)
+    assert few.forward < 0.65 * many.forward
+    if smollm2.hooked is not None:
+        other = values_without(smollm2.hooked, tokenized, removals)
+        torch.testing.assert_close(other, wanted, atol=10 * VALUE_ATOL, rtol=0)  # another class: 4e-5 in logits

@@ -1,0 +1,1 @@
+"""Models, oracles and servers that several tests use."""

@@ -1,0 +1,78 @@
+"""The documentation: every Python block runs as pasted, every link and every page of the navigation exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+import grains_tl as gr
+from tests.conftest import TL_MAJOR
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
+WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.real
+@pytest.mark.skipif(TL_MAJOR < 4, reason="two minutes; once is enough, and the README runs on both majors")
+@pytest.mark.parametrize("page", [p for p in WITH_CODE if p.parent != ROOT], ids=name_of)
+def test_python_blocks_run(
+    page: Path, smollm2: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of one page are one program; the README's runs in test_shows, on both classes."""
+    load = gr.load_model
+    monkeypatch.setattr(gr, "load_model", lambda name: smollm2.bridge if name == "smollm2" else load(name))
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        exec(compile(block, name_of(page), "exec"), space)
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_python_blocks_use_names_that_exist(page: Path) -> None:
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        compile(block, name_of(page), "exec")
+        for name in re.findall(r"\bgr\.([A-Za-z_]\w*)", block):
+            assert hasattr(gr, name), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("http", "#")):
+            continue
+        path, _, anchor = target.partition("#")
+        found = page.parent / path
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}, target
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    def pages(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [p for value in (entry.values() if isinstance(entry, dict) else entry) for p in pages(value)]
+
+    nav = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert sorted(nav) == sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
+
+
+def test_reference_covers_every_public_name() -> None:
+    """Every public function lives in a room that the reference shows."""
+    shown = {m for p in DOCS.rglob("*.md") for m in re.findall(r"^::: (\S+)", p.read_text(encoding="utf-8"), re.M)}
+    for name in list(gr.__all__):
+        room = getattr(getattr(gr, name), "__module__", None)
+        assert room is None or any(room == m or room.startswith(f"{m}.") for m in shown), (name, room)
