@@ -13,7 +13,7 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     Raises:
         ValueError: no whole number (1.5, "3", True), or below ``least``.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> whole("top_k", np.int64(3), 1)
         3
@@ -35,7 +35,7 @@ def finite(name: str, value: Any) -> float:
     Raises:
         ValueError: no number, several numbers, NaN or inf.
 
-    Example:
+    Examples:
         >>> finite("alpha", 1)
         1.0
     """
@@ -56,7 +56,7 @@ def listed(name: str, values: Any) -> list[Any]:
     Raises:
         ValueError: one number, or a text.
 
-    Example:
+    Examples:
         >>> listed("layers", range(2))
         [0, 1]
     """

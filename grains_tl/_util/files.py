@@ -20,7 +20,7 @@ def short_hash(value: Any) -> str:
 def hash_of(value: Any) -> str:
     """A short, stable name for anything that JSON can hold.
 
-    Example:
+    Examples:
         >>> hash_of([1, "a"]) == hash_of((1, "a"))
         True
     """
@@ -62,7 +62,7 @@ def cannot_write(error: OSError, path: Path, safe: str) -> OSError:
 def sealed_line(row: Mapping[str, Any]) -> str:
     """A row of a jsonl file with its checksum, line end included.
 
-    Example:
+    Examples:
         >>> unsealed(sealed_line({"key": "a", "values": [1.0]}))
         {'key': 'a', 'values': [1.0]}
     """
@@ -72,7 +72,7 @@ def sealed_line(row: Mapping[str, Any]) -> str:
 def unsealed(line: str, *, needs_crc: bool = True) -> dict[str, Any] | None:
     """The row of one line; ``None`` if it is torn or damaged. Rows of older files have no checksum.
 
-    Example:
+    Examples:
         >>> unsealed(sealed_line({"values": [1.5]}).replace("1.5", "1.7")) is None
         True
     """
@@ -97,7 +97,7 @@ def plain(value: Any) -> Any:
     Raises:
         TypeError: anything else that JSON cannot hold.
 
-    Example:
+    Examples:
         >>> import json, numpy as np
         >>> json.dumps({"k": np.int64(3)}, default=plain)
         '{"k": 3}'

@@ -25,7 +25,7 @@ class Processes:
         rank: number of this process, from 0.
         world: number of processes.
 
-    Example:
+    Examples:
         >>> Processes(rank=1, world=3).share(8)
         [1, 4, 7]
         >>> Processes(rank=1, world=3).own_file("v.partial.jsonl")

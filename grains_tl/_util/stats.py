@@ -14,7 +14,7 @@ from torch import Tensor
 def mean_and_se(values: Float[Tensor, "*shape record"]) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Mean over records and its standard error (NaN for a single record).
 
-    Example:
+    Examples:
         >>> import torch
         >>> mean, se = mean_and_se(torch.tensor([1.0, 3.0]))
         >>> mean.item(), se.item()

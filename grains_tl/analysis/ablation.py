@@ -47,7 +47,7 @@ def ablate_hooks(
     Raises:
         ValueError: no list of layers, a layer below 0, not stored or without ``center``, no vectors, different ``d_model``.
 
-    Example:
+    Examples:
         >>> v = SteeringVectors(torch.tensor([[0.0, 1.0]]), (4,), torch.ones(1), torch.ones(1))
         >>> name, fn = ablate_hooks(v)[0]
         >>> fn(torch.tensor([[[3.0, 5.0]]]), hook=None).tolist()
@@ -71,7 +71,7 @@ def ablate_hooks(
 def span(directions: Sequence[Float[Tensor, "d_model"]]) -> Float[Tensor, "rank d_model"]:
     """An orthonormal basis of the directions' span.
 
-    Example:
+    Examples:
         >>> span([torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 0.0])]).shape
         torch.Size([1, 2])
     """
@@ -118,7 +118,7 @@ def ablation_table(
     Raises:
         ValueError: layers that do not exist or are not stored, vectors of another model; before anything runs.
 
-    Example:
+    Examples:
         >>> table = ablation_table(model, tokenized, vectors, layers=[[18], [21], [18, 21]])   # doctest: +SKIP
         >>> table.groupby(["layers", "vector"]).change.mean()                                  # doctest: +SKIP
     """

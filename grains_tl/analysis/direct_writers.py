@@ -62,7 +62,7 @@ def writers(
     Raises:
         ValueError: a layer that is not stored, vectors of another model, or not as many selections as records.
 
-    Example:
+    Examples:
         >>> table = writers(model, tokenized, vectors, layer=21, selections=selections)   # doctest: +SKIP
         >>> table.nlargest(5, "projection")                                               # doctest: +SKIP
     """

@@ -33,7 +33,7 @@ def vector_table(vectors: SteeringVectors, differences: Differences | None = Non
     Raises:
         ValueError: differences that lack a layer of the vectors.
 
-    Example:
+    Examples:
         >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.tensor([2.0, 3.0]), torch.full((2,), 50.0))
         >>> vector_table(v)[["layer", "norm", "relative"]].values.tolist()
         [[4.0, 2.0, 0.04], [5.0, 3.0, 0.06]]
@@ -77,7 +77,7 @@ def cosine_map(vectors: SteeringVectors | Mapping[str, SteeringVectors], *, laye
     Raises:
         ValueError: different ``d_model``, or a layer that a set does not have.
 
-    Example:
+    Examples:
         >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
         >>> float(cosine_map(v).loc["4", "5"])
         0.0
@@ -119,7 +119,7 @@ def stability(
     Raises:
         ValueError: fewer than four records, or unknown options.
 
-    Example:
+    Examples:
         >>> from grains_tl.vectors.differences import Differences
         >>> d = Differences(torch.ones(4, 1, 3), torch.zeros(4, 1, 3), (12,), torch.tensor([140.0]))
         >>> stability(d, n_draws=5)["split_half"].round(3).tolist()
@@ -180,7 +180,7 @@ def building_records(
     Raises:
         ValueError: a layer that is not stored, lists of different lengths, or records that are not tokenized.
 
-    Example:
+    Examples:
         >>> from grains_tl.vectors.differences import Differences
         >>> from grains_tl.vectors.reduce import reduce_vectors
         >>> d = Differences(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), (12,), torch.tensor([140.0]))
@@ -233,7 +233,7 @@ def building_tokens(
         One row per token and side, largest ``total`` first: ``token``, ``side``, ``count`` (records that masked it),
         ``mean`` and ``total`` projection, residual units. The totals add up to the sum of all projections.
 
-    Example:
+    Examples:
         >>> building_tokens(vectors, differences, layer=21, tokenized=tokenized, selections=selections)     # doctest: +SKIP
     """
     table = building_records(vectors, differences, layer=layer, tokenized=tokenized, selections=selections)

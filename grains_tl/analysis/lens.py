@@ -35,7 +35,7 @@ def lens_logits(model: HookedModel, vectors: SteeringVectors) -> Float[Tensor, "
     Raises:
         ValueError: vectors of another model.
 
-    Example:
+    Examples:
         >>> lens_logits(model, vectors)[0].topk(5).indices        # doctest: +SKIP
     """
     vectors.require_match(model)
@@ -57,7 +57,7 @@ def logit_lens(
         to the scale in ``lens_logits``), ``z`` (logit over the standard deviation across the vocabulary: the largest of
         49 000 normal draws is about 4.2, so less than that says nothing).
 
-    Example:
+    Examples:
         >>> logit_lens(model, vectors, layers=[24]).pivot(index="rank", columns="side", values="token")  # doctest: +SKIP
     """
     chosen = vectors.at(vectors.layers if layers is None else layers)
@@ -91,7 +91,7 @@ def embedding_neighbours(
     Raises:
         ValueError: unknown ``space``, ``n_top`` out of range, a layer that is not stored, or vectors of another model.
 
-    Example:
+    Examples:
         >>> embedding_neighbours(model, vectors, layers=[24])["token"].tolist()     # doctest: +SKIP
     """
     if space not in ("embed", "unembed"):

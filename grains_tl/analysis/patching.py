@@ -51,7 +51,7 @@ def patch_hook(
     Raises:
         ValueError: an unknown component, a head of something that has none; during the run, a shape that does not fit.
 
-    Example:
+    Examples:
         >>> name, fn = patch_hook("z", 0, torch.ones(1, 1, 2, 1), head=1)[0]
         >>> name, fn(torch.zeros(1, 1, 2, 1), hook=None).flatten().tolist()
         ('blocks.0.attn.hook_z', [0.0, 1.0])
@@ -120,7 +120,7 @@ def patch(
         ValueError: unknown options, layers or combinations, before anything runs.
         KeyError: a hook point that the model lacks.
 
-    Example:
+    Examples:
         >>> heads = patch(model, tokenized, vectors.hooks(0.2, [15]), component="z", by="head")   # doctest: +SKIP
         >>> heads.nlargest(3, "effect")                                                          # doctest: +SKIP
     """
@@ -164,7 +164,7 @@ def compare_patching(exact: pd.DataFrame, quick: pd.DataFrame, *, n_top: int = 5
     Raises:
         ValueError: the tables do not have the same sites.
 
-    Example:
+    Examples:
         >>> exact = pd.DataFrame({"component": ["z"] * 3, "layer": [1, 2, 3], "effect": [0.1, 0.2, 0.4]})
         >>> round(float(compare_patching(exact, exact, n_top=1)["correlation"]), 3)
         1.0

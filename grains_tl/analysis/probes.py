@@ -40,7 +40,7 @@ class Probes:
             output goes along with, and the one to compare with a difference of means.
         layers: the layer of each row.
 
-    Example:
+    Examples:
         >>> probes = fit_probes(residuals(model, tokenized, layers=[12], readout="response_end"), [12])     # doctest: +SKIP
         >>> probes.frame[["layer", "accuracy", "floor"]]                                               # doctest: +SKIP
     """
@@ -82,7 +82,7 @@ def residuals(
     Raises:
         ValueError: unknown read-out, or ``"prompt_end"`` without one selection per record.
 
-    Example:
+    Examples:
         >>> residuals(model, tokenized, layers=[12], readout="response_end").shape     # doctest: +SKIP
         torch.Size([24, 2, 1, 576])
     """
@@ -142,7 +142,7 @@ def fit_probes(
     Raises:
         ValueError: shapes that do not fit, fewer records than folds, fewer than two folds.
 
-    Example:
+    Examples:
         >>> generator = torch.Generator().manual_seed(0)
         >>> x = torch.randn(20, 2, 1, 8, generator=generator)
         >>> x[:, 0, :, 0] += 4                       # chosen and rejected differ along the first axis
@@ -209,7 +209,7 @@ def separation(
     Raises:
         ValueError: features whose axes do not fit, or a layer that is not stored.
 
-    Example:
+    Examples:
         >>> v = SteeringVectors(torch.tensor([[1.0, 0.0]]), (4,), torch.ones(1), torch.full((1,), 50.0))
         >>> sides = torch.tensor([[[[2.0, 0.0]], [[0.0, 0.0]]], [[[3.0, 0.0]], [[1.0, 0.0]]]])
         >>> separation(sides, v)["paired"].tolist()

@@ -49,7 +49,7 @@ def batch_runner(model: HookedModel, batch: Batch, names: Sequence[str]) -> RunB
 def restart_layer(names: Sequence[str]) -> int:
     """The highest layer whose ``resid_post`` lies before all these hook points; -1 if there is none.
 
-    Example:
+    Examples:
         >>> restart_layer(["blocks.5.hook_resid_post", "blocks.6.attn.hook_z"])
         5
         >>> restart_layer(["blocks.5.hook_mlp_out"]), restart_layer(["hook_embed"])

@@ -36,7 +36,7 @@ class Site:
 def act_name(component: Component, layer: int) -> str:
     """TransformerLens' name of a component's hook point.
 
-    Example:
+    Examples:
         >>> act_name("z", 3), act_name("mlp_out", 3)
         ('blocks.3.attn.hook_z', 'blocks.3.hook_mlp_out')
     """

@@ -37,7 +37,7 @@ def load_sae(release: str, sae_id: str, *, device: str = "cpu") -> tuple[Any, in
         ImportError: SAELens is not installed (extra ``sae``).
         ValueError: an SAE that does not sit on the residual stream.
 
-    Example:
+    Examples:
         >>> sae, layer = load_sae("gpt2-small-res-jb", "blocks.8.hook_resid_pre")      # doctest: +SKIP
         >>> decoder_cosines(vectors, sae.W_dec, layer=layer)                           # doctest: +SKIP
     """
@@ -60,7 +60,7 @@ def layer_of(hook_name: str) -> int:
     Raises:
         ValueError: a hook point off the residual stream, or before block 0.
 
-    Example:
+    Examples:
         >>> layer_of("blocks.4.hook_resid_pre"), layer_of("blocks.4.hook_resid_post")
         (3, 4)
     """
@@ -89,7 +89,7 @@ def decoder_cosines(
     Raises:
         ValueError: another ``d_model``, or a layer that is not stored.
 
-    Example:
+    Examples:
         >>> v = SteeringVectors(torch.tensor([[0.6, -0.8]]), (4,), torch.ones(1), torch.ones(1))
         >>> decoder_cosines(v, torch.eye(2), layer=4).feature.tolist()
         [1, 0]
@@ -130,7 +130,7 @@ def sparse_decomposition(
     Raises:
         ValueError: another ``d_model``, a layer that is not stored, a bad ``n_features``.
 
-    Example:
+    Examples:
         >>> v = SteeringVectors(torch.tensor([[0.6, -0.8]]), (4,), torch.ones(1), torch.ones(1))
         >>> sparse_decomposition(v, torch.eye(2), layer=4, n_features=1).explained.round(2).tolist()
         [0.64]
@@ -180,7 +180,7 @@ def feature_vectors(
     Raises:
         ValueError: a feature the decoder does not have, a decoder of another width, or a layer that is not stored.
 
-    Example:
+    Examples:
         >>> v = SteeringVectors(torch.tensor([[0.6, -0.8]]), (4,), torch.ones(1), torch.full((1,), 50.0))
         >>> feature_vectors(v, torch.eye(2), [0], layer=4).directions.tolist()
         [[1.0, 0.0]]

@@ -114,7 +114,7 @@ def attribute(
         ValueError: options that do not exist or do not fit together, or a record the model cannot take; before anything
             runs. Also NaN in the model, or a model without the hook points ``attention_aware`` needs.
 
-    Example:
+    Examples:
         >>> a = attribute(model, pair, method="integrated_gradients", n_steps=32)   # doctest: +SKIP
         >>> print(a)                                                               # doctest: +SKIP
         integrated_gradients: f(x) = +0.41 nats, gap -0.52 nats; largest: ' filthy' -1.20, ' fresh' +0.84, ...
@@ -175,7 +175,7 @@ def attribute_all(
     Raises:
         ValueError: as ``attribute``; also ``group_by`` with a method that takes nothing out.
 
-    Example:
+    Examples:
         >>> found = attribute_all(model, tokenize_pairs(model, pairs), method="leave_one_out")     # doctest: +SKIP
     """
     tokenized = as_tokenized(model, tokenized)

@@ -29,7 +29,7 @@ class Grouped:
         content: ``[group]``, True where the group has a content token.
         attribution: what was grouped.
 
-    Example:
+    Examples:
         >>> a = Attribution(torch.tensor([0.5, -1.0]), [" good", " bad"], torch.tensor([True] * 2),
         ...                 torch.tensor([False] * 2), None, 1.5, None, "leave_one_out")
         >>> g = group(a)
@@ -60,7 +60,7 @@ def group(attribution: Attribution, *, by: GroupBy = "word") -> Grouped:
     Raises:
         ValueError: an unknown grouping, a span outside the prompt, overlapping spans, or a text that is not there.
 
-    Example:
+    Examples:
         >>> a = Attribution(torch.tensor([.5, 1., 2.]), [" bad", " ser", "vice"], torch.tensor([True] * 3),
         ...                 torch.tensor([False] * 3), None, 1.5, None, "leave_one_out")
         >>> group(a).texts, group(a).scores.tolist()
@@ -91,7 +91,7 @@ def select_groups(grouped: Grouped, top_k: int) -> Selection:
     Raises:
         ValueError: ``top_k`` is not positive.
 
-    Example:
+    Examples:
         >>> a = Attribution(torch.tensor([-.5, 1., 2.]), [" bad", " ser", "vice"], torch.tensor([True] * 3),
         ...                 torch.tensor([False] * 3), None, 1.5, None, "leave_one_out")
         >>> select_groups(group(a), top_k=1)

@@ -43,7 +43,7 @@ def path_nodes(n_steps: int, rule: str = "gauss_legendre") -> tuple[Float[Tensor
         rule: ``"gauss_legendre"``, exact for polynomials of degree ``2 * n_steps - 1``; or ``"riemann"``, midpoints of
             equal steps.
 
-    Example:
+    Examples:
         >>> nodes, weights = path_nodes(2)
         >>> round(float((weights * nodes**3).sum()), 6)  # integral of x^3
         0.25

@@ -46,7 +46,7 @@ def values_without(
         max_tokens: token budget of one pass.
         progress: show a bar.
 
-    Example:
+    Examples:
         >>> values_without(model, tokenized, [(0, ()), (0, (3, 4))])   # doctest: +SKIP
         tensor([ 1.92, -0.35])
     """

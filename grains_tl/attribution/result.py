@@ -26,7 +26,7 @@ class Attribution:
         steps: gradients, or forward passes of methods without gradients, spent on this record.
         starts_word: ``[pos]``, whether a word begins at the token; ``None`` where that is not known.
 
-    Example:
+    Examples:
         >>> import torch
         >>> a = Attribution(torch.tensor([0.5, -1.0]), [" good", " bad"], torch.tensor([True] * 2),
         ...                 torch.tensor([False] * 2), None, 1.5, None, "leave_one_out")

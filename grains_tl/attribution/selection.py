@@ -15,7 +15,7 @@ from grains_tl.attribution.result import Attribution
 class Selection:
     """Positions of the chosen tokens in one prompt, strongest first.
 
-    Example:
+    Examples:
         >>> Selection(toward_chosen=(4, 7), toward_rejected=(2,)).toward_chosen
         (4, 7)
     """
@@ -42,7 +42,7 @@ def select_tokens(
     Raises:
         ValueError: nothing to choose (``top_k`` and ``top_k_image`` not positive).
 
-    Example:
+    Examples:
         >>> a = Attribution(torch.tensor([.5, -1., 2.]), ["a", "b", "c"], torch.tensor([True] * 3),
         ...                 torch.tensor([False] * 3), None, 1.5, None, "leave_one_out")
         >>> select_tokens(a, top_k=1)

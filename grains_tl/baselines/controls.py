@@ -32,7 +32,7 @@ def random_direction_vectors(like: SteeringVectors, *, n_draws: int = 20, seed: 
     Returns:
         ``n_draws`` vectors, directions ``[layer, d_model]`` of unit length.
 
-    Example:
+    Examples:
         >>> like = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
         >>> [v.layers for v in random_direction_vectors(like, n_draws=2)]
         [(4, 5), (4, 5)]
@@ -72,7 +72,7 @@ def orthogonal_direction_vectors(like: SteeringVectors, *, n_draws: int = 20, se
     Returns:
         ``n_draws`` vectors, directions ``[layer, d_model]`` of unit length.
 
-    Example:
+    Examples:
         >>> like = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
         >>> v = orthogonal_direction_vectors(like, n_draws=1)[0]
         >>> v.cosine(like).abs().max().item() < 1e-6
@@ -124,7 +124,7 @@ def shuffled_label_vectors(
     Returns:
         ``n_draws`` vectors, directions ``[layer, d_model]`` of unit length.
 
-    Example:
+    Examples:
         >>> g = torch.Generator().manual_seed(1)
         >>> d = Differences(torch.randn(6, 1, 3, generator=g), torch.zeros(6, 1, 3), (4,), torch.ones(1))
         >>> [v.info["draw"] for v in shuffled_label_vectors(d, n_draws=2)]
@@ -175,7 +175,7 @@ def random_token_differences(
     Returns:
         ``n_draws`` times ``Differences``, both sides ``[record, layer, d_model]``, residual units.
 
-    Example:
+    Examples:
         >>> draws = random_token_differences(
         ...     model, tokenized, selections, layers=[12], resid_norms=found.resid_norms, n_draws=5)     # doctest: +SKIP
     """
@@ -258,7 +258,7 @@ def caa_differences(
     Returns:
         ``Differences``: ``toward_chosen`` ``[record, layer, d_model]``, residual units; ``toward_rejected`` zeros.
 
-    Example:
+    Examples:
         >>> caa = reduce_vectors(caa_differences(model, tokenized, layers=[12], resid_norms=norms))     # doctest: +SKIP
     """
     tokenized = as_tokenized(model, tokenized)
@@ -281,7 +281,7 @@ def bootstrap_vectors(
     Returns:
         ``n_draws`` vectors of unit length per layer, with the layers and norms of ``differences``.
 
-    Example:
+    Examples:
         >>> d = Differences(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), (12,), torch.tensor([140.0]))
         >>> [v.layers for v in bootstrap_vectors(d, n_draws=2)]
         [(12,), (12,)]

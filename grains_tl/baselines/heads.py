@@ -37,7 +37,7 @@ class HeadVectors:
         resid_norm: typical residual norm after the highest steered layer, the unit of ``alpha``.
         accuracies: ``[head]`` cross-validated accuracy of the probe, records kept together.
 
-    Example:
+    Examples:
         >>> found = head_vectors(model, pairs, n_heads=4)     # doctest: +SKIP
         >>> found.heads, found.directions.shape               # doctest: +SKIP
     """
@@ -127,7 +127,7 @@ def head_vectors(
     Raises:
         ValueError: before anything runs, for fewer than two records, unknown options, or more heads than there are.
 
-    Example:
+    Examples:
         >>> heads = head_vectors(model, pairs, layers=range(8, 20))                    # doctest: +SKIP
         >>> score_pairs(model, tokenized, heads.hooks(alpha=0.2))                      # doctest: +SKIP
     """

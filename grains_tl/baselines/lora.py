@@ -36,7 +36,7 @@ class LoraRun:
         n_parameters: trained ones.
         modules: names of the linear layers that carry an adapter.
 
-    Example:
+    Examples:
         >>> with lora_adapter(model, pairs) as run:                # doctest: +SKIP
         ...     print(run.losses[-1], run.n_parameters)            # doctest: +SKIP
     """
@@ -86,7 +86,7 @@ def lora_adapter(
         ImportError: peft is not installed.
         ValueError: a ``HookedTransformer`` (peft works on Hugging Face modules), or options out of range.
 
-    Example:
+    Examples:
         >>> with lora_adapter(model, build, n_epochs=3) as run:                         # doctest: +SKIP
         ...     tuned = score_pairs(model, tokenized)
         >>> run.losses[0], run.losses[-1]                                               # doctest: +SKIP

@@ -26,7 +26,7 @@ def with_system_prompt(
     Raises:
         ValueError: an empty instruction.
 
-    Example:
+    Examples:
         >>> pair = PreferencePair(prompt="Dinner was", chosen=" great", rejected=" awful")
         >>> with_system_prompt([pair], "Be kind.")[0].prompt
         'Be kind.\\n\\nDinner was'

@@ -153,7 +153,7 @@ def baseline_draws(
     Raises:
         ValueError: before anything runs, for unknown names, bad records or layers, and missing or unfitting ``like``.
 
-    Example:
+    Examples:
         >>> draws = baseline_draws(model, pairs, ["shuffled_labels"], layers=[12])     # doctest: +SKIP
         >>> len(draws["shuffled_labels"])                                              # doctest: +SKIP
         20
@@ -201,7 +201,7 @@ def baseline_vectors(
     Raises:
         ValueError: see ``baseline_draws``.
 
-    Example:
+    Examples:
         >>> def first_record(records, generator):                       # a baseline of one's own is one short function
         ...     return records.response_differences[0]
         >>> found = baseline_vectors(model, pairs, ["caa", first_record], layers=[12])  # doctest: +SKIP

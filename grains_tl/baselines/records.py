@@ -33,7 +33,7 @@ class BuildingRecords:
         max_tokens: token budget of one pass.
         progress: show bars.
 
-    Example:
+    Examples:
         >>> records = BuildingRecords(model, tokenize_pairs(model, pairs), (12,))     # doctest: +SKIP
         >>> BASELINES["caa"](records, seed=0).directions.shape                       # doctest: +SKIP
     """

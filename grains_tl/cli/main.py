@@ -355,7 +355,7 @@ def _steer(args: argparse.Namespace) -> None:
 def side_by_side(left: str, right: str, titles: tuple[str, str], width: int = 56) -> str:
     """Two texts as two columns.
 
-    Example:
+    Examples:
         >>> print(side_by_side("a b", "c", ("one", "two"), width=4))
         one  | two
         ---- | ----

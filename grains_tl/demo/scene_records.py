@@ -38,7 +38,7 @@ CAPTION_PROMPT = question_text(QUESTIONS["caption"][0])
 def scenes_for(part: Part, n: int, *, seed: int = 0) -> tuple[list[Scene], list[Any]]:
     """``n`` clean scenes of a split, and their pictures (PIL).
 
-    Example:
+    Examples:
         >>> scenes, pictures = scenes_for("test", 2)
         >>> len(scenes), pictures[0].size
         (2, (32, 32))

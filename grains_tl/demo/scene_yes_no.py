@@ -84,7 +84,7 @@ def yes_no_curves(
     Raises:
         ValueError: questions whose answers are all the same.
 
-    Example:
+    Examples:
         >>> frame = yes_no_curves(model, questions, {"CAA": (caa, 2)}, alphas=[0.2, 0.4])     # doctest: +SKIP
     """
     truth = [q.answer for q in questions]

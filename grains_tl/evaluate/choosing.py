@@ -30,7 +30,7 @@ class Choice:
         why: how it was chosen, in a sentence.
         records: hashes of the records used for choosing; ``report_choice`` refuses them.
 
-    Example:
+    Examples:
         >>> picked = choose(frame, max_kl=0.1)            # doctest: +SKIP
         >>> vectors.hooks(picked.alpha, [picked.layer])    # doctest: +SKIP
     """
@@ -72,7 +72,7 @@ def choose(
         ValueError: no cell fits, no costs to compare with the budget, cells of different objectives, or a frame that does
             not say on which records it was measured.
 
-    Example:
+    Examples:
         >>> frame = pd.DataFrame({"vector": "v", "positions": "all", "layer": [3, 4, 5], "alpha": 0.2, "n": 8,
         ...                       "effect": [1.0, 2.0, 3.0], "effect_se": 0.1, "kl": [0.01, 0.02, 0.5]})
         >>> frame.attrs["records"] = ["a", "b"]
@@ -160,7 +160,7 @@ def report_choice(
     Raises:
         ValueError: a record that was used for choosing (swapping its responses does not make it another one).
 
-    Example:
+    Examples:
         >>> choice = choose(sweep(model, vectors, choosing, neutral=10), max_kl=0.1)   # doctest: +SKIP
         >>> report_choice(model, vectors, choice, testing).T                                  # doctest: +SKIP
     """

@@ -37,7 +37,7 @@ class Comparison:
         base: ``[record]`` unsteered margins of the test split, nats.
         against: for every random control, how far the named vector lies above it (see ``uncertainty.compare``).
 
-    Example:
+    Examples:
         >>> found = compare_with_controls(                                                    # doctest: +SKIP
         ...     model, choose, test, {"ours": vectors}, draws, name="ours", alpha=0.2, n_test_draws=20)
         >>> found.table[["vector", "effect", "low", "high"]]                                  # doctest: +SKIP
@@ -82,7 +82,7 @@ def compare_with_controls(
         ValueError: ``name`` without bootstrap vectors in ``draws``, no test records for the draws, or vectors of several
             layers.
 
-    Example:
+    Examples:
         >>> vectors = baseline_vectors(model, build, ["caa"], layers=[21])              # doctest: +SKIP
         >>> controls = baseline_draws(model, build, layers=[21], like=vectors["caa"])   # doctest: +SKIP
         >>> draws = {**controls, "caa": bootstrap_vectors(caa_differences(...))}        # doctest: +SKIP

@@ -82,7 +82,7 @@ def text_costs(
         ValueError: no texts, one of fewer than two tokens, or one longer than the context, no list of settings, or
             settings without a ``key`` when there is a checkpoint; before anything runs.
 
-    Example:
+    Examples:
         >>> costs = text_costs(model, grid({"ours": vectors}, [12], [0.1, 0.2]))       # doctest: +SKIP
         >>> costs.groupby("alpha")["kl"].mean()                                        # doctest: +SKIP
     """

@@ -50,7 +50,7 @@ def effect_at_kl(
         ValueError: no costs, tables of something else (a summary, say), a budget that is not positive, settings without
             positive alphas, costs of other settings, an unknown name in ``against``.
 
-    Example:
+    Examples:
         >>> effect_at_kl(effects, costs, kl=0.05, against="caa")                       # doctest: +SKIP
     """
     if costs is None:

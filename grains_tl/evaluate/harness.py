@@ -56,7 +56,7 @@ def adapter(
         ImportError: lm-eval is not installed.
         ValueError: during the run: generation with hooks that are a function of a batch, and no ``generation_hooks``.
 
-    Example:
+    Examples:
         >>> import lm_eval                                                                      # doctest: +SKIP
         >>> steered = adapter(model, vectors.hooks(0.2, layers=[12]))                           # doctest: +SKIP
         >>> lm_eval.simple_evaluate(model=steered, tasks=["truthfulqa_mc1"])["results"]         # doctest: +SKIP

@@ -48,7 +48,7 @@ def measure(
         KeyError: a hook name that the model does not have.
         ValueError: no list of settings, or hooks that act before their setting's layer, which is not run again.
 
-    Example:
+    Examples:
         >>> settings = [Setting(12, vectors.hooks(0.2, [12]), vector="ours", alpha=0.2)]     # doctest: +SKIP
         >>> base, steered = measure(model, tokenized, settings)                             # doctest: +SKIP
     """
@@ -159,7 +159,7 @@ def next_token_kl(
     Returns:
         ``[record]``, nats.
 
-    Example:
+    Examples:
         >>> next_token_kl(model, tokenized, vectors.hooks(0.2, [24])).mean()     # doctest: +SKIP
         tensor(0.2214)
     """

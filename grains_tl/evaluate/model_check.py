@@ -43,7 +43,7 @@ def check_model(model: HookedModel) -> pd.DataFrame:
         error) and ``needed_for``: what not to rely on where ``ok`` is False. Nothing is raised. A restart that is not
         exact costs time, not accuracy: sweeps then run the whole model.
 
-    Example:
+    Examples:
         >>> check_model(model)                       # doctest: +SKIP
         >>> check_model(model).query("not ok")       # doctest: +SKIP
     """

@@ -41,7 +41,7 @@ def shared_sweep(
     Raises:
         ValueError: fewer layers than processes, or whatever ``sweep`` refuses.
 
-    Example:
+    Examples:
         >>> frame = shared_sweep(model, vectors, pairs, processes=launched())     # doctest: +SKIP
     """
     named = named_vectors(vectors)

@@ -38,7 +38,7 @@ def retention(
         As ``record_effects``; ``base_correct`` and ``correct`` (0 or 1; their means are shares) are what to look at,
         and ``summarize`` gives the paired change of the accuracy with its standard error.
 
-    Example:
+    Examples:
         >>> frame = retention(model, questions, grid({"ours": vectors}, [12], [0.2]))            # doctest: +SKIP
         >>> summarize(frame)[["base_accuracy", "accuracy", "accuracy_se"]]                       # doctest: +SKIP
     """
@@ -60,7 +60,7 @@ def text_quality(texts: Sequence[str], *, max_repetition: float = 0.5, min_words
         words in texts shorter than that), ``distinct_1`` and ``distinct_2`` (share of words, of pairs of words, that
         are different; arXiv 1510.03055), ``degenerate``.
 
-    Example:
+    Examples:
         >>> text_quality(["a good film with a good end", "no no no no no no"])["degenerate"].tolist()
         [False, True]
     """
@@ -100,7 +100,7 @@ def generation_quality(
         One row per prompt: ``prompt``, ``base_text``, ``text``, and the columns of ``text_quality`` (counts and shares),
         with ``base_`` in front for the unsteered text.
 
-    Example:
+    Examples:
         >>> generation_quality(model, ["The film was"], vectors.hooks(0.4, [12]))["degenerate"]    # doctest: +SKIP
     """
     before, after = (generate(model, prompts, hooks, max_new_tokens=max_new_tokens) for hooks in (None, fwd_hooks))

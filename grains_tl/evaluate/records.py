@@ -77,7 +77,7 @@ def record_effects(
         ValueError: bad records (before anything runs), settings without a ``key`` when there is a checkpoint, a
             checkpoint of another model, or a model that gives NaN.
 
-    Example:
+    Examples:
         >>> frame = record_effects(model, pairs, grid({"ours": vectors}, [12], [0.2]))     # doctest: +SKIP
         >>> frame.sort_values("change").head()                  # the records it hurts     # doctest: +SKIP
     """
@@ -171,7 +171,7 @@ def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: no setting was measured with both signs, or a frame without the columns of ``record_effects``.
 
-    Example:
+    Examples:
         >>> found = record_effects(model, pairs, grid({"v": vectors}, alphas=[-0.2, 0.2]))     # doctest: +SKIP
         >>> two_sided(found)["change"].mean()                                                 # doctest: +SKIP
     """

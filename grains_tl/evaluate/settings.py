@@ -31,7 +31,7 @@ class Setting:
             and is -1 for the vector itself.
         key: tells in a checkpoint what the hooks do (empty: cannot be resumed).
 
-    Example:
+    Examples:
         >>> Setting(layer=12, hooks=[], vector="unsteered", alpha=0.0).vector
         'unsteered'
     """
@@ -101,7 +101,7 @@ def grid(
     Raises:
         ValueError: nothing to measure, an option that ``SteeringVectors.hooks`` refuses, or a layer that is not stored.
 
-    Example:
+    Examples:
         >>> import torch
         >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
         >>> [(s.layer, s.alpha) for s in grid({"v": v}, alphas=[0.1, 0.2])]

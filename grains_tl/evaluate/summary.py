@@ -48,7 +48,7 @@ def summarize(
     Raises:
         ValueError: a frame without the columns of ``record_effects``.
 
-    Example:
+    Examples:
         >>> import pandas as pd
         >>> change = pd.DataFrame({"vector": "v", "positions": "all", "layer": 3, "alpha": 0.2, "draw": -1,
         ...                        "record": [0, 1, 2], "change": [1.0, 2.0, 3.0]})
@@ -70,7 +70,7 @@ def summarize(
 def verdict(low: float, high: float, alpha: float) -> str:
     """What an interval of the effect says about a step ``alpha``.
 
-    Example:
+    Examples:
         >>> verdict(0.1, 0.3, alpha=0.2), verdict(-0.3, -0.1, alpha=0.2), verdict(-0.1, 0.1, alpha=0.2)
         ('steers', 'wrong way', 'no effect')
     """

@@ -69,7 +69,7 @@ def sweep(
     Raises:
         ValueError: bad records, a layer that is not stored, vectors of another model; before anything runs.
 
-    Example:
+    Examples:
         >>> frame = sweep(model, vectors, pairs, layers=[6, 12, 18], alphas=[-0.2, 0.2])   # doctest: +SKIP
         >>> frame.pivot(index="layer", columns="alpha", values="effect")                  # doctest: +SKIP
         >>> choice = choose(sweep(model, vectors, pairs, neutral=10), max_kl=0.1)          # doctest: +SKIP
@@ -118,7 +118,7 @@ def sweep_records(
     Raises:
         ValueError: as ``sweep``: no records or one alone, no vectors, vectors of another model, layers the model lacks.
 
-    Example:
+    Examples:
         >>> found, costs = sweep_records(model, {"ours": a, "caa": b}, pairs, neutral=10)    # doctest: +SKIP
         >>> effect_at_kl(found, costs, kl=0.05, against="caa")                               # doctest: +SKIP
     """
@@ -167,7 +167,7 @@ def sweep_records(
 def counted_token_layers(model: HookedModel) -> Iterator[list[int]]:
     """Tokens (padding included) that pass through a block, one entry per call of a block.
 
-    Example:
+    Examples:
         >>> with counted_token_layers(model) as count:               # doctest: +SKIP
         ...     score_pairs(model, tokenized)                        # doctest: +SKIP
         >>> sum(count)                                               # doctest: +SKIP

@@ -22,7 +22,7 @@ from grains_tl.types import HookedModel
 def rank_correlation(a: Attribution, b: Attribution) -> float:
     """Spearman's correlation of two sets of scores over the content tokens; NaN if one of them is constant.
 
-    Example:
+    Examples:
         >>> one = Attribution(torch.tensor([.5, -1., 2.]), ["a", "b", "c"], torch.tensor([True] * 3),
         ...                   torch.tensor([False] * 3), None, 1.5, None, "leave_one_out")
         >>> rank_correlation(one, one)
@@ -50,7 +50,7 @@ def rank_agreement(found: Mapping[str, Sequence[Attribution]]) -> pd.DataFrame:
     Raises:
         ValueError: different numbers of records.
 
-    Example:
+    Examples:
         >>> one = Attribution(torch.tensor([.5, -1., 2.]), ["a", "b", "c"], torch.tensor([True] * 3),
         ...                   torch.tensor([False] * 3), None, 1.5, None, "leave_one_out")
         >>> rank_agreement({"one": [one], "same": [one]})["spearman"].tolist()
@@ -77,7 +77,7 @@ def agreement_map(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Square table, names by names, no unit.
 
-    Example:
+    Examples:
         >>> agreement_map(pd.DataFrame({"a": ["one"], "b": ["other"], "spearman": [0.5]})).values.tolist()
         [[1.0, 0.5], [0.5, 1.0]]
     """
@@ -110,7 +110,7 @@ def seed_agreement(
     Raises:
         ValueError: fewer than two different seeds.
 
-    Example:
+    Examples:
         >>> seed_agreement(model, pairs, method="leave_k_out", seeds=(0, 1))     # doctest: +SKIP
     """
     if len(set(seeds)) < 2:
@@ -146,7 +146,7 @@ def random_weights_check(
         One row per method: ``method``, ``spearman``: correlation with the scores on the real weights (mean over records;
         near 0 is right), ``se``, ``n``.
 
-    Example:
+    Examples:
         >>> random_weights_check(model, pairs, methods=["leave_one_out"])     # doctest: +SKIP
     """
     tokenized = tokenize_pairs(model, pairs)

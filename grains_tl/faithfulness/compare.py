@@ -102,7 +102,7 @@ def compare_attributions(
     Raises:
         ValueError: bad records or options, before anything runs.
 
-    Example:
+    Examples:
         >>> compare_attributions(model, pairs, methods=["leave_one_out", "gradient_x_input"])   # doctest: +SKIP
     """
     tokenized = tokenize_pairs(model, pairs)

@@ -35,7 +35,7 @@ class Curves:
         deleted: ``[record, step]`` f without the first ``share`` of the tokens.
         inserted: ``[record, step]`` f with only the first ``share`` of them.
 
-    Example:
+    Examples:
         >>> c = Curves(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.5, 2.0]]))
         >>> c.deletion_area, c.insertion_area
         (tensor([1.]), tensor([1.2500]))
@@ -85,7 +85,7 @@ def curves(
     Raises:
         ValueError: shares outside 0 to 1, or not one attribution of the same prompt per record.
 
-    Example:
+    Examples:
         >>> found = curves(model, tokenized, attributions)     # doctest: +SKIP
         >>> found.deletion_area.mean()                         # doctest: +SKIP
         tensor(1.2311)

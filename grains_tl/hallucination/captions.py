@@ -53,7 +53,7 @@ def caption_hallucination(
     Raises:
         ValueError: no captions, or not one set of objects per caption.
 
-    Example:
+    Examples:
         >>> s = caption_hallucination(["a cat on a mat", "a cat"], [{"cat"}, {"cat", "dog"}],
         ...                           lambda text: {"cat", "dog", "mat"} & set(text.split()))
         >>> s.hallucinating, round(s.absent_mentions, 3), s.coverage

@@ -112,7 +112,7 @@ def load_pope(source: Source, split: str | None = None, *, images: str | Path | 
         FileNotFoundError: no such file.
         ValueError: a row without these columns or with another label; the message names the row (from 1).
 
-    Example:
+    Examples:
         >>> rows = [{"question_id": 1, "image": "x.jpg", "text": "Is there a dog in the image?", "label": "no"}]
         >>> load_pope(rows, "random")[0].answer
         False

@@ -44,7 +44,7 @@ def rating_prompt(question: JudgedQuestion, answer: str) -> str:
 def read_rating(reply: str) -> int | None:
     """The last rating (0 to 6) in a judge's reply; ``None`` if there is none.
 
-    Example:
+    Examples:
         >>> read_rating("It invents a dog.\\nRating: 1"), read_rating("**Rating:** 5"), read_rating("fine")
         (1, 5, None)
     """
@@ -113,7 +113,7 @@ def chat_judge(
         A callable from prompt to reply; it raises ``ConnectionError`` when all tries failed or the server refused, and
         ``ValueError`` for a reply of another form.
 
-    Example:
+    Examples:
         >>> judge = chat_judge("http://localhost:8000/v1", "my-judge")     # doctest: +SKIP
         >>> judge_answers(load_mmhal("response_template.json"), answers, judge)["hallucinates"].mean()  # doctest: +SKIP
     """

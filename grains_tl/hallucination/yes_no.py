@@ -58,7 +58,7 @@ def yes_no_scores(
     Raises:
         ValueError: nothing to score, lengths that differ, margins that are not finite.
 
-    Example:
+    Examples:
         >>> s = yes_no_scores([True, True, False, False], margins=[2.0, -1.0, 1.0, -3.0])
         >>> s.accuracy, s.recall, s.yes_rate, s.auc
         (0.5, 0.5, 0.5, 0.75)
@@ -104,7 +104,7 @@ def yes_no_table(
 ) -> pd.DataFrame:
     """``yes_no_scores`` per split (random, popular, adversarial, ...), one row each, in the order they appear.
 
-    Example:
+    Examples:
         >>> table = yes_no_table(["random"] * 2 + ["popular"] * 2, [True, False] * 2, said=[True, False, True, True])
         >>> table[["split", "accuracy"]].values.tolist()
         [['random', 1.0], ['popular', 0.5]]
@@ -120,7 +120,7 @@ def yes_no_table(
 def read_yes_no(answer: str) -> bool:
     """An answer in words as yes or no, by POPE's rule: no if the first sentence has "no" or "not", else yes.
 
-    Example:
+    Examples:
         >>> [read_yes_no(a) for a in ("Yes, there is.", "No.", "There is not. Yes", "A dog")]
         [True, False, False, True]
     """
@@ -137,7 +137,7 @@ def preference_win_rate(logprobs: Float[Tensor, "record 2"]) -> tuple[float, flo
     Args:
         logprobs: ``[record, 2]``, chosen and rejected, nats, as ``score_pairs`` gives them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> preference_win_rate(torch.tensor([[-1.0, -2.0], [-3.0, -1.0]]))
         (0.5, 0.5)

@@ -29,7 +29,7 @@ def cache_hook(
     Raises:
         ValueError: during the run, weights that do not fit the activations.
 
-    Example:
+    Examples:
         >>> store = torch.zeros(1, 2, 576)                                             # doctest: +SKIP
         >>> model.run_with_hooks(ids, fwd_hooks=cache_hook([5, 6], weights, store))    # doctest: +SKIP
     """

@@ -34,7 +34,7 @@ def interpolate_hook(
     Raises:
         ValueError: during the run, shapes that do not fit.
 
-    Example:
+    Examples:
         >>> hooks = interpolate_hook(model, torch.tensor([0.5]), mask, torch.zeros(576))   # doctest: +SKIP
         >>> logits = model.run_with_hooks(ids, fwd_hooks=hooks)                           # doctest: +SKIP
     """

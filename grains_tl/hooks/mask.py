@@ -59,7 +59,7 @@ def mask_hook(
     Returns:
         ``[(name, fn)]`` for ``run_with_hooks``: one hook at the attribution point, or one per layer for ``"attention"``.
 
-    Example:
+    Examples:
         >>> hooks = mask_hook(model, masked, how="zero")                 # doctest: +SKIP
         >>> logits = model.run_with_hooks(ids, fwd_hooks=hooks)          # doctest: +SKIP
     """

@@ -54,7 +54,7 @@ def steer_hook(
         ValueError: zero or non-finite direction, non-finite amount, unknown operator or scope; during the run, a
             ``d_model``, mask shape or ``prompt_len`` that does not fit.
 
-    Example:
+    Examples:
         >>> hooks = steer_hook(0, torch.tensor([3.0, 4.0]), amount=5.0, operator="add")
         >>> hooks[0][0], hooks[0][1](torch.zeros(1, 1, 2), hook=None)
         ('blocks.0.hook_resid_post', tensor([[[3., 4.]]]))

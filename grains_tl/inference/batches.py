@@ -181,7 +181,7 @@ def by_token_budget(lengths: Sequence[int], max_tokens: int, n_rows: Sequence[in
         max_tokens: budget of a group; an item larger than that stands alone.
         n_rows: rows of each item, default 1.
 
-    Example:
+    Examples:
         >>> by_token_budget([3, 9, 4], max_tokens=10)
         [[0, 2], [1]]
     """

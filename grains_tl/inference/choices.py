@@ -113,7 +113,7 @@ def score_choices(
     Raises:
         ValueError: from ``tokenize_choices``, or items of another kind; before anything runs.
 
-    Example:
+    Examples:
         >>> scores = score_choices(model, items, vectors.hooks(0.2, [12]))   # doctest: +SKIP
         >>> mc1(scores, items).mean(), mc2(scores, items).mean()             # doctest: +SKIP
     """
@@ -149,7 +149,7 @@ def mc1(scores: Float[Tensor, "item choice"], items: Sequence[MultipleChoice]) -
     Returns:
         ``[item]``, 0 or 1.
 
-    Example:
+    Examples:
         >>> item = MultipleChoice("Q: 2 + 2?\\nA:", (" 4", " four", " 5"), (True, True, False))
         >>> mc1(torch.tensor([[-2.0, -9.0, -3.0]]), [item])
         tensor([1.])
@@ -167,7 +167,7 @@ def mc2(scores: Float[Tensor, "item choice"], items: Sequence[MultipleChoice]) -
     Returns:
         ``[item]``, share from 0 to 1.
 
-    Example:
+    Examples:
         >>> item = MultipleChoice("Q: 2 + 2?\\nA:", (" 4", " four", " 5"), (True, True, False))
         >>> mc2(torch.zeros(1, 3), [item])
         tensor([0.6667])
@@ -185,7 +185,7 @@ def binary_accuracy(scores: Float[Tensor, "item choice"], items: Sequence[Multip
     Returns:
         ``[item]``, 0 or 1.
 
-    Example:
+    Examples:
         >>> item = MultipleChoice("2 + 2 =", (" 4", " 5", " 3"), (True, False, False))
         >>> binary_accuracy(torch.tensor([[-2.0, -3.0, -1.0]]), [item])
         tensor([1.])

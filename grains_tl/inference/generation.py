@@ -50,7 +50,7 @@ def generate(
         ValueError: no prompts, an empty or too long one, not as many images as prompts, ``max_new_tokens < 1``, or a
             model in train mode with dropout; during the run, NaN or inf after the last block.
 
-    Example:
+    Examples:
         >>> generate(model, ["The film was"], vectors.hooks(0.2, layers=[15]), max_new_tokens=10)  # doctest: +SKIP
     """
     if isinstance(prompts, str):

@@ -73,7 +73,7 @@ def score_pairs(
     Returns:
         ``[record, 2]`` on the CPU, column 0 chosen, 1 rejected; their difference is the margin f(x).
 
-    Example:
+    Examples:
         >>> logprobs = score_pairs(model, tokenized, vectors.hooks(0.2, [24]))     # doctest: +SKIP
         >>> (logprobs[:, 0] - logprobs[:, 1]).mean()                               # doctest: +SKIP
         tensor(4.8312)
@@ -111,7 +111,7 @@ def response_logprobs(
     Raises:
         ValueError: an empty response, or one that is too long for the context.
 
-    Example:
+    Examples:
         >>> frame = response_logprobs(model, "The film was", " great", vectors.hooks(0.2, [15]))   # doctest: +SKIP
         >>> plot_token_logprobs(frame)                                                            # doctest: +SKIP
     """

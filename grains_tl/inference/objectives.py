@@ -26,7 +26,7 @@ def require_objective(objective: str) -> None:
 def token_logprobs(logits: Float[Tensor, "*shape vocab"], targets: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """log p(target) at each position, nats, computed in float32.
 
-    Example:
+    Examples:
         >>> import torch
         >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2])).item()  # log(1/4)
         -1.3862943649291992

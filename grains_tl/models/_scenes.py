@@ -109,7 +109,7 @@ class SceneRule:
 def partner(value: int) -> int:
     """The digit that comes along with ``value`` in the skewed training scenes.
 
-    Example:
+    Examples:
         >>> [partner(v) for v in (0, 3, 7)]
         [5, 8, 2]
     """
@@ -211,7 +211,7 @@ def to_images(pictures: Float[Tensor, "scene 3 32 32"]) -> list[Any]:
 def patches_of(cell: int) -> tuple[int, ...]:
     """The four image tokens (of 16, in reading order) that cover a cell.
 
-    Example:
+    Examples:
         >>> patches_of(0), patches_of(3)
         ((0, 1, 4, 5), (10, 11, 14, 15))
     """
@@ -222,7 +222,7 @@ def patches_of(cell: int) -> tuple[int, ...]:
 def caption(scene: Scene) -> str:
     """The true description; partners stand side by side, so that one leads to the other.
 
-    Example:
+    Examples:
         >>> caption((Digit(8, 0, 2, 0), Digit(3, 1, 0, 0)))
         'a 3 in red and a 8 in blue .'
     """
@@ -233,7 +233,7 @@ def caption(scene: Scene) -> str:
 def mentioned(text: str) -> list[int]:
     """The digits a text names, in its order.
 
-    Example:
+    Examples:
         >>> mentioned("a 3 in red and a 8 in blue .")
         [3, 8]
     """

@@ -52,7 +52,7 @@ def load_model(
         FileNotFoundError: ``path`` does not exist.
         OSError: transformers finds no such model.
 
-    Example:
+    Examples:
         >>> model = load_model("smollm2")                     # doctest: +SKIP
         >>> model.cfg.n_layers, model.cfg.d_model             # doctest: +SKIP
         (30, 576)

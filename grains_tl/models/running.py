@@ -37,7 +37,7 @@ def attribution_point(model: HookedModel) -> str:
 def resid_post(layer: int) -> str:
     """Name of the residual stream after block ``layer``.
 
-    Example:
+    Examples:
         >>> resid_post(12)
         'blocks.12.hook_resid_post'
     """

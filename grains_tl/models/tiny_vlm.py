@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
 def question_text(question: str) -> str:
     """A question as the model was trained to read it; the processor turns ``<image>`` into 16 image tokens.
 
-    Example:
+    Examples:
         >>> question_text("is there a 3 ?")
         '<image> question : is there a 3 ? answer :'
     """

@@ -33,7 +33,7 @@ def plot_convergence(frame: pd.DataFrame, *, title: str = "") -> Any:
     Raises:
         ValueError: missing columns, or no rows.
 
-    Example:
+    Examples:
         >>> rows = {"baseline": ["zero"] * 2, "record": [0, 0], "n_steps": [9, 17], "gap": [2.0, -1.5]}
         >>> fig = plot_convergence(pd.DataFrame(rows))
     """
@@ -74,7 +74,7 @@ def plot_curves(found: Mapping[str, Curves] | Curves, *, title: str = "") -> Any
     Raises:
         ValueError: nothing to draw, or something else than curves.
 
-    Example:
+    Examples:
         >>> import torch
         >>> one = Curves(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.5, 2.0]]))
         >>> fig = plot_curves({"leave_one_out": one})
@@ -146,7 +146,7 @@ def plot_comparison(
     Raises:
         ValueError: no rows, or none of the measures.
 
-    Example:
+    Examples:
         >>> rows = pd.DataFrame({"method": ["one", "other"], "effect": [2.0, 0.1], "effect_se": [0.3, 0.2]})
         >>> fig = plot_comparison(rows)
     """

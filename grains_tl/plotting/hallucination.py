@@ -46,7 +46,7 @@ def plot_captions(
     Raises:
         ValueError: nothing to draw, or lengths that do not agree.
 
-    Example:
+    Examples:
         >>> fig = plot_captions([np.zeros((8, 8))], {"before": ["a cat and a dog ."]}, [{"dog"}])
     """
     pictures = [load_images(image)[0] for image in images]
@@ -126,7 +126,7 @@ def plot_yes_no(frame: pd.DataFrame, *, reference: str = "constant bias", title:
     Raises:
         ValueError: missing columns, or no rows.
 
-    Example:
+    Examples:
         >>> rows = {"vector": ["CAA", "CAA"], "strength": [0.0, 0.4], "false_yes": [0.8, 0.4], "recall": [1.0, 0.9]}
         >>> fig = plot_yes_no(pd.DataFrame({**rows, "recall_se": [0.0, 0.03]}))
     """

@@ -37,7 +37,7 @@ def attribution_share(attribution: Attribution) -> dict[str, float]:
         ``image`` and ``text``: shares of the sum of absolute scores (they add up to 1); ``image_sum`` and ``text_sum``:
         the signed sums, nats. Scores that are not finite count as 0.
 
-    Example:
+    Examples:
         >>> a = Attribution(torch.tensor([3.0, -1.0]), ["<image>", " cat"], torch.tensor([True, True]),
         ...                 torch.tensor([True, False]), None, 2.0, None, "leave_one_out")
         >>> attribution_share(a)
@@ -73,7 +73,7 @@ def plot_image_attribution(attribution: Attribution, image: Any, *, width: float
     Raises:
         ValueError: an attribution without image, or images that are not as many as the record's.
 
-    Example:
+    Examples:
         >>> fig = plot_image_attribution(attribute(model, pair), pair.image)     # doctest: +SKIP
     """
     panels = _panels(attribution)

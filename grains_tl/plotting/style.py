@@ -62,7 +62,7 @@ def figure_png(fig: Any, dpi: int = 144) -> bytes:
     Returns:
         The file's bytes.
 
-    Example:
+    Examples:
         >>> figure_png(figure(2.0, 1.0))[:4]
         b'\\x89PNG'
     """

@@ -58,7 +58,7 @@ def plot_heatmap(
         ValueError: missing columns, no rows, several vectors, several rows for one cell, or a chosen cell that is not
             among the rows.
 
-    Example:
+    Examples:
         >>> frame = pd.DataFrame({"layer": [21, 24], "alpha": [0.2, 0.2], "effect": [1.9, 3.2]})
         >>> fig = plot_heatmap(frame, chosen=(24, 0.2))
     """
@@ -129,7 +129,7 @@ def plot_cost(frame: pd.DataFrame, *, scale: Literal["linear", "log"] = "linear"
     Raises:
         ValueError: missing columns, no rows left, several rows for one point, or an unknown scale.
 
-    Example:
+    Examples:
         >>> rows = {"layer": [24, 24], "alpha": [0.2, 0.4], "effect": [2.8, 5.9], "effect_se": [0.2, 0.4]}
         >>> fig = plot_cost(pd.DataFrame({"vector": ["ours"] * 2, **rows, "kl": [0.2, 0.9], "kl_se": [0.02, 0.1]}))
     """
@@ -192,7 +192,7 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
     Raises:
         ValueError: missing columns, no rows, no finite change, several vectors, or a record that stands there twice.
 
-    Example:
+    Examples:
         >>> fig = plot_records(pd.DataFrame({"record": ["a", "b"], "change": [1.2, -0.3]}))
     """
     from matplotlib.ticker import MaxNLocator
@@ -253,7 +253,7 @@ def plot_token_logprobs(frame: pd.DataFrame, *, width: float = 8.0) -> Any:
     Raises:
         ValueError: missing columns or no rows.
 
-    Example:
+    Examples:
         >>> rows = {"token": [" a", " great"], "before": [-1.0, -4.0], "after": [-1.2, -2.0]}
         >>> fig = plot_token_logprobs(pd.DataFrame(rows))
     """

@@ -41,7 +41,7 @@ def show_tokens(attribution_or_tokens: Attribution | Sequence[str], scores: Any 
     Raises:
         ValueError: tokens without scores, or not as many scores as tokens.
 
-    Example:
+    Examples:
         >>> "circuits-vis" in show_tokens([" good", " film"], [1.2, 0.1]).local_src
         True
     """
@@ -87,7 +87,7 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
     Raises:
         ValueError: something else than one attribution.
 
-    Example:
+    Examples:
         >>> import torch
         >>> a = Attribution(torch.tensor([0.5, -1.0]), [" good", " bad"], torch.tensor([True] * 2),
         ...                 torch.tensor([False] * 2), None, 1.5, None, "leave_one_out")

@@ -44,7 +44,7 @@ def plot_cosines(table: pd.DataFrame, *, title: str = "", label: str = "cosine")
     Raises:
         ValueError: no table, or one that is not square.
 
-    Example:
+    Examples:
         >>> names = ["ours", "CAA"]
         >>> fig = plot_cosines(pd.DataFrame([[1.0, 0.3], [0.3, 1.0]], names, names))
     """
@@ -87,7 +87,7 @@ def plot_probes(frame: pd.DataFrame | Probes, *, title: str = "") -> Any:
     Raises:
         ValueError: something else, missing columns or no rows.
 
-    Example:
+    Examples:
         >>> rows = {"layer": [18, 21], "accuracy": [0.7, 0.8], "se": [0.05, 0.04]}
         >>> fig = plot_probes(pd.DataFrame({**rows, "floor": [0.5, 0.5], "floor_high": [0.6, 0.6]}))
     """
@@ -136,7 +136,7 @@ def plot_patching(frame: pd.DataFrame, *, value: str = "effect", title: str = ""
     Raises:
         ValueError: missing columns or no rows.
 
-    Example:
+    Examples:
         >>> rows = {"component": ["mlp_out"] * 2, "layer": [19, 20], "effect": [-0.3, 0.2]}
         >>> fig = plot_patching(pd.DataFrame(rows), title="MLP outputs: effect, nats")
     """
@@ -240,7 +240,7 @@ def plot_layers(sweep_frame: pd.DataFrame, chosen_layer: int | None = None, *, l
     Raises:
         ValueError: missing columns, no rows, or several rows for one layer and vector.
 
-    Example:
+    Examples:
         >>> rows = {"layer": [21, 24], "vector": ["ours"] * 2, "effect": [1.9, 3.2], "se": [0.2, 0.2]}
         >>> fig = plot_layers(pd.DataFrame(rows), chosen_layer=24)
     """
@@ -299,7 +299,7 @@ def plot_controls(table_frame: pd.DataFrame | Comparison, draws: Mapping[str, Se
     Raises:
         ValueError: missing columns, no rows, or a table without draws.
 
-    Example:
+    Examples:
         >>> table = pd.DataFrame({"vector": ["ours"], "effect": [2.5], "low": [2.1], "high": [2.9]})
         >>> fig = plot_controls(table, {"ours": [2.4, 2.6], "random directions": [0.3, -0.2]})
     """

@@ -81,7 +81,7 @@ def question_item(question: Question, prompt_format: str) -> MultipleChoice:
     Raises:
         ValueError: what ``MultipleChoice`` refuses, or more answers than letters.
 
-    Example:
+    Examples:
         >>> item = question_item(Question("2 + 2?", ["4", "5"], [True, False]), "qa")
         >>> item.prompt, item.choices
         ('Q: 2 + 2?\\nA:', (' 4', ' 5'))

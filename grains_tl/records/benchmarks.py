@@ -29,7 +29,7 @@ class Benchmark:
         name: of the benchmark.
         items: the questions, for ``score_choices``; ``meta`` holds the columns of the source that were not used.
 
-    Example:
+    Examples:
         >>> load_benchmark("truthfulqa", "TruthfulQA.csv").items[0].prompt     # doctest: +SKIP
     """
 
@@ -77,7 +77,7 @@ def load_benchmark(
             names file, row (from 1) and column, and what was wanted.
         FileNotFoundError: the path does not exist.
 
-    Example:
+    Examples:
         >>> row = {"question": "2 + 2?", "choices": ["3", "4", "5", "6"], "answer": 1}
         >>> item = load_benchmark("mmlu", [row]).items[0]
         >>> item.choices[item.best]

@@ -26,7 +26,7 @@ class MultipleChoice:
         ValueError: fewer than two choices, not one label per choice, no right or no wrong choice, an empty choice, or
             one that is right twice or wrong twice.
 
-    Example:
+    Examples:
         >>> item = MultipleChoice("2 + 2 =", (" 4", " 5", " 3"), (True, False, False))
         >>> item.pair().rejected
         ' 5'
@@ -89,7 +89,7 @@ def letters(item: MultipleChoice) -> MultipleChoice:
     Raises:
         ValueError: more choices than letters.
 
-    Example:
+    Examples:
         >>> print(letters(MultipleChoice("2 + 2?", (" 4", " 5"), (True, False))).prompt)
         2 + 2?
         A. 4

@@ -33,7 +33,7 @@ def neutral_texts(n: int | None = None) -> list[str]:
     Raises:
         ValueError: ``n`` is not between 1 and 30.
 
-    Example:
+    Examples:
         >>> len(neutral_texts()), neutral_texts(1)[0][:9]
         (30, 'The ferry')
     """
@@ -73,7 +73,7 @@ def load_pairs(
         UserWarning: records that stand there twice (they are kept, and count twice); responses that are glued to the
             prompt's last word, because they have no leading space.
 
-    Example:
+    Examples:
         >>> pairs = load_pairs([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
         >>> len(pairs), pairs[0].chosen
         (1, ' 4')
@@ -109,7 +109,7 @@ def load_bundled(name: str, split: str | None = None) -> list[PreferencePair]:
     Raises:
         ValueError: an unknown set or split.
 
-    Example:
+    Examples:
         >>> len(load_bundled("sentiment", "build"))
         88
     """

@@ -27,7 +27,7 @@ class PreferencePair:
     Raises:
         ValueError: a field is empty, or ``chosen`` equals ``rejected``.
 
-    Example:
+    Examples:
         >>> pair = PreferencePair(prompt="The soup was cold. Dinner was", chosen=" great", rejected=" awful")
         >>> pair.chosen
         ' great'

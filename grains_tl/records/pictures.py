@@ -25,7 +25,7 @@ def load_images(image: Any) -> tuple[Any, ...]:
             or more than 50 megapixels.
         FileNotFoundError: no file at the path.
 
-    Example:
+    Examples:
         >>> [picture.size for picture in load_images([np.zeros((4, 6, 3)), np.zeros((8, 8), dtype=np.uint8)])]
         [(6, 4), (8, 8)]
     """

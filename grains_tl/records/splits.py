@@ -28,7 +28,7 @@ def split_records(records: Sequence[Any], share: float = 0.5, *, seed: int = 0) 
     Raises:
         ValueError: a share that leaves one side empty.
 
-    Example:
+    Examples:
         >>> from grains_tl.records.pairs import PreferencePair
         >>> pairs = [PreferencePair(f"{i} + 1 =", f" {i + 1}", " 0") for i in range(10)]
         >>> [len(part) for part in split_records(pairs, 0.3)]

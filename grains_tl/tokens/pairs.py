@@ -34,7 +34,7 @@ class TokenizedPair:
             (0 almost always). Both responses then begin with those characters, so their comparison stays right.
         images: the images of the prompt as the model takes them; ``None`` without.
 
-    Example:
+    Examples:
         >>> t = tokenize_pairs(model, pairs)[0]     # doctest: +SKIP
         >>> len(t.prompt) == len(t.strings)         # doctest: +SKIP
         True
@@ -98,7 +98,7 @@ def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[
             record for a tokenizer without chat template, an image for a model without a processor; the message names
             the record (from 1).
 
-    Example:
+    Examples:
         >>> toks = tokenize_pairs(model, load_bundled("sentiment", "choose"))  # doctest: +SKIP
         >>> toks[0].chosen, toks[0].moved_border                              # doctest: +SKIP
     """
@@ -129,7 +129,7 @@ def as_tokenized(model: HookedModel, records: Any) -> list[TokenizedPair]:
     Raises:
         ValueError: one record alone, both kinds in one list, or something else; also as ``tokenize_pairs``.
 
-    Example:
+    Examples:
         >>> as_tokenized(model, pairs) == tokenize_pairs(model, pairs)     # doctest: +SKIP
         True
     """

@@ -34,7 +34,7 @@ class ImageSpan:
         tile: which grid of that image, from 0 (an overview and a high-resolution grid, or crops).
         box: the part of the image under the grid; ``None`` where it is not known.
 
-    Example:
+    Examples:
         >>> ImageSpan(start=3, length=6, rows=2, cols=2, image=0, tile=1, box=WHOLE).positions
         tensor([[3, 4],
                 [6, 7]])

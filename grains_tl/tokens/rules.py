@@ -23,7 +23,7 @@ class TokenRules:
         n_ctx: longest sequence the model takes.
         has_chat_template: whether conversational prompts can be rendered.
 
-    Example:
+    Examples:
         >>> token_rules(model).describe()     # doctest: +SKIP
         'no BOS added; pad id 2, padded right and masked; end id 2; context 8192; chat template present'
     """
@@ -48,7 +48,7 @@ def token_rules(model: HookedModel) -> TokenRules:
     Raises:
         ValueError: the model has no tokenizer.
 
-    Example:
+    Examples:
         >>> token_rules(model).describe()  # doctest: +SKIP
         'no BOS added; pad id 2, padded right and masked; end id 2; context 8192; chat template present'
     """

@@ -90,7 +90,7 @@ def build_vectors(
         ValueError: before anything runs, for bad options, bad records, ``top_k`` larger than a prompt's content, or
             layers that do not exist.
 
-    Example:
+    Examples:
         >>> vectors = build_vectors(model, pairs, top_k=4, layers=[12, 18])           # doctest: +SKIP
         >>> logits = model.run_with_hooks(ids, fwd_hooks=vectors.hooks(0.2, [12]))    # doctest: +SKIP
     """

@@ -34,7 +34,7 @@ class Differences:
         layers: the layer of each row of the second axis.
         resid_norms: ``[layer]`` median residual norm over the prompts' content tokens, the unit of ``alpha``.
 
-    Example:
+    Examples:
         >>> d = Differences(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), (12,), torch.tensor([140.0]))
         >>> (d.toward_chosen - d.toward_rejected).mean(0).shape
         torch.Size([1, 3])
@@ -87,7 +87,7 @@ def collect_differences(
     Raises:
         ValueError: as ``read_out``; also not one selection per record, or no content token in any prompt.
 
-    Example:
+    Examples:
         >>> found = collect_differences(model, tokenized, selections, layers=[12, 15])     # doctest: +SKIP
         >>> vectors = reduce_vectors(found)                                                # doctest: +SKIP
     """

@@ -45,7 +45,7 @@ def steps(
     Raises:
         ValueError: another operator, several stored layers and none named, a layer that is not stored, a bad ``alpha``.
 
-    Example:
+    Examples:
         >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
         >>> steps(v, 0.2, [5])
         {5: tensor([ 0., 10.])}
@@ -89,7 +89,7 @@ def export_gguf(
         ImportError: without the ``gguf`` package.
         ValueError: layer 0, or whatever ``steps`` refuses.
 
-    Example:
+    Examples:
         >>> export_gguf(vectors, "v.gguf", layers=[21])      # doctest: +SKIP
         >>> # llama-cli -m model.gguf --control-vector-scaled v.gguf 0.3
     """
@@ -142,7 +142,7 @@ def vllm_interventions(
     Raises:
         ValueError: whatever ``steps`` refuses.
 
-    Example:
+    Examples:
         >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
         >>> vllm_interventions(v, layers=[5], alpha=0.5)
         {'blocks.5.hook_out': {'op': 'add', 'value': [0.0, 25.0]}}
@@ -177,7 +177,7 @@ def export_hf(
         ValueError: a ``HookedTransformer``, a vision-language model, vectors of another model, an architecture without such
             a bias, logits that differ (a norm after the MLP, a scaled residual), or whatever ``steps`` refuses.
 
-    Example:
+    Examples:
         >>> export_hf(model, vectors, "steered", layers=[21], alpha=0.2)             # doctest: +SKIP
         >>> AutoModelForCausalLM.from_pretrained("steered")                          # doctest: +SKIP
     """

@@ -57,7 +57,7 @@ def read_out(
         ValueError: layers that do not exist, an unknown read-out, not one list of positions per record, or a position
             outside its prompt.
 
-    Example:
+    Examples:
         >>> read_out(model, tokenized, layers=[12, 15]).shape     # doctest: +SKIP
         torch.Size([24, 2, 576])
     """

@@ -46,7 +46,7 @@ def reduce_vectors(
     Raises:
         ValueError: unknown ``reduce`` or ``side``, fewer than two records for ``"pca"``, or a zero difference.
 
-    Example:
+    Examples:
         >>> from grains_tl.vectors.differences import Differences
         >>> d = Differences(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), (12,), torch.tensor([140.0]))
         >>> reduce_vectors(d).directions.shape

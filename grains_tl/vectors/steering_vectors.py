@@ -42,7 +42,7 @@ class SteeringVectors:
     Raises:
         ValueError: shapes that do not fit each other, non-finite or zero rows.
 
-    Example:
+    Examples:
         >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
         >>> [name for name, _ in v.hooks(alpha=0.2, layers=[5])]
         ['blocks.5.hook_resid_post']
@@ -222,7 +222,7 @@ class SteeringVectors:
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the manifest in its header; complete or not at all.
 
-        Example:
+        Examples:
             >>> import pathlib, tempfile
             >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
             >>> path = v.save(pathlib.Path(tempfile.mkdtemp()) / "v.safetensors")
@@ -299,7 +299,7 @@ def load_vectors(path: str | Path, model: HookedModel | None = None) -> Steering
         ValueError: not such a file, a newer format version, a checksum that does not fit, broken shapes, numbers that are
             not finite, or vectors of another model.
 
-    Example:
+    Examples:
         >>> vectors = load_vectors("vectors.safetensors", model)     # doctest: +SKIP
     """
     from safetensors import SafetensorError, safe_open

@@ -86,14 +86,14 @@ def test_help_has_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_help_names_every_argument(name: str) -> None:
     text = help_of(name)
-    prose = text.split("Example:")[0]
+    prose = text.split("Examples:")[0]
     missing = [p for p in inspect.signature(PUBLIC[name]).parameters if not re.search(rf"\b{p}\b", prose)]
     assert not missing, missing
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_help_gives_shapes_or_units(name: str) -> None:
-    assert MEASURE.search(help_of(name).split("Example:")[0])
+    assert MEASURE.search(help_of(name).split("Examples:")[0])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
