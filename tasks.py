@@ -64,7 +64,9 @@ def test(majors: list[int]) -> None:
             run(python, "-m", "ruff", "check", ".")
             run(python, "-m", "ruff", "format", "--check", ".")
             run(python, "-m", "mypy")
-            run(python.parent / "lint-imports")
+            for tool in ("lint-imports", "codespell", "vulture"):
+                run(python.parent / tool)
+            run(python.parent / "deptry", ".")
             run(python, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", "out/site")
         # two processes of one thread each: two threads that wait for each other are slower
         run(python, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations=10", OMP_NUM_THREADS="1")

@@ -24,7 +24,6 @@ PROMPTS = [
     "question : was the food bad ? answer :",
     "this hotel",
 ]
-ONE_TOKEN = "very"  # here every scope changes the continuation
 SCOPES = [s for s in get_args(Positions) if s != "all"]
 
 
