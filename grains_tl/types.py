@@ -6,9 +6,11 @@ width), ``layer`` (counted from 0), ``record`` (preference records), ``vocab``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
 
 #: A hook function ``fn(act, hook)``; returns the new activation, or ``None`` to leave it as it is.
 HookFn = Callable[..., Any]
@@ -26,12 +28,55 @@ Text = str | Sequence[Message]
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """What the package needs of a model: a ``TransformerBridge`` or a ``HookedTransformer`` has all of it."""
+    """What the package needs of a model: a ``TransformerBridge`` or a ``HookedTransformer`` has all of it.
+
+    Attributes:
+        cfg: TransformerLens' configuration (``n_layers``, ``d_model``, ``d_vocab``, ``n_ctx``, ``model_name``, ...).
+        tokenizer: of transformers.
+        blocks: the transformer blocks, in order.
+        embed, unembed: token ids to embeddings, and normalised residual to logits.
+        hook_dict: hook points by name.
+        training: ``False`` after ``model.eval()``.
+    """
 
     cfg: Any
     tokenizer: Any
     blocks: Any
+    embed: Any
+    unembed: Any
+    training: bool
+
+    @property
+    def hook_dict(self) -> Mapping[str, Any]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]: ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def parameters(self, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]: ...
+
+
+class BridgeModel(HookedModel, Protocol):
+    """A ``TransformerBridge``: a hooked model that wraps a Hugging Face model.
+
+    Attributes:
+        original_model: the Hugging Face model; its modules are the ones that run.
+        processor: of a vision-language model, ``None`` for a text model.
+    """
+
+    original_model: Any
+    processor: Any

@@ -104,7 +104,7 @@ def embedding_neighbours(
     else:
         # one basis vector per row gives the columns of the unembedding, whatever class holds it
         basis = torch.eye(units.shape[1], device=units.device, dtype=_dtype(model))[None]
-        unembed: Any = model.unembed  # type: ignore[attr-defined]
+        unembed: Any = model.unembed
         with torch.no_grad(), full_precision(model):
             table = (unembed(basis) - unembed(0 * basis))[0].float().T
     table = torch.nn.functional.normalize(table - table.mean(0), dim=-1)
@@ -116,7 +116,7 @@ def embedding_neighbours(
 def _through_unembedding(model: HookedModel, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
     # at the length of a residual with mean square 1 the norm's epsilon does not matter
     scaled = (directions * directions.shape[-1] ** 0.5).to(device_of(model), _dtype(model))
-    unembed: Any = model.unembed  # type: ignore[attr-defined]
+    unembed: Any = model.unembed
     with torch.no_grad(), full_precision(model):
         up, down = (unembed(final_norm(model, h[:, None]))[:, 0].float() for h in (scaled, -scaled))
     logits = (up - down) / 2
@@ -124,7 +124,7 @@ def _through_unembedding(model: HookedModel, directions: Float[Tensor, "row d_mo
 
 
 def _dtype(model: HookedModel) -> torch.dtype:
-    return next(model.parameters()).dtype  # type: ignore[attr-defined]
+    return next(model.parameters()).dtype
 
 
 def _top_both_ways(

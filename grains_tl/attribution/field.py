@@ -29,6 +29,11 @@ GRAPH = 2
 MakePoint = Callable[[], Tensor]
 
 
+def fixed(point: Tensor) -> MakePoint:
+    """A point that is there already."""
+    return lambda: point
+
+
 class Run(NamedTuple):
     """One evaluation: which record, and where (``None``: at its real input)."""
 
@@ -151,7 +156,7 @@ def real_inputs(field: Field) -> tuple[list[Tensor], list[float]]:
 
 def values_at(field: Field, points: Sequence[Tensor]) -> list[float]:
     """f of every record at one point each, from forward passes."""
-    runs = [Run(i, lambda p=p: p) for i, p in enumerate(points)]  # type: ignore[misc]
+    runs = [Run(i, fixed(p)) for i, p in enumerate(points)]
     return [s.value for s in in_order(field.sample(runs, gradient=False))]
 
 

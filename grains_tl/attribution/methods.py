@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -177,14 +178,14 @@ def _by_removal(
     groups: Sequence[Sequence[Sequence[int]]] | None,
 ) -> list[Scores]:
     units = groups if groups is not None else [single_tokens(r, content_only=options.content_only) for r in records]
-    shared = {
+    shared: dict[str, Any] = {
         "objective": options.objective,
         "masker": options.masker,
         "image_masker": options.image_masker,
         "max_tokens": options.max_tokens,
     }
     if method == "leave_one_out":
-        scores, values = leave_out_scores(model, records, units, **shared)  # type: ignore[arg-type]
+        scores, values = leave_out_scores(model, records, units, **shared)
         used = [len(own) for own in units]
     else:
         scores, values = leave_k_out_scores(
@@ -194,7 +195,7 @@ def _by_removal(
             _generators(records, options),
             k=options.k,
             n_draws=options.n_steps,
-            **shared,  # type: ignore[arg-type]
+            **shared,
         )
         used = [options.n_steps] * len(records)
     return [Scores(s, v, None, None, n) for s, v, n in zip(scores, values, used, strict=True)]
@@ -300,6 +301,6 @@ def activations_at(field: ModelField, points: Sequence[Tensor], name: str) -> li
         def keep(act: Tensor, hook: object, held: list[Tensor] = held) -> None:
             held.append(act.detach())
 
-        values_at(replace(field, records=[record], extra_hooks=lambda keep=keep: [(name, keep)]), [point])  # type: ignore[misc]
+        values_at(replace(field, records=[record], extra_hooks=partial(list, [(name, keep)])), [point])
         found.append(held[0][0, : len(point)].float().cpu())
     return found

@@ -6,6 +6,7 @@ All of them work on a ``Field``: a model, or any function of embeddings.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +66,7 @@ def straight_path(field: Field, ends: Ends, nodes: Tensor, weights: Tensor) -> l
     runs, steps = [], []
     for record, (start, x) in enumerate(zip(ends.start, ends.x, strict=True)):
         for step, alpha in enumerate(nodes.tolist()):
-            runs.append(Run(record, lambda s=start, x=x, a=alpha: between(s, x, a)))  # type: ignore[misc]
+            runs.append(Run(record, partial(between, start, x, alpha)))
             steps.append(step)
     for sample in field.sample(runs, gradient=True):
         assert sample.gradient is not None
@@ -173,10 +174,7 @@ def _quarters(panel: Panel) -> tuple[float, float]:
 
 
 def _nodes(field: Field, ends: Ends, wanted: Sequence[tuple[int, float]]) -> dict[tuple[int, float], Node]:
-    runs = [
-        Run(r, lambda r=r, a=a: between(ends.start[r], ends.x[r], a))  # type: ignore[misc]
-        for r, a in wanted
-    ]
+    runs = [Run(r, partial(between, ends.start[r], ends.x[r], a)) for r, a in wanted]
     found = {}
     for sample in field.sample(runs, gradient=True):
         assert sample.gradient is not None
@@ -202,7 +200,7 @@ def one_at_a_time(field: Field, ends: Ends, nodes: Tensor, weights: Tensor) -> l
                 continue
             removals.append((record, pos))
             for step, alpha in enumerate(nodes.tolist()):
-                runs.append(Run(record, lambda s=start, x=x, p=pos, a=alpha: _move_one(s, x, p, a)))  # type: ignore[misc]
+                runs.append(Run(record, partial(_move_one, start, x, pos, alpha)))
                 owner.append((record, pos, step))
     for sample in field.sample(runs, gradient=True):
         assert sample.gradient is not None
@@ -210,10 +208,7 @@ def one_at_a_time(field: Field, ends: Ends, nodes: Tensor, weights: Tensor) -> l
         difference = ends.x[record][pos] - ends.start[record][pos]
         scores[record][pos] += weights[step] * (difference * sample.gradient[pos]).sum()
     exact = [0.0] * len(ends.x)
-    ones = [
-        Run(r, lambda r=r, p=p: _move_one(ends.start[r], ends.x[r], p, 0.0))  # type: ignore[misc]
-        for r, p in removals
-    ]
+    ones = [Run(r, partial(_move_one, ends.start[r], ends.x[r], p, 0.0)) for r, p in removals]
     for sample in field.sample(ones, gradient=False):
         record = removals[sample.run][0]
         exact[record] += ends.value[record] - sample.value
@@ -233,7 +228,7 @@ def along_points(field: Field, ends: Ends, paths: Sequence[Tensor]) -> list[Scor
     weights = [_trapezoid(path) for path in paths]
     for record, path in enumerate(paths):
         for step in range(len(path)):
-            runs.append(Run(record, lambda p=path, s=step: p[s]))  # type: ignore[misc]
+            runs.append(Run(record, partial(path.__getitem__, step)))
             places.append((record, step))
     scores = [torch.zeros(path.shape[1]) for path in paths]
     for sample in field.sample(runs, gradient=True):

@@ -33,7 +33,7 @@ def frozen_hooks(model: HookedModel, *, from_layer: int = 0) -> FwdHooks:
     Raises:
         ValueError: the model lacks the hook points for its norms, attention patterns or MLPs.
     """
-    known = model.hook_dict  # type: ignore[attr-defined]
+    known = model.hook_dict
     hooks: FwdHooks = []
     for layer in range(from_layer, int(model.cfg.n_layers)):
         block = f"blocks.{layer}"

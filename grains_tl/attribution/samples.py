@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from grains_tl.attribution.field import Field, Run, values_at
+from grains_tl.attribution.field import Field, Run, fixed, values_at
 from grains_tl.attribution.paths import Scores, between, complete
 
 
@@ -49,7 +50,7 @@ def smoothed(
         scale = noise * point.pow(2).mean(-1, keepdim=True).sqrt()
         for _ in range(n_samples):
             drawn = point + scale * torch.randn(point.shape, generator=generators[record])
-            runs.append(Run(record, lambda p=drawn: p))  # type: ignore[misc]
+            runs.append(Run(record, fixed(drawn)))
     for sample in field.sample(runs, gradient=True):
         assert sample.gradient is not None
         totals[runs[sample.run].record] += sample.gradient / n_samples
@@ -89,7 +90,7 @@ def expected(
             drawn = torch.rand(len(turns), generator=generators[record])
             places[turns] = (torch.arange(len(turns)) + drawn) / max(len(turns), 1)
         for start, alpha in zip(own, places.tolist(), strict=True):
-            runs.append(Run(record, lambda s=start, p=point, a=alpha: between(s, p, a)))  # type: ignore[misc]
+            runs.append(Run(record, partial(between, start, point, alpha)))
             starts_used.append(start)
     scores = [torch.zeros(len(point)) for point in x]
     for sample in field.sample(runs, gradient=True):

@@ -168,7 +168,7 @@ def _batch(
     pad = _Token(0, 0, -1, -1, 0, False)  # padding sees padding; nothing else does
     columns = torch.tensor([row + [pad] * (batch.ids.shape[1] - len(row)) for row in table], device=batch.ids.device)
     pos, of_branch, of_response, trunk, hidden = columns[..., 1:].unbind(-1)
-    dtype = next(model.parameters()).dtype  # type: ignore[attr-defined]
+    dtype = next(model.parameters()).dtype
     mask = _mask(_sees(pos, of_branch, of_response, trunk), dtype)
     return runs, replace(batch, inputs={"attention_mask": mask, "position_ids": pos}), hidden.bool()
 

@@ -383,7 +383,7 @@ def _continuations(
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of a table; missing numbers as ``None``, because NaN is no JSON."""
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")  # type: ignore[return-value]
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def _say(progress: bool, text: str) -> None:

@@ -28,6 +28,7 @@ from grains_tl.hooks.stand_ins import ImageMasker
 from grains_tl.models._scenes import Scene, mentioned
 from grains_tl.models.running import hooked
 from grains_tl.records.pairs import PreferencePair
+from grains_tl.tokens.images import require_processor
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.differences import collect_differences
@@ -139,7 +140,7 @@ def candidates(
         differences = collect_differences(model, tokenized, selections, layers=list(layers), **common)
         first = first or (selections, differences.resid_norms)
         for reduce in ("mean", "pca"):
-            found[f"{method}, {reduce}"] = reduce_vectors(differences, reduce=reduce)  # type: ignore[arg-type]
+            found[f"{method}, {reduce}"] = reduce_vectors(differences, reduce=reduce)
         gaps = [a.relative_gap for a in attributions if a.relative_gap is not None]
         chosen = [
             bool(a.is_image[p])
@@ -193,7 +194,7 @@ class KlMeter:
 
 def kl_meter(model: HookedModel, part: Captioned, n: int = 100) -> KlMeter:
     """A meter on the first ``n`` captions."""
-    processor: Any = model.processor  # type: ignore[attr-defined]
+    processor = require_processor(model)
     end = model.tokenizer.eos_token
     texts = [f"{CAPTION_PROMPT} {text} {end}" for text in part.said[:n]]
     inputs = dict(

@@ -23,8 +23,9 @@ from grains_tl.hallucination.captions import caption_hallucination
 from grains_tl.hallucination.yes_no import yes_no_scores
 from grains_tl.hooks.mask import mask_hook
 from grains_tl.models._scenes import QUESTIONS, Kind, Scene, ask, caption, mentioned, partner
-from grains_tl.models.running import hooked
+from grains_tl.models.running import hooked, hugging_face_model
 from grains_tl.models.tiny_vlm import question_text
+from grains_tl.tokens.images import require_processor
 from grains_tl.types import FwdHooks, HookedModel
 
 BATCH = 250
@@ -81,21 +82,19 @@ def describe(
         part = pictures[start : start + BATCH]
         inputs = _inputs(model, [text] * len(part), part)
         with torch.no_grad(), hooked(model, list(fwd_hooks or [])):
-            out = model.original_model.generate(  # type: ignore[attr-defined]
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False
-            )
+            out = hugging_face_model(model).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
         found += model.tokenizer.batch_decode(new, skip_special_tokens=True)
     return found
 
 
 def _inputs(model: HookedModel, texts: Sequence[str], pictures: Sequence[Any]) -> dict[str, Tensor]:
-    processor: Any = model.processor  # type: ignore[attr-defined]
+    processor = require_processor(model)
     return dict(processor(images=list(pictures), text=list(texts), return_tensors="pt"))
 
 
 def _image_token(model: HookedModel) -> int:
-    return int(model.original_model.config.image_token_id)  # type: ignore[attr-defined]
+    return int(hugging_face_model(model).config.image_token_id)
 
 
 def evaluate(model: HookedModel, n: int = 1200, *, seed: int = 0) -> dict[str, Any]:

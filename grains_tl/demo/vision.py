@@ -106,7 +106,8 @@ def run_vision_demo(
     questions = false_yes_questions(model, settings.n_questions)
     shares, shown = _false_yes(model, questions, settings)
     _say(progress, f"Captions: {settings.n_choose} scenes to choose on, {settings.n_test} to test")
-    choose, test = (caption_split(model, p, n) for p, n in (("choose", settings.n_choose), ("test", settings.n_test)))  # type: ignore[arg-type]
+    choose = caption_split(model, "choose", settings.n_choose)
+    test = caption_split(model, "test", settings.n_test)
     rows, first = _captions(model, choose, test, settings, progress)
     table, against = _compare(rows, test)
     results: dict[str, Any] = {

@@ -145,7 +145,8 @@ def _at(
     low, high, wanted = np.sqrt([max(kl[i - 1], 0.0), kl[i], budget])
     share = (wanted - low) / (high - low)
     effect = change.mean(1)
-    return tuple(float(x[i - 1] + share * (x[i] - x[i - 1])) for x in (alphas, effect))  # type: ignore[return-value]
+    alpha, nats = (float(x[i - 1] + share * (x[i] - x[i - 1])) for x in (alphas, effect))
+    return alpha, nats
 
 
 def _interval(draws: NDArray[np.float64], tail: float) -> tuple[float, float]:

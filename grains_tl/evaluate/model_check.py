@@ -74,7 +74,7 @@ def check_model(model: HookedModel) -> pd.DataFrame:
 
 def _eval_mode(model: HookedModel) -> tuple[bool, str]:
     require_eval(model)
-    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]  # type: ignore[attr-defined]
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     return not bad, f"NaN or inf in {bad[:3]}" if bad else "no dropout, all weights finite"
 
 
@@ -177,12 +177,12 @@ def _decoding(model: HookedModel) -> tuple[bool, str]:
 
 def _greedy(model: HookedModel, ids: Tensor, n_new: int, cache: bool) -> Tensor:
     if is_bridge(model):
-        inner = model.original_model  # type: ignore[attr-defined]
+        inner = model.original_model
         mask = torch.ones_like(ids)
         return inner.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=n_new, do_sample=False, use_cache=cache
         )
-    return model.generate(  # type: ignore[attr-defined]
+    return model.generate(
         ids, max_new_tokens=n_new, do_sample=False, use_past_kv_cache=cache, stop_at_eos=False, verbose=False
     )
 

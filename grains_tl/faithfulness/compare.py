@@ -118,7 +118,8 @@ def compare_attributions(
     if masker != "attention":
         replacement_embedding(model, masker)
     (at,) = require_layers(model, [int(model.cfg.n_layers) * 2 // 3 if layer is None else layer])
-    shared = {"objective": objective, "masker": masker, "image_masker": image_masker, "max_tokens": max_tokens}
+    maskers = {"masker": masker, "image_masker": image_masker}
+    shared: dict[str, Any] = {"objective": objective, "max_tokens": max_tokens, **maskers}
 
     found: dict[str, list[Attribution]] = {}
     seconds: dict[str, float] = {}
@@ -168,7 +169,7 @@ def compare_attributions(
         n_draws=n_draws,
         seed=seed,
         progress=progress,
-        **shared,  # type: ignore[arg-type]
+        **shared,
     )
     return frame.assign(**_effect_columns(effect, len(plans)), **_effect_columns(kl, len(plans), "kl"))
 
@@ -277,10 +278,14 @@ def effect_of_selections(
         ``(effect, kl)``, each ``[selection + draw, record]`` in nats: half the change of the margin between +alpha and
         -alpha, and the mean over both signs of KL(steered || base) of the next token.
     """
-    shared = {"layers": [layer], "masker": masker, "image_masker": image_masker, "max_tokens": max_tokens}
+    shared: dict[str, Any] = {
+        "layers": [layer],
+        "masker": masker,
+        "image_masker": image_masker,
+        "max_tokens": max_tokens,
+    }
     differences: list[Differences] = [
-        collect_differences(model, tokenized, own, progress=progress, **shared)  # type: ignore[arg-type]
-        for own in selections
+        collect_differences(model, tokenized, own, progress=progress, **shared) for own in selections
     ]
     if n_draws:
         differences += random_token_differences(
@@ -291,7 +296,7 @@ def effect_of_selections(
             n_draws=n_draws,
             seed=seed,
             progress=progress,
-            **shared,  # type: ignore[arg-type]
+            **shared,
         )
     vectors = [reduce_vectors(d) for d in differences]
     _, effect = effects(model, evaluated, vectors, alpha, objective=objective, max_tokens=max_tokens, progress=progress)

@@ -30,8 +30,9 @@ def replacement_embedding(model: HookedModel, how: str) -> Float[Tensor, "d_mode
         vocabulary = torch.arange(int(model.cfg.d_vocab), device=device_of(model))
         parts = (embed_tokens(model, part[None])[0] for part in vocabulary.split(8192))
         # double precision on the CPU: Apple's GPUs have none
-        total = sum(part.float().sum(0).cpu().double() for part in parts)
-        return (total / len(vocabulary)).float().to(vocabulary.device)  # type: ignore[union-attr, operator]
+        zero = torch.zeros(int(model.cfg.d_model), dtype=torch.float64)
+        total = sum((part.float().sum(0).cpu().double() for part in parts), zero)
+        return (total / len(vocabulary)).float().to(vocabulary.device)
     rules = token_rules(model)
     token = {"eos": rules.eos, "pad": rules.pad, "mask": getattr(model.tokenizer, "mask_token_id", None)}
     if how not in token:

@@ -151,7 +151,7 @@ def image_inputs(
     offset: Int[Tensor, "batch"],
 ) -> dict[str, Tensor]:
     """What the model is called with besides ids and mask: the images of each row (``collate_images``)."""
-    return collate_images(images, offset, ids, next(model.parameters()).dtype)  # type: ignore[attr-defined]
+    return collate_images(images, offset, ids, next(model.parameters()).dtype)
 
 
 def pad_rows(

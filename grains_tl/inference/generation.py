@@ -110,8 +110,8 @@ def _continue(
         if is_bridge(model):
             if sampling:
                 sampling |= {"top_k": 0, "top_p": 1.0}
-            with plain_decoding(model.original_model, rules.eos, rules.pad) as end_ids:  # type: ignore[attr-defined]
-                out = model.original_model.generate(  # type: ignore[attr-defined]
+            with plain_decoding(model.original_model, rules.eos, rules.pad) as end_ids:
+                out = model.original_model.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     **pictures,
@@ -121,7 +121,7 @@ def _continue(
                 )
         else:
             end_ids = [rules.eos]
-            out = model.generate(  # type: ignore[attr-defined]
+            out = model.generate(
                 ids,
                 max_new_tokens=max_new_tokens,
                 stop_at_eos=True,

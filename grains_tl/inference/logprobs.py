@@ -158,5 +158,5 @@ def target_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None =
                 stop_at_layer=model.cfg.n_layers,
             )
             with full_precision(model):
-                logits = model.unembed(final_norm(model, pick(resid)))  # type: ignore[attr-defined]
+                logits = model.unembed(final_norm(model, pick(resid)))
     return logits[0][again.to(logits.device)].to(batch.ids.device)

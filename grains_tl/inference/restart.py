@@ -133,7 +133,7 @@ def restart_logits(
         row, pos = row.to(final.device), pos.to(final.device)  # of a model on several devices, the last one
         read = final.unflatten(0, (len(settings), -1))[:, row, pos].flatten(0, 1)[:, None]
         with full_precision(model):
-            logits = model.unembed(final_norm(model, read))  # type: ignore[attr-defined]
+            logits = model.unembed(final_norm(model, read))
         return logits.view(len(settings), len(batch.target_row), -1)
 
 
@@ -143,7 +143,7 @@ def _edited(
     """What the hooks on one point make of its activation."""
     for name, fn in hooks:
         if name == here:
-            changed = fn(resid, hook=model.hook_dict[name])  # type: ignore[attr-defined]
+            changed = fn(resid, hook=model.hook_dict[name])
             resid = resid if changed is None else changed
     return resid
 

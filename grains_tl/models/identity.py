@@ -16,7 +16,7 @@ from grains_tl.types import HookedModel
 @contextmanager
 def without_hooks(model: HookedModel) -> Iterator[None]:
     """The model as it is without any hook on its hook points; afterwards they are back, in their order."""
-    points = model.hook_dict.values()  # type: ignore[attr-defined]
+    points = model.hook_dict.values()
     held = [(point._forward_hooks, dict(point._forward_hooks)) for point in points if point._forward_hooks]
     try:
         for hooks, _ in held:

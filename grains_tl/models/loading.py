@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
+
+from grains_tl.types import BridgeModel, HookedModel
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -21,14 +23,36 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TINY_VLM = "tiny-vlm"
 
 
+@overload
+def load_model(
+    name: str = ...,
+    *,
+    kind: Literal["bridge"] = ...,
+    path: str | Path | None = ...,
+    device: str | torch.device = ...,
+    dtype: torch.dtype = ...,
+) -> BridgeModel: ...
+
+
+@overload
+def load_model(
+    name: str = ...,
+    *,
+    kind: str,
+    path: str | Path | None = ...,
+    device: str | torch.device = ...,
+    dtype: torch.dtype = ...,
+) -> HookedModel: ...
+
+
 def load_model(
     name: str = "smollm2",
     *,
-    kind: Literal["bridge", "hooked"] = "bridge",
+    kind: str = "bridge",
     path: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> Any:
+) -> HookedModel:
     """Load a model for attribution and steering.
 
     Args:
@@ -70,8 +94,7 @@ def load_model(
     hf_model = hf_model.to(device).eval().requires_grad_(False)
     _keep_tokenizer_as_is(tokenizer, label)
     model = _hooked(hf_model, tokenizer, label) if kind == "hooked" else _bridge(hf_model, tokenizer, label)
-    if processor is not None:
-        model.processor = processor
+    model.processor = processor
     return _prompts_as_the_tokenizer_makes_them(model).eval().requires_grad_(False)
 
 
@@ -109,7 +132,7 @@ def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -
     return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer, None, label
 
 
-def _load_tiny_vlm(path: str | Path | None, device: str | torch.device, dtype: torch.dtype) -> Any:
+def _load_tiny_vlm(path: str | Path | None, device: str | torch.device, dtype: torch.dtype) -> HookedModel:
     from grains_tl.models.tiny_vlm import load_tiny_vlm
 
     hf_model, processor = load_tiny_vlm(path, dtype)

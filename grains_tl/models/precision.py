@@ -24,7 +24,7 @@ ROUGH = 0.5
 
 
 def _of(model: HookedModel) -> tuple[str, torch.dtype]:
-    parameter = next(model.parameters())  # type: ignore[attr-defined]
+    parameter = next(model.parameters())
     return parameter.device.type, parameter.dtype
 
 
@@ -60,7 +60,7 @@ def exact_unembedding(model: HookedModel) -> Iterator[None]:
     def leave(*_: Any) -> None:
         off.__exit__(None, None, None)
 
-    unembed = model.unembed  # type: ignore[attr-defined]
+    unembed = model.unembed
     handles = [unembed.register_forward_pre_hook(enter), unembed.register_forward_hook(leave, always_call=True)]
     try:
         yield
@@ -79,7 +79,7 @@ def require_eval(model: HookedModel) -> None:
     """
     inner: Any = getattr(model, "original_model", model)
     # the modules are walked only if something is in train mode: this runs before every forward pass
-    if not any(part.training for part in (model, inner, *model.blocks)):  # type: ignore[attr-defined]
+    if not any(part.training for part in (model, inner, *model.blocks)):
         return
     for name, module in inner.named_modules():
         p = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "attention_dropout", 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
@@ -16,13 +16,27 @@ from torch import Tensor
 
 from grains_tl._util.checks import layer_numbers
 from grains_tl.models.precision import exact_unembedding, full_precision, require_eval
-from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.types import BridgeModel, FwdHooks, HookedModel
 
 
 # -- what differs between the classes ---------------------------------------------------------------------------------
-def is_bridge(model: HookedModel) -> bool:
+def is_bridge(model: HookedModel) -> TypeGuard[BridgeModel]:
     """True for a ``TransformerBridge``, which wraps a Hugging Face model."""
     return hasattr(model, "original_model")
+
+
+def hugging_face_model(model: HookedModel) -> Any:
+    """The Hugging Face model that a ``TransformerBridge`` wraps; its modules are the ones that run.
+
+    Raises:
+        ValueError: a ``HookedTransformer``, which has its own modules.
+    """
+    if not is_bridge(model):
+        raise ValueError(
+            "expected a TransformerBridge, got a HookedTransformer, which holds no Hugging Face model; load the model "
+            "with kind='bridge'"
+        )
+    return model.original_model
 
 
 def attribution_point(model: HookedModel) -> str:
@@ -46,7 +60,7 @@ def resid_post(layer: int) -> str:
 
 def device_of(model: HookedModel) -> torch.device:
     """The device the model's embedding is on: inputs go there."""
-    return next(model.parameters()).device  # type: ignore[attr-defined]
+    return next(model.parameters()).device
 
 
 def existing_layers(model: HookedModel, layers: Sequence[int]) -> list[int]:
@@ -94,7 +108,7 @@ def require_hook_names(model: HookedModel, fwd_hooks: FwdHooks) -> None:
     """
     if not fwd_hooks:
         return
-    known = model.hook_dict  # type: ignore[attr-defined]
+    known = model.hook_dict
     missing = sorted({name for name, _ in fwd_hooks if isinstance(name, str) and name not in known})
     if missing:
         import difflib
@@ -149,7 +163,7 @@ def forward_logits(
         side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
         resid = model(ids, attention_mask=attention_mask, padding_side=side, stop_at_layer=model.cfg.n_layers)
         with full_precision(model):
-            return model.unembed(final_norm(model, resid[:, keep]))  # type: ignore[attr-defined]
+            return model.unembed(final_norm(model, resid[:, keep]))
 
 
 def _require_images(model: HookedModel, ids: Int[Tensor, "batch pos"], inputs: Mapping[str, Tensor] | None) -> None:
@@ -164,7 +178,7 @@ def without_image_tokens(model: HookedModel, ids: Int[Tensor, "batch pos"]) -> I
     """The ids with the neighbouring id in place of image tokens, for made-up prompts."""
     if not getattr(model.cfg, "is_multimodal", False):
         return ids
-    token = getattr(model.original_model.config, "image_token_id", None)  # type: ignore[attr-defined]
+    token = getattr(hugging_face_model(model).config, "image_token_id", None)
     return ids if token is None else torch.where(ids == token, ids - 1, ids)
 
 
@@ -177,7 +191,7 @@ def final_norm(model: HookedModel, resid: Float[Tensor, "*shape d_model"]) -> Fl
 def embed_tokens(model: HookedModel, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape d_model"]:
     """Token embeddings as ``hook_embed`` shows them."""
     with torch.no_grad():
-        return model.embed(ids).detach()  # type: ignore[attr-defined]
+        return model.embed(ids).detach()
 
 
 def run_blocks(

@@ -23,7 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 CHOSEN, REJECTED, GREY, DRAW = "#2166AC", "#B2182B", "#666666", "#E08E45"
 
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10.0,
@@ -78,7 +78,7 @@ def style() -> Iterator[None]:
     """Our style for artists made inside; the user's settings come back afterwards."""
     import matplotlib
 
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):
         yield
 
 

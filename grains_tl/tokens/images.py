@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from grains_tl.models.running import hugging_face_model
 from grains_tl.tokens.patches import ImageSpan, image_spans, image_token_id
 from grains_tl.types import HookedModel, Message, Text
 
@@ -58,7 +59,7 @@ def require_processor(model: HookedModel) -> Any:
         ValueError: there is none, the model takes no images, or it takes them wrongly in this TransformerLens.
     """
     image_token_id(model)
-    family = model.original_model.config.model_type  # type: ignore[attr-defined]
+    family = hugging_face_model(model).config.model_type
     if family in NEEDS_TL4 and int(metadata.version("transformer-lens").split(".")[0]) < 4:
         raise ValueError(
             f"{family} computes something else with images in TransformerLens 3 (logits are off by as much as their "
@@ -112,13 +113,13 @@ def _placeholder(model: HookedModel) -> str:
     """What stands for an image in a text before the processor expands it."""
     processor = require_processor(model)
     # Gemma 3 expands its begin-of-image token; in older transformers (5.9) ``image_token`` is what it expands it to
-    gemma3 = model.original_model.config.model_type == "gemma3"  # type: ignore[attr-defined]
+    gemma3 = hugging_face_model(model).config.model_type == "gemma3"
     return str(processor.boi_token if gemma3 else processor.image_token)
 
 
 def _framed(model: HookedModel, token: str) -> str:
     """The placeholder between the markers that some families (Qwen-VL) want around it."""
-    config = model.original_model.config  # type: ignore[attr-defined]
+    config = hugging_face_model(model).config
     ends = [getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end")]
     if None in ends:
         return token

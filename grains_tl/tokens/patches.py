@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from grains_tl.models.hugging_face import tile_grid
+from grains_tl.models.running import hugging_face_model
 from grains_tl.types import HookedModel
 
 #: left, top, right, bottom of a part of an image, as fractions of its width and height.
@@ -141,7 +142,7 @@ def _pieces(
     inputs: Mapping[str, Tensor],
     sizes: Sequence[tuple[int, int]],
 ) -> list[_Piece]:
-    config = model.original_model.config  # type: ignore[attr-defined]
+    config = hugging_face_model(model).config
     family = str(getattr(config, "model_type", ""))
     if "image_grid_thw" in inputs:
         merge = int(config.vision_config.spatial_merge_size)

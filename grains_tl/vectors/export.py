@@ -23,7 +23,7 @@ from torch import Tensor
 from grains_tl._util.files import plain
 from grains_tl.hooks.steer import Operator
 from grains_tl.models.hugging_face import load_causal_lm
-from grains_tl.models.running import device_of, forward_logits, is_bridge
+from grains_tl.models.running import device_of, forward_logits, hugging_face_model
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
@@ -182,15 +182,13 @@ def export_hf(
         >>> AutoModelForCausalLM.from_pretrained("steered")                          # doctest: +SKIP
     """
     rows = steps(vectors, alpha, layers, operator=operator)
-    if not is_bridge(model):
-        raise ValueError("a HookedTransformer holds no Hugging Face model; load it as a bridge (kind='bridge')")
+    source = hugging_face_model(model)
     if getattr(model.cfg, "is_multimodal", False):
         raise ValueError("only text models can be exported as a checkpoint; export gguf or vllm, or use hooks")
     target = Path(folder)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; name a new folder")
     vectors.require_match(model)
-    source = model.original_model  # type: ignore[attr-defined]
     weights = _hugging_face_names(source)
     config = type(source.config).from_dict(source.config.to_dict())
     names = _bias_names(source, config, weights, list(rows))
@@ -242,7 +240,7 @@ def _bias_names(source: Any, config: Any, weights: dict[str, Tensor], layers: Se
 
 
 def _require_equal_logits(model: HookedModel, hooks: FwdHooks, folder: str) -> None:
-    dtype = model.original_model.dtype  # type: ignore[attr-defined]
+    dtype = hugging_face_model(model).dtype
     written = load_causal_lm(folder, dtype).to(device_of(model)).eval()
     ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 12).long()[None].to(device_of(model))
     with torch.no_grad():

@@ -17,6 +17,7 @@ import grains_tl as gr
 from grains_tl.attribution.methods import Method
 from grains_tl.attribution.paths import path_nodes
 from tests.conftest import KINDS, TL_MAJOR, tiny_hf, tiny_model, tiny_tokenizer
+from tests.helpers.fakes import FakeModel
 from tests.helpers.oracles import embeddings, margin, relative_error
 
 EXACT_ATOL = 1e-6  # closed forms of size 1 in float32: a few units of 1.2e-7
@@ -45,23 +46,22 @@ def test_quadrature_is_exact_for_polynomials(n_steps: int) -> None:
 # -- closed forms -----------------------------------------------------------------------------------------------------
 
 
-class PolynomialModel:
+class PolynomialModel(FakeModel):
     """A model whose margin is a known polynomial of the prompt's embeddings: sum of (a . x)^power + x_0 . b . x_last."""
 
     def __init__(self, power: int) -> None:
+        super().__init__()
         generator = torch.Generator().manual_seed(power)
         self.tokenizer = tiny_tokenizer()
         self.cfg = SimpleNamespace(n_ctx=64, d_model=6, d_vocab=45, n_layers=1)
-        self.blocks: list[Any] = []
-        self.training = False
         self.table = torch.randn(45, 6, generator=generator) * 0.3
         self.vector, self.matrix = torch.randn(6, generator=generator), torch.randn(6, 6, generator=generator) * 0.3
         self.power = power
         self.original_model = self  # makes it a bridge
-        self.hook_dict = {"hook_embed": None, "unembed.hook_in": None}
+        self.hook_dict: Any = {"hook_embed": None, "unembed.hook_in": None}
         self.running: dict[str, Callable[..., Any]] = {}
 
-    def parameters(self) -> Iterator[Tensor]:
+    def parameters(self, *args: Any, **kwargs: Any) -> Any:
         return iter([self.table])
 
     def embed(self, ids: Tensor) -> Tensor:

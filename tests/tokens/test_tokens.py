@@ -19,6 +19,7 @@ from grains_tl.inference.batches import Batch, by_token_budget, pad_rows, scorin
 from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.tokens.pairs import prompt_ids
 from tests.conftest import KINDS, WORDS, tiny_hf, tiny_model, tiny_tokenizer
+from tests.helpers.fakes import FakeModel
 from tests.helpers.oracles import response_logprobs
 
 LOGPROB_ATOL = 1e-4  # float32 round-off of log-probabilities of some nats, summed in another order
@@ -26,20 +27,14 @@ BOS, EOS = WORDS.index("<bos>"), WORDS.index("<eos>")
 CHAT = [{"role": "user", "content": "food was good"}]
 
 
-class NoModel:
+class NoModel(FakeModel):
     """Enough of a model to tokenize for; running it is a mistake."""
 
     def __init__(self, tokenizer: Any, n_ctx: int = 64) -> None:
         self.cfg, self.tokenizer = SimpleNamespace(n_ctx=n_ctx, d_vocab=len(WORDS)), tokenizer
-        self.blocks: list[Any] = []
+        super().__init__()
 
-    def hooks(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("the model was run")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("the model was run")
-
-    def parameters(self) -> Any:
+    def parameters(self, *args: Any, **kwargs: Any) -> Any:
         return iter([torch.zeros(1)])
 
 
