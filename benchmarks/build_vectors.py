@@ -16,9 +16,9 @@ from torch import Tensor
 
 import grains_tl as gr
 from benchmarks.common import Operations, count_operations, floating_point_operations, matrix_rate, timed
+from grains_tl._util.settings import RunSettings
 from grains_tl.attribution.reference import Baselines
 from grains_tl.attribution.sharing import branch_length
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.tokens.rules import token_rules
 
@@ -84,7 +84,7 @@ def run(
     records: int,
     steps: int,
     baseline: str = "zero",
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = RunSettings().max_tokens,
     top_k: int = 3,
     repeats: int = 3,
 ) -> dict[str, Any]:

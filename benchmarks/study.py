@@ -115,7 +115,7 @@ def run_set(model: Any, name: str, data: Path | None, out: Path) -> dict[str, An
             "masker": "mean_embedding",
         }
         attributions[method] = attribute_records(
-            model, build, options, progress=True, checkpoint=out / f"{name}.{method}.partial.jsonl"
+            model, build, options, checkpoint=out / f"{name}.{method}.partial.jsonl"
         )
     vectors, default, selections = variants(model, build, attributions)
     vectors |= gr.baselines.baseline_vectors(model, pairs[0], ["caa", "icv", "prompt_mean"], layers=LAYERS)
@@ -140,7 +140,7 @@ def run_set(model: Any, name: str, data: Path | None, out: Path) -> dict[str, An
     here = default.at([layer])
     drawn = random_token_vectors(
         gr.baselines.random_token_differences(
-            model, build, selections, layers=[layer], resid_norms=here.resid_norms, n_draws=N_DRAWS, progress=True
+            model, build, selections, layers=[layer], resid_norms=here.resid_norms, n_draws=N_DRAWS
         )
     )
     same_layer = {label: vectors[label].at([layer]) for label in dict.fromkeys([DEFAULT, "caa", winner])}
@@ -157,7 +157,6 @@ def run_set(model: Any, name: str, data: Path | None, out: Path) -> dict[str, An
         name=DEFAULT,
         alpha=ALPHA,
         n_test_draws=SIZES[name][3],
-        progress=True,
     )
     gaps = [a.relative_gap for a in attributions["integrated_gradients"] if a.relative_gap is not None]
     return {

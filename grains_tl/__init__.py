@@ -43,6 +43,7 @@ __all__ = [
     "plotting",
     "report_choice",
     "score_pairs",
+    "settings",
     "show_tokens",
     "split_records",
     "sweep",

@@ -37,6 +37,7 @@ from . import (
 from . import (
     vectors as vectors,
 )
+from ._util.settings import settings as settings
 from .attribution.api import attribute as attribute
 from .attribution.result import Attribution as Attribution
 from .evaluate.choosing import Choice as Choice

@@ -14,7 +14,6 @@ from grains_tl._util.checks import layer_numbers, listed
 from grains_tl._util.stats import mean_and_se
 from grains_tl.analysis.runs import margins_and_kl
 from grains_tl.baselines.controls import random_direction_vectors
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import require_layers, resid_post
 from grains_tl.tokens.pairs import Records, as_tokenized
@@ -94,8 +93,6 @@ def ablation_table(
     n_random: int = 10,
     seed: int = 0,
     objective: Objective = "sum",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = True,
 ) -> pd.DataFrame:
     """What the model loses without the direction, beside random directions of the same rank.
 
@@ -108,7 +105,7 @@ def ablation_table(
         from_layer, center: as in ``ablate_hooks``.
         n_random: draws of random directions, as many in each as vectors are given.
         seed: of the draws.
-        objective, max_tokens, progress: as elsewhere.
+        objective: as elsewhere.
 
     Returns:
         One row per set of layers for ``vector`` ``"own"`` and one for every random ``draw`` (-1 for own): ``layers``
@@ -144,9 +141,7 @@ def ablation_table(
             source = at[0] if from_layer is None else from_layer
             rank = len(span([v.at([source]).directions[0] for v in subject]))
             rows.append({"layers": label, "vector": name, "draw": draw, "rank": rank})
-    base, found, kl = margins_and_kl(
-        model, tokenized, settings, objective=objective, max_tokens=max_tokens, progress=progress
-    )
+    base, found, kl = margins_and_kl(model, tokenized, settings, objective=objective)
     (change, change_se), (kl_mean, kl_se) = mean_and_se(found - base), mean_and_se(kl)
     return pd.DataFrame(rows).assign(
         margin=found.mean(-1).tolist(),

@@ -15,7 +15,6 @@ from grains_tl.attribution.selection import Selection
 from grains_tl.hooks.mask import Masker
 from grains_tl.hooks.stand_ins import hide, replacements
 from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.models.running import hooked, resid_post, run_blocks
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
@@ -33,7 +32,6 @@ def writers(
     layer: int,
     selections: Sequence[Selection] | None = None,
     masker: Masker = "mean_embedding",
-    max_tokens: int = MAX_TOKENS,
 ) -> pd.DataFrame:
     """What each component up to a layer writes along its direction, at the end of the prompt.
 
@@ -51,7 +49,6 @@ def writers(
         layer: whose direction, and how far up to look: components of the blocks 0 to ``layer``.
         selections: the masked tokens of each record; ``None`` to split the plain prompt's projection.
         masker: as in ``build_vectors``, used with ``selections``.
-        max_tokens: token budget of one pass.
 
     Returns:
         One row per component: ``kind`` (``"embed"``, ``"head"``, ``"mlp"``, ``"rest"``), ``layer``, ``head`` (-1
@@ -69,7 +66,7 @@ def writers(
     tokenized = as_tokenized(model, tokenized)
     vectors.require_match(model)
     unit = vectors.at([layer]).directions[0]
-    common: dict[str, Any] = {"layer": layer, "masker": masker, "max_tokens": max_tokens}
+    common: dict[str, Any] = {"layer": layer, "masker": masker}
     if selections is None:
         parts, values = _project(model, tokenized, [()] * len(tokenized), unit, **common)
     else:
@@ -92,14 +89,13 @@ def _project(
     *,
     layer: int,
     masker: Masker,
-    max_tokens: int,
 ) -> tuple[list[Part], Float[Tensor, "record part"]]:
     """Every component's projection at each prompt's last token."""
     needed = masker != "attention" and any(masked)
     stand_ins = replacements(model, tokenized, masker) if needed else None
     rows: dict[int, Tensor] = {}
     parts: list[Part] = []
-    for group in by_token_budget([len(t.prompt) for t in tokenized], max_tokens):
+    for group in by_token_budget([len(t.prompt) for t in tokenized]):
         ids, mask, offset = pad_rows(model, [tokenized[g].prompt for g in group])
         inputs = image_inputs(model, [tokenized[g].images for g in group], ids, offset)
         hooks = hide(model, stand_ins, group, [masked[g] for g in group], offset=offset, like=ids)

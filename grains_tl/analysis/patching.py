@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
 from grains_tl.analysis.runs import batch_runner
 from grains_tl.analysis.sites import By, Component, Site, act_name, check_options, positions, site_table, sites_for
 from grains_tl.inference.batches import Batch
-from grains_tl.inference.logprobs import MAX_TOKENS, HooksForBatch, batch_logprobs, hooks_for, score_batches
+from grains_tl.inference.logprobs import HooksForBatch, batch_logprobs, hooks_for, score_batches
 from grains_tl.inference.objectives import Objective, margins
 from grains_tl.models.running import require_hook_names
 from grains_tl.tokens.pairs import Records, as_tokenized
@@ -85,8 +85,6 @@ def patch(
     offsets: Sequence[int] | None = None,
     fwd_hooks: HooksForBatch | None = None,
     objective: Objective = "sum",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = True,
 ) -> pd.DataFrame:
     """Exchange activations between the plain and the steered run and see what that does to the margin.
 
@@ -108,7 +106,7 @@ def patch(
         offsets: with ``by="pos"``, positions counted from the prompt's last token (0; -1 before it, 1 the first token
             of the response); default all there are.
         fwd_hooks: your own hooks, present in every run.
-        objective, max_tokens, progress: as elsewhere.
+        objective: as elsewhere.
 
     Returns:
         One row per site: ``component``, ``layer`` (-1 for all), ``head``, ``pos`` (offset; absent unless asked for),
@@ -135,8 +133,8 @@ def patch(
     found = torch.full((len(sites), len(tokenized)), float("nan"))
     total = torch.zeros(len(tokenized))
     sign = 1.0 if into == "base" else -1.0  # what is gained by the one, what is lost by the other
-    with tqdm(total=len(sites) * len(tokenized), desc="patch", unit="run", disable=not progress) as bar:
-        for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):
+    with progress_bar(total=len(sites) * len(tokenized), desc="patch", unit="run") as bar:
+        for group, batch in score_batches(model, tokenized, objective):
             own = hooks_for(fwd_hooks, batch)
             pair = (own, hooks_for(steering, batch) + own)
             target, other = pair if into == "base" else pair[::-1]

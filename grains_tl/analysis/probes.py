@@ -13,11 +13,10 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
 from grains_tl.attribution.selection import Selection
 from grains_tl.hooks.mask import Masker
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.models.running import existing_layers, hooked
 from grains_tl.tokens.pairs import Records, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
@@ -60,7 +59,6 @@ def residuals(
     selections: Sequence[Selection] | None = None,
     masker: Masker = "mean_embedding",
     fwd_hooks: FwdHooks | None = None,
-    max_tokens: int = MAX_TOKENS,
 ) -> Float[Tensor, "record 2 layer d_model"]:
     """Residuals of the chosen (0) and rejected (1) side of every record, in whatever run the hooks make.
 
@@ -74,7 +72,6 @@ def residuals(
         selections: the tokens to mask, needed for ``"prompt_end"``.
         masker: how they are masked.
         fwd_hooks: for example ``vectors.hooks(0.2, [18])``, to see the residuals of a steered run.
-        max_tokens: token budget of one pass.
 
     Returns:
         ``[record, 2, layer, d_model]``, residual units; side 0 chosen, 1 rejected.
@@ -92,7 +89,7 @@ def residuals(
     at = existing_layers(model, range(model.cfg.n_layers) if layers is None else layers)
     with hooked(model, fwd_hooks or []):
         if readout == "response_end":
-            return read_out_responses(model, tokenized, layers=at, max_tokens=max_tokens)
+            return read_out_responses(model, tokenized, layers=at)
         if selections is None or len(selections) != len(tokenized):
             given = None if selections is None else len(selections)
             raise ValueError(
@@ -100,9 +97,7 @@ def residuals(
                 "tokens toward rejected and toward chosen (select_tokens), or use readout='response_end'"
             )
         sides = ([s.toward_rejected for s in selections], [s.toward_chosen for s in selections])
-        found = [
-            read_out(model, tokenized, masked, layers=at, masker=masker, max_tokens=max_tokens) for masked in sides
-        ]
+        found = [read_out(model, tokenized, masked, layers=at, masker=masker) for masked in sides]
     return torch.stack(found, dim=1)
 
 
@@ -115,7 +110,6 @@ def fit_probes(
     n_shuffles: int = 10,
     strength: float = 1.0,
     seed: int = 0,
-    progress: bool = False,
 ) -> Probes:
     """Cross-validated logistic regressions, one per layer, with a floor from shuffled labels.
 
@@ -131,7 +125,6 @@ def fit_probes(
         n_shuffles: draws of the floor.
         strength: scikit-learn's ``C``, the inverse of the L2 penalty on standardised features.
         seed: of folds and shuffles.
-        progress: show a bar over layers.
 
     Returns:
         ``Probes``; ``frame`` has ``layer``, ``accuracy`` (held-out records; 0.5 is chance), ``se`` over records,
@@ -159,7 +152,7 @@ def fit_probes(
     swaps = rng.random((n_shuffles, n)) < 0.5
     truth = np.zeros(n, dtype=bool)
     rows, directions, patterns = [], [], []
-    for column, layer in enumerate(tqdm(layers, desc="probe", unit="layer", disable=not progress)):
+    for column, layer in enumerate(progress_bar(layers, desc="probe", unit="layer")):
         x = features[:, :, column].double().cpu().numpy()
         right = _held_out(x, truth, fold, strength)
         floors = [_held_out(x, swap, fold, strength).mean() for swap in swaps]

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import (
-    MAX_TOKENS,
     HooksForBatch,
     batch_logprobs,
     gather_logprobs,
@@ -69,15 +68,13 @@ def margins_and_kl(
     settings: Sequence[HooksForBatch],
     *,
     objective: Objective = "sum",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> tuple[Float[Tensor, "record"], Float[Tensor, "setting record"], Float[Tensor, "setting record"]]:
     """Margins without hooks, margins under every setting, and KL(setting || without hooks) at each prompt's end; nats."""
     base = torch.zeros(len(tokenized))
     found, kl = torch.zeros(len(settings), len(tokenized)), torch.zeros(len(settings), len(tokenized))
     total = (len(settings) + 1) * len(tokenized)
-    with torch.no_grad(), tqdm(total=total, desc="ablate", unit="run", disable=not progress) as bar:
-        for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):
+    with torch.no_grad(), progress_bar(total=total, desc="ablate", unit="run") as bar:
+        for group, batch in score_batches(model, tokenized, objective):
             base[group], plain = _margins_and_next(model, batch, [])
             bar.update(len(group))
             for i, setting in enumerate(settings):

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from grains_tl._util.checks import whole
+from grains_tl._util.progress import progress_bar
+from grains_tl._util.settings import current, with_settings
 from grains_tl.attribution.groups import GroupBy, groups_of
 from grains_tl.attribution.methods import (
     REMOVAL,
@@ -31,7 +32,6 @@ from grains_tl.attribution.result import Attribution
 from grains_tl.hooks.mask import Masker
 from grains_tl.hooks.stand_ins import ImageMasker, check_image_masker
 from grains_tl.inference.batches import by_token_budget
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.inference.objectives import Objective, token_weights
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized, tokenize_pairs
@@ -41,6 +41,7 @@ from grains_tl.types import HookedModel
 PASSES = 4
 
 
+@with_settings
 def attribute(
     model: HookedModel,
     pair: PreferencePair,
@@ -58,7 +59,7 @@ def attribute(
     seed: int = 0,
     content_only: bool = False,
     group_by: GroupBy | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
 ) -> Attribution:
     """Signed scores of the prompt's tokens for one record.
 
@@ -135,10 +136,10 @@ def attribute(
         seed=seed,
         content_only=content_only,
         group_by=group_by,
-        max_tokens=max_tokens,
     )[0]
 
 
+@with_settings
 def attribute_all(
     model: HookedModel,
     tokenized: Records,
@@ -156,15 +157,16 @@ def attribute_all(
     seed: int = 0,
     content_only: bool = False,
     group_by: GroupBy | None = None,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
+    max_tokens: int | None = None,
+    progress: bool | None = None,
     on_result: Callable[[int, Attribution], Any] | None = None,
 ) -> list[Attribution]:
     """``attribute`` for many records, in full batches.
 
     Args:
         model, method, n_steps, baseline, objective, masker, image_masker, nodes, layer, noise, k, seed, content_only,
-            group_by, max_tokens: as in ``attribute``.
+            group_by: as in ``attribute``.
+        max_tokens: token budget of one pass, if not that of the settings in force.
         tokenized: the records, tokenized or not.
         progress: show a bar.
         on_result: called with (index, attribution) as soon as a record is finished, so that it can be kept.
@@ -188,18 +190,15 @@ def attribute_all(
             f"group_by is for {REMOVAL}; group the scores of {method} afterwards with gr.attribution.group"
         )
     check_image_masker(image_masker)
-    max_tokens = whole("max_tokens", max_tokens, 1)
     _require_weights(tokenized, objective)
     start = default_baseline(model, method) if baseline is None else baseline
     rule = default_nodes(method, n_steps) if nodes is None else nodes
-    options = Options(
-        n_steps, start, objective, masker, image_masker, rule, layer, noise, k, seed, content_only, max_tokens
-    )
+    options = Options(n_steps, start, objective, masker, image_masker, rule, layer, noise, k, seed, content_only)
     groups = None if group_by is None else [_removable(t, group_by, content_only) for t in tokenized]
     results: list[Attribution | None] = [None] * len(tokenized)
     n_rows = [len(t.inputs) * n_runs(t, method, n_steps) for t in tokenized]
-    with tqdm(total=len(tokenized), desc=method, unit="record", disable=not progress) as bar:
-        for part in by_token_budget([t.longest for t in tokenized], PASSES * max_tokens, n_rows):
+    with progress_bar(total=len(tokenized), desc=method, unit="record") as bar:
+        for part in by_token_budget([t.longest for t in tokenized], n_rows, max_tokens=PASSES * current().max_tokens):
             records = [tokenized[i] for i in part]
             own = None if groups is None else [groups[i] for i in part]
             for index, scores in zip(part, compute(model, records, method, options, own), strict=True):

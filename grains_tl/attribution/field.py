@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl._util.settings import current
 from grains_tl.attribution.sharing import prompt_batches
 from grains_tl.inference.batches import Batch, by_token_budget, scoring_batch
-from grains_tl.inference.logprobs import MAX_TOKENS, batch_logprobs
+from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import attribution_point
 from grains_tl.tokens.pairs import TokenizedPair
@@ -75,7 +76,6 @@ class ModelField:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         records: tokenized records.
         objective: how response tokens are combined.
-        max_tokens: token budget of one pass; half of it where a graph is kept.
         layer: ``None`` for the token embeddings (``attribution_point``), ``l`` for ``blocks.l.hook_resid_pre``: the
             blocks below run forward only.
         extra_hooks: makes hooks that run besides; a function because some hold state of one pass.
@@ -85,7 +85,6 @@ class ModelField:
     model: HookedModel
     records: Sequence[TokenizedPair]
     objective: Objective = "sum"
-    max_tokens: int = MAX_TOKENS
     layer: int | None = None
     extra_hooks: Callable[[], FwdHooks] = list
     shared: bool = False
@@ -108,7 +107,7 @@ class ModelField:
         """
         batches = prompt_batches if self.shared else run_batches
         # 512 tokens of SmolLM2 keep 0.9 GB to go back through; the rate of its matrix products is the same at 256
-        budget = self.max_tokens // GRAPH if gradient else self.max_tokens
+        budget = current().max_tokens // GRAPH if gradient else current().max_tokens
         for part, batch in batches(self.model, self.records, [r.record for r in runs], self.objective, budget):
             held: dict[str, Tensor] = {}
             points = [runs[i].point for i in part]
@@ -170,7 +169,7 @@ def run_batches(
     records: Sequence[TokenizedPair],
     runs: Sequence[int],
     objective: Objective,
-    max_tokens: int,
+    max_tokens: int | None = None,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Runs, given as the record each is about, in batches under the token budget.
 
@@ -178,7 +177,7 @@ def run_batches(
         ``(part, batch)``: indices of the runs, and a batch in which "record" i is run ``part[i]``.
     """
     lengths, n_rows = [records[r].longest for r in runs], [len(records[r].inputs) for r in runs]
-    for part in by_token_budget(lengths, max_tokens, n_rows):
+    for part in by_token_budget(lengths, n_rows, max_tokens=max_tokens):
         yield part, scoring_batch(model, [records[runs[i]] for i in part], objective)
 
 

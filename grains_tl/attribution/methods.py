@@ -20,7 +20,6 @@ from grains_tl.attribution.removal import leave_k_out_scores, leave_out_scores
 from grains_tl.attribution.sharing import shares_prompts
 from grains_tl.hooks.mask import Masker
 from grains_tl.hooks.stand_ins import ImageMasker
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.inference.objectives import Objective, require_objective
 from grains_tl.models.running import device_of, embed_tokens, require_layers
 from grains_tl.tokens.pairs import TokenizedPair
@@ -69,7 +68,6 @@ class Options:
     k: int = 3
     seed: int = 0
     content_only: bool = False
-    max_tokens: int = MAX_TOKENS
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ def _field(
 ) -> ModelField:
     # hooks of attention meet attention of one row per response, as they expect
     shared = extra is list and shares_prompts(model, records, options.objective)
-    return ModelField(model, records, options.objective, options.max_tokens, options.layer, extra, shared)
+    return ModelField(model, records, options.objective, options.layer, extra, shared)
 
 
 def _by_removal(
@@ -182,7 +180,6 @@ def _by_removal(
         "objective": options.objective,
         "masker": options.masker,
         "image_masker": options.image_masker,
-        "max_tokens": options.max_tokens,
     }
     if method == "leave_one_out":
         scores, values = leave_out_scores(model, records, units, **shared)
@@ -288,7 +285,7 @@ def _starts(job: Job, baseline: Baseline) -> list[Tensor]:
     if job.options.layer is None or isinstance(baseline, Tensor):
         return starts(job.x)
     # inside the model the baseline is what the layers below make of a baseline prompt
-    tokens = ModelField(job.model, job.records, job.options.objective, job.options.max_tokens)
+    tokens = ModelField(job.model, job.records, job.options.objective)
     return activations_at(tokens, starts(real_inputs(tokens)[0]), job.field.entry)
 
 

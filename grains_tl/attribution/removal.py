@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
+from grains_tl._util.settings import current
 from grains_tl.attribution.field import require_finite, run_batches
 from grains_tl.attribution.sharing import ROW, WORTH, branch, can_share, row_length, rows_of, shared_batches
 from grains_tl.hooks.mask import Masker, mask_hook
 from grains_tl.hooks.stand_ins import ImageMasker, Replacements, hide, replacements
 from grains_tl.inference.batches import Batch
-from grains_tl.inference.logprobs import MAX_TOKENS, batch_logprobs
+from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.precision import exactness
 from grains_tl.tokens.pairs import TokenizedPair
@@ -33,8 +34,6 @@ def values_without(
     objective: Objective = "sum",
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> Float[Tensor, "removal"]:
     """f of a record without some of its prompt's tokens, nats; for many such removals in full batches.
 
@@ -43,8 +42,6 @@ def values_without(
         removals: ``(record, positions)`` each; no positions give f(x).
         objective: how response tokens are combined.
         masker: what stands in for a token that is taken out; ``image_masker`` for a patch.
-        max_tokens: token budget of one pass.
-        progress: show a bar.
 
     Examples:
         >>> values_without(model, tokenized, [(0, ()), (0, (3, 4))])   # doctest: +SKIP
@@ -52,14 +49,14 @@ def values_without(
     """
     stand_ins = None if masker == "attention" else replacements(model, tokenized, masker, image_masker)
     out = torch.zeros(len(removals))
-    with torch.no_grad(), tqdm(total=len(removals), desc="take out", unit="run", disable=not progress) as bar:
+    with torch.no_grad(), progress_bar(total=len(removals), desc="take out", unit="run") as bar:
         if stand_ins is not None:
-            found = _values_in_shared_rows(model, tokenized, removals, objective, stand_ins, max_tokens, bar)
+            found = _values_in_shared_rows(model, tokenized, removals, objective, stand_ins, bar)
             if found is not None:
                 return found
             bar.reset()
         runs = [record for record, _ in removals]
-        for part, batch in run_batches(model, tokenized, runs, objective, max_tokens):
+        for part, batch in run_batches(model, tokenized, runs, objective):
             owner = [runs[part[place]] for place in batch.record.tolist()]
             gone = [list(removals[part[place]][1]) for place in batch.record.tolist()]
             hooks = hide(model, stand_ins, owner, gone, offset=batch.offset, like=batch.ids)
@@ -80,7 +77,6 @@ def _values_in_shared_rows(
     removals: Sequence[Removal],
     objective: Objective,
     stand_ins: Replacements,
-    max_tokens: int,
     bar: Any,
 ) -> Float[Tensor, "removal"] | None:
     """The same from rows that share what comes before the first token taken out; ``None`` if not worth it or not exact.
@@ -92,18 +88,20 @@ def _values_in_shared_rows(
     records = sorted({record for record, _ in removals})
     checks = [(record, ()) for record in records]
     todo = [(i, removal) for i, removal in enumerate([*removals, *checks]) if removal[1] or i >= len(removals)]
-    rows = rows_of(tokenized, [branch(i, r, tokenized[r], gone) for i, (r, gone) in todo], min(ROW, max_tokens))
+    rows = rows_of(
+        tokenized, [branch(i, r, tokenized[r], gone) for i, (r, gone) in todo], min(ROW, current().max_tokens)
+    )
     tokens = [sum(map(len, tokenized[record].inputs)) for record in range(len(tokenized))]
     plain = sum(tokens[record] for record, _ in removals)
     shared = sum(row_length(tokenized, row) for row in rows) + sum(tokens[record] for record in records)
     if shared > (1 - WORTH) * plain:
         return None
     whole = torch.zeros(len(tokenized))
-    for part, batch in run_batches(model, tokenized, records, objective, max_tokens):
+    for part, batch in run_batches(model, tokenized, records, objective):
         whole[[records[i] for i in part]] = _margins(model, batch, [])
     # f(x) stays plain; what follows overwrites the rest
     out = whole[[record for record, _ in [*removals, *checks]]]
-    for part, batch, hidden in shared_batches(model, tokenized, rows, objective, max_tokens=max_tokens):
+    for part, batch, hidden in shared_batches(model, tokenized, rows, objective):
         try:
             values = _margins(model, batch, mask_hook(model, hidden, replacement=stand_ins.text))
         except (RuntimeError, TypeError, ValueError, IndexError):
@@ -126,7 +124,6 @@ def leave_out_scores(
     objective: Objective,
     masker: Masker,
     image_masker: ImageMasker,
-    max_tokens: int,
 ) -> tuple[list[Tensor], list[float]]:
     """f(x) - f(x without a group), shared equally by the group's tokens (NaN where no group is); and f(x).
 
@@ -135,9 +132,7 @@ def leave_out_scores(
     """
     removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
     removals += [(r, group) for r, own in enumerate(groups) for group in own]
-    found = values_without(
-        model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker, max_tokens=max_tokens
-    )
+    found = values_without(model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker)
     values = found[: len(tokenized)].tolist()
     scores = [torch.full((len(t.prompt),), float("nan")) for t in tokenized]
     for (record, group), value in zip(removals[len(tokenized) :], found[len(tokenized) :].tolist(), strict=True):
@@ -156,7 +151,6 @@ def leave_k_out_scores(
     objective: Objective,
     masker: Masker,
     image_masker: ImageMasker,
-    max_tokens: int,
 ) -> tuple[list[Tensor], list[float]]:
     """The additive model that fits f best when k units at a time are taken out, by least squares.
 
@@ -179,9 +173,7 @@ def leave_k_out_scores(
         removals += [
             (record, [p for u, out in enumerate(row) if out for p in own[u]]) for row in design.bool().tolist()
         ]
-    found = values_without(
-        model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker, max_tokens=max_tokens
-    )
+    found = values_without(model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker)
     values = found[: len(tokenized)].tolist()
     scores, begin = [], len(tokenized)
     for record, (own, design) in enumerate(zip(units, designs, strict=True)):

@@ -83,15 +83,14 @@ def shared_batches(
     tokenized: Sequence[TokenizedPair],
     rows: Sequence[Sequence[Branch]],
     objective: Objective,
-    *,
-    max_tokens: int,
+    max_tokens: int | None = None,
 ) -> Iterator[tuple[list[int], Batch, Bool[Tensor, "batch pos"]]]:
     """Rows in batches under a token budget.
 
     Yields:
         ``(runs, batch, hidden)``: "record" i of the batch is run ``runs[i]``; ``hidden`` is True at tokens taken out.
     """
-    for group in by_token_budget([row_length(tokenized, row) for row in rows], max_tokens):
+    for group in by_token_budget([row_length(tokenized, row) for row in rows], max_tokens=max_tokens):
         yield _batch(model, tokenized, [rows[i] for i in group], objective)
 
 
@@ -118,11 +117,11 @@ def prompt_batches(
     tokenized: Sequence[TokenizedPair],
     runs: Sequence[int],
     objective: Objective,
-    max_tokens: int,
+    max_tokens: int | None = None,
 ) -> Iterator[tuple[list[int], Batch]]:
     """``field.run_batches`` with one row per run: its prompt, then both responses."""
     rows = [[Branch(i, record, (), 0)] for i, record in enumerate(runs)]
-    for part, batch, _ in shared_batches(model, tokenized, rows, objective, max_tokens=max_tokens):
+    for part, batch, _ in shared_batches(model, tokenized, rows, objective, max_tokens):
         yield part, batch
 
 

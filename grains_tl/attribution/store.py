@@ -14,7 +14,6 @@ from grains_tl._util.processes import ALONE, Processes, files
 from grains_tl.attribution.api import attribute_all
 from grains_tl.attribution.methods import REMOVAL
 from grains_tl.attribution.result import Attribution
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.models.identity import model_identity
 from grains_tl.models.precision import autocast_dtype
 from grains_tl.tokens.pairs import TokenizedPair
@@ -26,8 +25,6 @@ def attribute_records(
     tokenized: Sequence[TokenizedPair],
     options: dict[str, Any],
     *,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
     checkpoint: str | Path | None = None,
     processes: Processes = ALONE,
 ) -> list[Attribution]:
@@ -36,14 +33,13 @@ def attribute_records(
     Args:
         model, tokenized: the model and its records.
         options: keyword arguments of ``attribute_all``: method, n_steps, baseline, objective, masker, ...
-        max_tokens, progress: as in ``attribute_all``.
         checkpoint: the ``.jsonl`` file, or ``None``.
         processes: names the part of the checkpoint that this process writes; all parts are read.
     """
     # template tokens are never chosen: there is no need to take them out
     filled = {"content_only": options["method"] in REMOVAL, **options}
     if checkpoint is None:
-        return attribute_all(model, tokenized, max_tokens=max_tokens, progress=progress, **filled)
+        return attribute_all(model, tokenized, **filled)
     path = Path(checkpoint)
     own = processes.own_file(path)
     keys = _keys(model, options, tokenized)
@@ -51,12 +47,7 @@ def attribute_records(
     path.parent.mkdir(parents=True, exist_ok=True)
     with own.open("a", encoding="utf-8") as file:
         attribute_all(
-            model,
-            [tokenized[i] for i in todo],
-            max_tokens=max_tokens,
-            progress=progress,
-            on_result=_append_to(file, done, [keys[i] for i in todo]),
-            **filled,
+            model, [tokenized[i] for i in todo], on_result=_append_to(file, done, [keys[i] for i in todo]), **filled
         )
     return [_restore(done[key], t) for key, t in zip(keys, tokenized, strict=True)]
 

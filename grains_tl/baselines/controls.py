@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
 from grains_tl.attribution.selection import Selection, random_selection
 from grains_tl.hooks.mask import Masker
 from grains_tl.hooks.stand_ins import ImageMasker
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
 from grains_tl.vectors.differences import Differences
@@ -154,8 +153,6 @@ def random_token_differences(
     image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
     spare_end: bool = False,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> list[Differences]:
     """The method with its attribution replaced by chance: as many content tokens masked per record, drawn at random.
 
@@ -168,9 +165,8 @@ def random_token_differences(
         resid_norms: ``[layer]``, copied into the results.
         n_draws: number of draws; the whole prompts are run once for all of them.
         seed: of the draws.
-        masker, image_masker, readout, max_tokens: as in ``collect_differences``.
+        masker, image_masker, readout: as in ``collect_differences``.
         spare_end: as in ``select_tokens``; give it what the selections were made with.
-        progress: show a bar over draws.
 
     Returns:
         ``n_draws`` times ``Differences``, both sides ``[record, layer, d_model]``, residual units.
@@ -181,13 +177,12 @@ def random_token_differences(
     """
     tokenized = as_tokenized(model, tokenized)
     generator = torch.Generator().manual_seed(seed)
-    whole = read_out(model, tokenized, layers=layers, masker=masker, readout=readout, max_tokens=max_tokens)
+    whole = read_out(model, tokenized, layers=layers, masker=masker, readout=readout)
     common: dict[str, Any] = {
         "layers": layers,
         "masker": masker,
         "image_masker": image_masker,
         "readout": readout,
-        "max_tokens": max_tokens,
     }
     return [
         Differences(
@@ -195,7 +190,7 @@ def random_token_differences(
             tuple(layers),
             resid_norms,
         )
-        for _ in tqdm(range(n_draws), desc="random tokens", unit="draw", disable=not progress)
+        for _ in progress_bar(range(n_draws), desc="random tokens", unit="draw")
     ]
 
 
@@ -216,7 +211,7 @@ def mask_at_random(
         whole: ``read_out`` of the unmasked prompts with the same ``options``.
         generator: of the draw.
         spare_end: leave the prompt's last token alone.
-        options: passed to ``read_out``: ``layers``, ``masker``, ``readout``, ``max_tokens``.
+        options: passed to ``read_out``: ``layers``, ``masker``, ``readout``.
     """
     contents = [[*t.content[:-1], t.content[-1] and not spare_end] for t in tokenized]
     drawn = [
@@ -243,7 +238,6 @@ def caa_differences(
     *,
     layers: Sequence[int],
     resid_norms: Float[Tensor, "layer"],
-    max_tokens: int = MAX_TOKENS,
 ) -> Differences:
     """Contrastive activation addition (arXiv 2312.06681): h(prompt + chosen) - h(prompt + rejected), last token.
 
@@ -253,7 +247,6 @@ def caa_differences(
         model, tokenized: the model and the records, tokenized or not.
         layers: which layers.
         resid_norms: ``[layer]`` the unit of ``alpha``, copied into the result.
-        max_tokens: token budget of one pass.
 
     Returns:
         ``Differences``: ``toward_chosen`` ``[record, layer, d_model]``, residual units; ``toward_rejected`` zeros.
@@ -262,7 +255,7 @@ def caa_differences(
         >>> caa = reduce_vectors(caa_differences(model, tokenized, layers=[12], resid_norms=norms))     # doctest: +SKIP
     """
     tokenized = as_tokenized(model, tokenized)
-    found = read_out_responses(model, tokenized, layers=layers, max_tokens=max_tokens)
+    found = read_out_responses(model, tokenized, layers=layers)
     difference = found[:, 0] - found[:, 1]
     return Differences(difference, torch.zeros_like(difference), tuple(layers), resid_norms)
 

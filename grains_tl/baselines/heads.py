@@ -10,10 +10,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
 from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.models.running import hooked, require_layers, run_blocks
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
@@ -106,8 +105,6 @@ def head_vectors(
     layers: Sequence[int] | None = None,
     n_heads: int | None = None,
     direction: HeadDirection = "mean_shift",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> HeadVectors:
     """ITI directions from preference records (arXiv 2306.03341, section 3).
 
@@ -121,8 +118,6 @@ def head_vectors(
         layers: where to look for heads, default all.
         n_heads: how many heads to steer; default 5 % of those looked at, at least one (the paper: 48 of 1024).
         direction: ``"mean_shift"`` (the paper's best) or ``"probe"``.
-        max_tokens: token budget of one pass.
-        progress: show a bar over heads.
 
     Raises:
         ValueError: before anything runs, for fewer than two records, unknown options, or more heads than there are.
@@ -143,11 +138,8 @@ def head_vectors(
     if not 1 <= n_heads <= len(candidates):
         raise ValueError(f"n_heads={n_heads}; layers {wanted} have {len(candidates)} heads")
 
-    found = read_out_heads(model, tokenized, layers=wanted, max_tokens=max_tokens).flatten(2, 3)
-    probes = [
-        _probe(found[:, :, i].double())
-        for i in tqdm(range(len(candidates)), desc="probes", unit="head", disable=not progress)
-    ]
+    found = read_out_heads(model, tokenized, layers=wanted).flatten(2, 3)
+    probes = [_probe(found[:, :, i].double()) for i in progress_bar(range(len(candidates)), desc="probes", unit="head")]
     # stable: of equally good heads the lower ones
     best = sorted(range(len(candidates)), key=lambda i: -probes[i][0])[:n_heads]
     rows = [_direction(found[:, :, i], probes[i][1], direction, candidates[i]) for i in best]
@@ -155,7 +147,7 @@ def head_vectors(
     directions = torch.stack(rows)
     along = (found[:, :, best] * directions).sum(-1).flatten(0, 1)  # not a matrix product: autocast would round it
     norms: list[Tensor] = []
-    read_out(model, tokenized, layers=[max(layer for layer, _ in heads)], norms=norms, max_tokens=max_tokens)
+    read_out(model, tokenized, layers=[max(layer for layer, _ in heads)], norms=norms)
     return HeadVectors(
         heads=heads,
         directions=directions,
@@ -172,7 +164,10 @@ def head_vectors(
 
 
 def read_out_heads(
-    model: HookedModel, tokenized: Sequence[TokenizedPair], *, layers: Sequence[int], max_tokens: int = MAX_TOKENS
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    *,
+    layers: Sequence[int],
 ) -> Float[Tensor, "record 2 layer head d_head"]:
     """``hook_z`` at the last token of prompt + chosen (0) and prompt + rejected (1)."""
     wanted = require_layers(model, layers)
@@ -180,7 +175,7 @@ def read_out_heads(
     images = [t.images for t in tokenized for _ in range(2)]
     found: list[Tensor | None] = [None] * len(rows)
     with torch.no_grad():
-        for group in by_token_budget([len(row) for row in rows], max_tokens):
+        for group in by_token_budget([len(row) for row in rows]):
             ids, mask, offset = pad_rows(model, [rows[g] for g in group])
             inputs = image_inputs(model, [images[g] for g in group], ids, offset)
             last = torch.tensor([len(rows[g]) - 1 for g in group], device=ids.device)

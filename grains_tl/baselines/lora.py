@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
 from grains_tl.inference.batches import by_token_budget, scoring_batch
-from grains_tl.inference.logprobs import MAX_TOKENS, batch_logprobs, score_pairs
+from grains_tl.inference.logprobs import batch_logprobs, score_pairs
 from grains_tl.inference.objectives import margins
 from grains_tl.models.hugging_face import is_linear
 from grains_tl.models.running import is_bridge, run_blocks
@@ -58,8 +58,6 @@ def lora_adapter(
     learning_rate: float = 3e-4,
     beta: float = 0.1,
     seed: int = 0,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = True,
 ) -> Iterator[LoraRun]:
     """Train a LoRA adapter on the records and leave it in the model for the length of a ``with`` block.
 
@@ -76,8 +74,6 @@ def lora_adapter(
         learning_rate: of AdamW without weight decay, constant.
         beta: of the ``"dpo"`` loss.
         seed: of the adapters' start and the order of the records; the global generator is left alone.
-        max_tokens: token budget of one pass; larger batches accumulate gradients.
-        progress: show a bar over steps.
 
     Yields:
         ``LoraRun``.
@@ -103,18 +99,18 @@ def lora_adapter(
     if min(rank, n_epochs, batch_size) < 1 or learning_rate <= 0 or beta <= 0:
         raise ValueError("rank, n_epochs and batch_size are at least 1, learning_rate and beta positive")
     tokenized = tokenize_pairs(model, pairs)
-    reference = margins(score_pairs(model, tokenized, max_tokens=max_tokens)) if loss == "dpo" else None
+    reference = margins(score_pairs(model, tokenized)) if loss == "dpo" else None
     generator = torch.Generator().manual_seed(seed)
     with _adapted(model, peft, rank, seed) as (parameters, modules):
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
         orders = [torch.randperm(len(tokenized), generator=generator) for _ in range(n_epochs)]
         batches = [batch.tolist() for order in orders for batch in order.split(batch_size)]
         losses = []
-        for batch in tqdm(batches, desc="lora", unit="step", disable=not progress):
+        for batch in progress_bar(batches, desc="lora", unit="step"):
             records = [tokenized[i] for i in batch]
             optimizer.zero_grad()
             start = None if reference is None else reference[batch]
-            losses.append(_accumulate_gradients(model, records, start, beta, max_tokens))
+            losses.append(_accumulate_gradients(model, records, start, beta))
             optimizer.step()
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -127,7 +123,6 @@ def _accumulate_gradients(
     records: Sequence[TokenizedPair],
     reference: Float[Tensor, "record"] | None,
     beta: float,
-    max_tokens: int,
 ) -> float:
     """Backward pass of one step's loss, in parts that fit the token budget; returns the loss."""
     if reference is None:  # chosen on both sides makes one row of it, and the rejected response is not run at all
@@ -135,7 +130,7 @@ def _accumulate_gradients(
     n_tokens = sum(len(t.chosen) for t in records)
     total = 0.0
     with torch.enable_grad():
-        for group in by_token_budget([t.longest for t in records], max_tokens, [len(t.inputs) for t in records]):
+        for group in by_token_budget([t.longest for t in records], [len(t.inputs) for t in records]):
             logprobs = batch_logprobs(model, scoring_batch(model, [records[i] for i in group]))
             if reference is None:
                 part = -logprobs[:, 0].sum() / n_tokens

@@ -104,7 +104,6 @@ def random_tokens(records: BuildingRecords, generator: torch.Generator) -> Float
         generator,
         layers=records.layers,
         masker=records.masker,
-        max_tokens=records.max_tokens,
     )
     return (up - down).mean(0)
 
@@ -144,8 +143,7 @@ def baseline_draws(
         n_draws: draws of each; the read-outs that draws share are run once.
         seed: of the draws; every baseline draws from a generator of its own, so that a result does not depend on its
             neighbours.
-        options: further attributes of ``BuildingRecords``: ``like``, ``differences``, ``top_k``, ``masker``,
-            ``max_tokens``, ``progress``.
+        options: further attributes of ``BuildingRecords``: ``like``, ``differences``, ``top_k``, ``masker``.
 
     Returns:
         name -> vectors of unit length in the same ``alpha`` unit, so that one alpha is a step of one size for all.

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl.hooks.mask import Masker
-from grains_tl.inference.logprobs import MAX_TOKENS, score_pairs
+from grains_tl.inference.logprobs import score_pairs
 from grains_tl.inference.objectives import margins
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import HookedModel
@@ -30,8 +30,6 @@ class BuildingRecords:
         like: the vectors that ``orthogonal_direction`` is to be orthogonal to.
         differences: of the method whose labels ``shuffled_labels`` shuffles; without them CAA's.
         top_k, masker: how many tokens ``random_tokens`` masks on each side, and with what.
-        max_tokens: token budget of one pass.
-        progress: show bars.
 
     Examples:
         >>> records = BuildingRecords(model, tokenize_pairs(model, pairs), (12,))     # doctest: +SKIP
@@ -45,20 +43,11 @@ class BuildingRecords:
     differences: Differences | None = None
     top_k: int = 2
     masker: Masker = "mean_embedding"
-    max_tokens: int = MAX_TOKENS
-    progress: bool = False
 
     @cached_property
     def _prompts(self) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "layer"]]:
         norms: list[Tensor] = []
-        ends = read_out(
-            self.model,
-            self.tokenized,
-            layers=self.layers,
-            norms=norms,
-            max_tokens=self.max_tokens,
-            progress=self.progress,
-        )
+        ends = read_out(self.model, self.tokenized, layers=self.layers, norms=norms)
         return ends, torch.cat(norms, dim=1).median(dim=1).values
 
     @property
@@ -74,15 +63,13 @@ class BuildingRecords:
     @cached_property
     def response_differences(self) -> Float[Tensor, "record layer d_model"]:
         """h(prompt + chosen) - h(prompt + rejected) at the last response token."""
-        found = read_out_responses(
-            self.model, self.tokenized, layers=self.layers, max_tokens=self.max_tokens, progress=self.progress
-        )
+        found = read_out_responses(self.model, self.tokenized, layers=self.layers)
         return found[:, 0] - found[:, 1]
 
     @cached_property
     def margins(self) -> Float[Tensor, "record"]:
         """log p(chosen) - log p(rejected) of the unsteered model, nats."""
-        return margins(score_pairs(self.model, self.tokenized, max_tokens=self.max_tokens, progress=self.progress))
+        return margins(score_pairs(self.model, self.tokenized))
 
 
 #: One vector per layer, of any length, from building records; what is drawn at random is drawn from the generator.

@@ -391,7 +391,7 @@ def _attribute(args: argparse.Namespace) -> None:
         "objective": args.objective,
         "masker": args.masker,
     }
-    for number, a in enumerate(attribute_records(model, tokenize_pairs(model, pairs), options, progress=True), start=1):
+    for number, a in enumerate(attribute_records(model, tokenize_pairs(model, pairs), options), start=1):
         print(f"record {number}: {a}")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from grains_tl._util.settings import current
 from grains_tl._util.stats import mean_and_se
 from grains_tl.attribution.methods import Method
 from grains_tl.attribution.result import Attribution
@@ -115,7 +116,12 @@ class DemoSettings:
     seed: int = 0
 
 
-def run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: Path, progress: bool) -> dict[str, Any]:
+def run_set(
+    model: HookedModel,
+    name: str,
+    settings: DemoSettings,
+    checkpoint: Path,
+) -> dict[str, Any]:
     limit = AT_MOST[name]
     n_draw_records = min(settings.n_test_draws, settings.n_test, limit["draws"])
     build, choose, test = (
@@ -124,29 +130,29 @@ def run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: P
     )
     tokens = [tokenize_pairs(model, part) for part in (build, choose, test)]
     check_top_k(tokens[0], settings.top_k)
-    _say(progress, f"{name}: attribution of {len(build)} records")
-    attributions, seconds = _attribute(model, tokens[0], settings, checkpoint, progress)
+    _say(f"{name}: attribution of {len(build)} records")
+    attributions, seconds = _attribute(model, tokens[0], settings, checkpoint)
     selections = {
         m: [select_tokens(a, settings.top_k, spare_end=settings.spare_end) for a in found]
         for m, found in attributions.items()
     }
     layers = _layers(model, settings)
     differences = {
-        method: collect_differences(model, tokens[0], chosen, layers=layers, masker=settings.masker, progress=progress)
+        method: collect_differences(model, tokens[0], chosen, layers=layers, masker=settings.masker)
         for method, chosen in selections.items()
     }
     norms = next(iter(differences.values())).resid_norms
     differences["CAA"] = caa_differences(model, tokens[0], layers=layers, resid_norms=norms)
 
-    _say(progress, f"{name}: layer sweep on {len(choose)} records of the choosing split")
-    sweep = _sweep(model, tokens[1], differences, settings, progress)
+    _say(f"{name}: layer sweep on {len(choose)} records of the choosing split")
+    sweep = _sweep(model, tokens[1], differences, settings)
     method, layer = _best(sweep, list(selections))
     _, caa_layer = _best(sweep, ["CAA"])
     vectors = {m: reduce_vectors(d).at([layer]) for m, d in differences.items()}
     alpha = _largest_alpha(model, tokens[1], vectors[method], layer, settings)
 
-    _say(progress, f"{name}: {method} at layer {layer}; controls and test split")
-    draws = _draws(model, tokens[0], selections[method], differences, method, layer, settings, progress)
+    _say(f"{name}: {method} at layer {layer}; controls and test split")
+    draws = _draws(model, tokens[0], selections[method], differences, method, layer, settings)
     compared = compare_with_controls(
         model,
         tokens[1],
@@ -157,11 +163,10 @@ def run_set(model: HookedModel, name: str, settings: DemoSettings, checkpoint: P
         alpha=settings.alpha,
         n_test_draws=n_draw_records,
         seed=settings.seed,
-        progress=progress,
     )
     # each at the layer that was best for it on the choosing split
     rivals = {method: vectors[method], "CAA": reduce_vectors(differences["CAA"]).at([caa_layer])}
-    cost = _cost(model, test[: settings.n_cost], rivals, settings, progress)
+    cost = _cost(model, test[: settings.n_cost], rivals, settings)
     base, base_se = mean_and_se(compared.base)
     return {
         "name": name,
@@ -205,7 +210,10 @@ def _pick(pairs: list[PreferencePair], n: int, seed: int) -> list[PreferencePair
 
 
 def _attribute(
-    model: HookedModel, tokenized: Sequence[TokenizedPair], settings: DemoSettings, checkpoint: Path, progress: bool
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    settings: DemoSettings,
+    checkpoint: Path,
 ) -> tuple[dict[str, list[Attribution]], dict[str, float]]:
     found: dict[str, list[Attribution]] = {}
     seconds: dict[str, float] = {}
@@ -217,7 +225,7 @@ def _attribute(
             "objective": "sum",
             "masker": settings.masker,
         }
-        found[method] = attribute_records(model, tokenized, options, progress=progress, checkpoint=checkpoint)
+        found[method] = attribute_records(model, tokenized, options, checkpoint=checkpoint)
         seconds[method] = round(time.perf_counter() - started, 1)
     return found, seconds
 
@@ -227,12 +235,11 @@ def _sweep(
     tokenized: Sequence[TokenizedPair],
     differences: dict[str, Differences],
     settings: DemoSettings,
-    progress: bool,
 ) -> pd.DataFrame:
     grid = [(name, layer) for name in differences for layer in differences[name].layers]
     reduced = {name: reduce_vectors(d) for name, d in differences.items()}
     vectors = [reduced[name].at([layer]) for name, layer in grid]
-    _, found = effects(model, tokenized, vectors, settings.alpha, progress=progress)
+    _, found = effects(model, tokenized, vectors, settings.alpha)
 
     mean, se = mean_and_se(found)
     return pd.DataFrame(
@@ -272,7 +279,6 @@ def _draws(
     method: str,
     layer: int,
     settings: DemoSettings,
-    progress: bool,
 ) -> dict[str, list[SteeringVectors]]:
     """Vectors that show the spread: over chance directions, over chance tokens, over building records."""
     own, n_draws, seed = differences[method].at([layer]), settings.n_draws, settings.seed
@@ -284,7 +290,6 @@ def _draws(
         resid_norms=own.resid_norms,
         masker=settings.masker,
         spare_end=settings.spare_end,
-        progress=progress,
         n_draws=n_draws,
         seed=seed,
     )
@@ -301,14 +306,11 @@ def _cost(
     test: Sequence[PreferencePair],
     vectors: dict[str, SteeringVectors],
     settings: DemoSettings,
-    progress: bool,
 ) -> dict[str, Any] | None:
     """Effect against KL on neutral text, and both vectors at one KL; ``None`` where the demo is too small for it."""
     if not settings.n_cost:
         return None
-    found, costs = sweep_records(
-        model, vectors, test, alphas=settings.alphas, neutral=settings.n_neutral, progress=progress
-    )
+    found, costs = sweep_records(model, vectors, test, alphas=settings.alphas, neutral=settings.n_neutral)
     assert costs is not None
     return {
         "kl": settings.kl,
@@ -386,6 +388,6 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
-def _say(progress: bool, text: str) -> None:
-    if progress:
+def _say(text: str) -> None:
+    if current().progress:
         print(text, flush=True)

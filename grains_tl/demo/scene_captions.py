@@ -36,7 +36,6 @@ from grains_tl.vectors.reduce import reduce_vectors
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 #: Tokens per forward pass: so small a model wants larger batches than the package's default.
-MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def candidates(
         of the masked tokens that are patches.
     """
     tokenized, layers = tokenize_pairs(model, pairs), sorted(set(layers))
-    common: dict[str, Any] = {"masker": masker, "image_masker": image_masker, "max_tokens": MAX_TOKENS}
+    common: dict[str, Any] = {"masker": masker, "image_masker": image_masker}
     found, about, first = {}, [], None
     for method, n_steps in methods:
         attributions = attribute_all(

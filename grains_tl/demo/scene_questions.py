@@ -18,7 +18,7 @@ from grains_tl.demo.scene_records import yes_no_questions
 from grains_tl.demo.scene_skills import answer_logprobs, yes_margins
 from grains_tl.hallucination.datasets import YesNoQuestion
 from grains_tl.hooks.stand_ins import ImageMasker, hide, replacements
-from grains_tl.inference.logprobs import MAX_TOKENS, batch_logprobs, score_batches
+from grains_tl.inference.logprobs import batch_logprobs, score_batches
 from grains_tl.inference.objectives import margins
 from grains_tl.models._scenes import partner, patches_of
 from grains_tl.models.tiny_vlm import question_text
@@ -84,7 +84,7 @@ def occlusion(
     stand_ins = replacements(model, tokenized, "mean_embedding", image_masker)
     out = torch.zeros(len(questions), 4)
     with torch.no_grad():
-        for group, batch in score_batches(model, tokenized, max_tokens=MAX_TOKENS):
+        for group, batch in score_batches(model, tokenized):
             owner = [group[i] for i in batch.record.tolist()]
             base = margins(batch_logprobs(model, batch))
             for cell in range(4):

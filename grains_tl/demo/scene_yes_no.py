@@ -25,9 +25,6 @@ from grains_tl.vectors.steering_vectors import SteeringVectors
 ALPHAS = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
-MAX_TOKENS = 4096
-
-
 def yes_no_vectors(
     model: HookedModel, n: int, *, layers: list[int], top_k: int = 5, seed: int = 0
 ) -> dict[str, SteeringVectors]:
@@ -41,7 +38,7 @@ def yes_no_vectors(
     if len(wrong) < n:
         raise ValueError(f"{len(asked)} questions gave {len(wrong)} false yes, {n} are wanted")
     tokenized = tokenize_pairs(model, yes_no_pairs(wrong))
-    options: dict[str, Any] = {"masker": "zero", "image_masker": "zero", "max_tokens": MAX_TOKENS}
+    options: dict[str, Any] = {"masker": "zero", "image_masker": "zero"}
     attributions = attribute_all(model, tokenized, content_only=True, **options)
     selections = [select_tokens(a, top_k) for a in attributions]
     differences = collect_differences(model, tokenized, selections, layers=layers, **options)

@@ -35,7 +35,9 @@ QUICK = DemoSettings(
 
 
 def run_demo(
-    model: HookedModel, out: str | Path, settings: DemoSettings | None = None, *, progress: bool = True
+    model: HookedModel,
+    out: str | Path,
+    settings: DemoSettings | None = None,
 ) -> dict[str, Any]:
     """Run the whole story and write ``results.json``, ``report.html`` and its figures as PNGs into a folder.
 
@@ -46,7 +48,6 @@ def run_demo(
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         out: the folder.
         settings: sizes; ``QUICK`` for two minutes.
-        progress: show bars.
 
     Returns:
         The results, as in ``results.json``.
@@ -69,7 +70,7 @@ def run_demo(
         "sets": [],
     }
     for name in settings.sets:
-        found = run_set(model, name, settings, checkpoint, progress)
+        found = run_set(model, name, settings, checkpoint)
         results["sets"].append(found)
         results["seconds"] = round(time.perf_counter() - started, 1)
         # after every set, so that a finished one is never lost

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from grains_tl._util.files import write_atomically
+from grains_tl._util.settings import current
 from grains_tl._util.stats import compare, resampled_means
 from grains_tl.attribution.methods import Method
 from grains_tl.attribution.result import Attribution
@@ -83,7 +84,9 @@ VISION_QUICK = VisionDemoSettings(
 
 
 def run_vision_demo(
-    model: HookedModel, out: str | Path, settings: VisionDemoSettings | None = None, *, progress: bool = True
+    model: HookedModel,
+    out: str | Path,
+    settings: VisionDemoSettings | None = None,
 ) -> dict[str, Any]:
     """Run everything and write ``results.json`` and ``report.html`` into a folder.
 
@@ -91,7 +94,6 @@ def run_vision_demo(
         model: the bridge from ``load_model("tiny-vlm")``.
         out: the folder.
         settings: sizes; ``VISION_QUICK`` for a smaller run.
-        progress: say what is being done.
 
     Returns:
         The results, as in ``results.json``.
@@ -100,15 +102,15 @@ def run_vision_demo(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    _say(progress, "Does it look? Questions with and without the image tokens")
+    _say("Does it look? Questions with and without the image tokens")
     looks = skills(model, settings.n_test)
-    _say(progress, f"Why a false yes? Attribution of {settings.n_questions} questions")
+    _say(f"Why a false yes? Attribution of {settings.n_questions} questions")
     questions = false_yes_questions(model, settings.n_questions)
     shares, shown = _false_yes(model, questions, settings)
-    _say(progress, f"Captions: {settings.n_choose} scenes to choose on, {settings.n_test} to test")
+    _say(f"Captions: {settings.n_choose} scenes to choose on, {settings.n_test} to test")
     choose = caption_split(model, "choose", settings.n_choose)
     test = caption_split(model, "test", settings.n_test)
-    rows, first = _captions(model, choose, test, settings, progress)
+    rows, first = _captions(model, choose, test, settings)
     table, against = _compare(rows, test)
     results: dict[str, Any] = {
         "settings": {
@@ -173,13 +175,16 @@ def _false_yes(
 
 
 def _captions(
-    model: HookedModel, choose: Captioned, test: Captioned, settings: VisionDemoSettings, progress: bool
+    model: HookedModel,
+    choose: Captioned,
+    test: Captioned,
+    settings: VisionDemoSettings,
 ) -> tuple[list[dict[str, Any]], tuple[SteeringVectors, int, float]]:
     """One row per vector, and the first seed's own vector with its layer and alpha."""
     meter = kl_meter(model, choose, n=40)
     rows, first = [], None
     for seed in settings.seeds:
-        _say(progress, f"  building seed {seed}: vectors, random directions and random tokens")
+        _say(f"  building seed {seed}: vectors, random directions and random tokens")
         pairs = own_mistakes(model, settings.n_build, seed=100 + seed)
         vectors, _ = candidates(
             model,
@@ -276,6 +281,6 @@ def _verdict(
     return "\n".join(lines)
 
 
-def _say(progress: bool, text: str) -> None:
-    if progress:
+def _say(text: str) -> None:
+    if current().progress:
         print(text, flush=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from grains_tl._util.settings import with_settings
 from grains_tl.evaluate.costs import text_costs
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid
 from grains_tl.evaluate.summary import summarize
 from grains_tl.hooks.steer import Operator, Positions
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.inference.objectives import Objective
 from grains_tl.records.loading import neutral_texts
 from grains_tl.records.splits import Record, record_id
@@ -128,6 +128,7 @@ def choose(
     )
 
 
+@with_settings
 def report_choice(
     model: HookedModel,
     vectors: Vectors,
@@ -137,8 +138,8 @@ def report_choice(
     draws: Sequence[SteeringVectors] = (),
     neutral: Sequence[str] | int | None = None,
     level: float = 0.95,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
+    max_tokens: int | None = None,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """The chosen cell on records that had no part in choosing it.
 
@@ -184,9 +185,7 @@ def report_choice(
         positions=choice.positions,
         draws={choice.vector: draws},
     )
-    found = record_effects(
-        model, records, settings, objective=choice.objective, max_tokens=max_tokens, progress=progress
-    )
+    found = record_effects(model, records, settings, objective=choice.objective)
     texts = neutral_texts(neutral) if isinstance(neutral, int) else neutral
-    costs = None if texts is None else text_costs(model, settings[:1], texts, max_tokens=max_tokens, progress=progress)
+    costs = None if texts is None else text_costs(model, settings[:1], texts)
     return summarize(found, costs, level=level)

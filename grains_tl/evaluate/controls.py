@@ -60,7 +60,6 @@ def compare_with_controls(
     alpha: float,
     n_test_draws: int,
     seed: int = 0,
-    progress: bool = False,
 ) -> Comparison:
     """Measure vectors on the whole test split and many draws on its first part, all at one size.
 
@@ -76,7 +75,6 @@ def compare_with_controls(
         alpha: step, fraction of the layer's typical residual norm.
         n_test_draws: test records the draws are measured on.
         seed: of the resampling.
-        progress: show bars.
 
     Raises:
         ValueError: ``name`` without bootstrap vectors in ``draws``, no test records for the draws, or vectors of several
@@ -98,14 +96,14 @@ def compare_with_controls(
     if not test:
         raise ValueError("no test records; at least one is needed")
     choose, test = as_tokenized(model, choose), as_tokenized(model, test)
-    base, found = effects(model, test, list(vectors.values()), alpha, progress=progress)
+    base, found = effects(model, test, list(vectors.values()), alpha)
     part = test[:n_test_draws]
     names = [label for label, group in draws.items() for _ in group]
-    _, drawn = effects(model, part, [v for group in draws.values() for v in group], alpha, progress=progress)
+    _, drawn = effects(model, part, [v for group in draws.values() for v in group], alpha)
     samples = {label: drawn[[i for i, n in enumerate(names) if n == label]] for label in draws}
     tokens = _random_tokens(draws)
     if tokens is not None:
-        _, tuning = effects(model, choose, draws[tokens], alpha, progress=progress)
+        _, tuning = effects(model, choose, draws[tokens], alpha)
         samples[SIGN_TUNED] = samples[tokens] * tuning.mean(-1, keepdim=True).sign()
     controls = [label for label in samples if label not in vectors]
     own = dict(zip(vectors, found, strict=True))

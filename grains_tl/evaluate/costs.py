@@ -9,16 +9,17 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from grains_tl._util.checks import listed
 from grains_tl._util.files import hash_of
+from grains_tl._util.progress import progress_bar
+from grains_tl._util.settings import current
+from grains_tl._util.settings import settings as run_with
 from grains_tl.evaluate.measuring import shared_passes
 from grains_tl.evaluate.records import SETTING, require_keys
 from grains_tl.evaluate.settings import Setting, require_settings
 from grains_tl.evaluate.store import Checkpoint, open_checkpoint
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.inference.restart import prepare_restart, restart_logits
 from grains_tl.records.loading import neutral_texts
 from grains_tl.tokens.pairs import prompt_ids
@@ -55,8 +56,6 @@ def text_costs(
     settings: Sequence[Setting],
     texts: Sequence[str] | None = None,
     *,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
     checkpoint: str | Path | Checkpoint | None = None,
 ) -> pd.DataFrame:
     """What each setting does to the prediction of ordinary text.
@@ -67,8 +66,6 @@ def text_costs(
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         settings: what to measure; ``grid`` makes them from vectors.
         texts: default ``neutral_texts()``.
-        max_tokens: token budget of one pass (less where the vocabulary is large).
-        progress: show a bar.
         checkpoint: as in ``record_effects``; the same file can serve both.
 
     Returns:
@@ -92,16 +89,17 @@ def text_costs(
     require_keys(store, settings)
     names = [hash_of(row) for row in rows]
     keys = [[hash_of(["cost", s.key or str(k), name]) for name in names] for k, s in enumerate(settings)]
-    budget = max(1, min(max_tokens, MAX_LOGITS // int(model.cfg.d_vocab)))
-    with tqdm(total=len(settings) * len(rows), desc="cost", unit="run", disable=not progress) as bar:
-        for group in by_token_budget([len(row) for row in rows], budget):
+    budget = max(1, min(current().max_tokens, MAX_LOGITS // int(model.cfg.d_vocab)))
+    total = len(settings) * len(rows)
+    with run_with(max_tokens=budget), progress_bar(total=total, desc="cost", unit="run") as bar:
+        for group in by_token_budget([len(row) for row in rows]):
             wanted = [k for k in range(len(settings)) if any(keys[k][i] not in store.rows for i in group)]
             bar.update(len(group) * (len(settings) - len(wanted)))
             if not wanted:
                 continue
             batch = _text_batch(model, [rows[i] for i in group])
             with torch.no_grad():
-                for k, values in _measured(model, batch, [settings[k] for k in wanted], budget):
+                for k, values in _measured(model, batch, [settings[k] for k in wanted]):
                     setting, of_texts = settings[wanted[k]], keys[wanted[k]]
                     about = {name: getattr(setting, name) for name in [*SETTING, "draw"]}
                     new = {of_texts[i]: (place, i) for place, i in enumerate(group) if of_texts[i] not in store.rows}
@@ -129,13 +127,17 @@ def _text_batch(model: HookedModel, rows: Sequence[Sequence[int]]) -> Batch:
     return batch_of(model, rows, list(range(len(rows))), halves, targets, (len(rows) + 1) // 2)
 
 
-def _measured(model: HookedModel, batch: Batch, settings: Sequence[Setting], max_tokens: int) -> Iterable:
+def _measured(
+    model: HookedModel,
+    batch: Batch,
+    settings: Sequence[Setting],
+) -> Iterable:
     """``(index of the setting, [text, measure])`` for one batch."""
-    several = batch.ids.numel() * 2 <= max_tokens
+    several = batch.ids.numel() * 2 <= current().max_tokens
     restart = prepare_restart(model, batch, [s.layer for s in settings], copies=several)
     (base_logits,) = restart_logits(model, restart, max(restart.resid), [[]])
     base = base_logits.float().log_softmax(-1)
-    for layer, group, hooks in shared_passes(settings, restart, max_tokens=max_tokens):
+    for layer, group, hooks in shared_passes(settings, restart):
         if hooks is None:
             yield from ((k, _compared(base, base, batch)) for k in group)
             continue

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
 from grains_tl.inference.batches import batch_of, by_token_budget
 from grains_tl.inference.generation import generate
-from grains_tl.inference.logprobs import MAX_TOKENS, HooksForBatch, hooks_for
+from grains_tl.inference.logprobs import HooksForBatch, hooks_for
 from grains_tl.inference.objectives import token_logprobs
 from grains_tl.models.running import forward_logits
 from grains_tl.tokens.pairs import text_ids
@@ -28,9 +28,7 @@ def adapter(
     fwd_hooks: HooksForBatch | None = None,
     *,
     generation_hooks: FwdHooks | Callable[[int], FwdHooks] | None = None,
-    max_tokens: int = MAX_TOKENS,
     batch_size: int = 8,
-    progress: bool = True,
 ) -> Any:
     """The model as an ``lm_eval.api.model.LM``: every request runs with the hooks on.
 
@@ -44,9 +42,7 @@ def adapter(
         fwd_hooks: hooks, or a function ``Batch -> hooks`` (for scopes that need to know where the context ends).
         generation_hooks: hooks for ``generate_until``, as ``generate`` takes them; default ``fwd_hooks``, if that is a
             list.
-        max_tokens: token budget of one scoring pass.
         batch_size: prompts per batch of generation.
-        progress: show bars.
 
     Returns:
         An ``LM`` for ``lm_eval.simple_evaluate(model=...)``. It answers ``loglikelihood``, ``loglikelihood_rolling`` and
@@ -61,7 +57,7 @@ def adapter(
         >>> steered = adapter(model, vectors.hooks(0.2, layers=[12]))                           # doctest: +SKIP
         >>> lm_eval.simple_evaluate(model=steered, tasks=["truthfulqa_mc1"])["results"]         # doctest: +SKIP
     """
-    return _adapter_class()(model, fwd_hooks, generation_hooks, max_tokens, batch_size, progress)
+    return _adapter_class()(model, fwd_hooks, generation_hooks, batch_size)
 
 
 @functools.cache
@@ -79,13 +75,11 @@ def _adapter_class() -> Any:
             model: Any,
             fwd_hooks: Any,
             generation_hooks: Any,
-            max_tokens: int,
             batch_size: int,
-            progress: bool,
         ) -> None:
             super().__init__()
             self.model, self.fwd_hooks, self.generation_hooks = model, fwd_hooks, generation_hooks
-            self.max_tokens, self.batch_size, self.progress = max_tokens, batch_size, progress
+            self.batch_size = batch_size
 
         @property
         def tokenizer_name(self) -> str:
@@ -101,12 +95,12 @@ def _adapter_class() -> Any:
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             spans = [_split(self.model, *request.args) for request in requests]
-            return _score(self.model, spans, self.fwd_hooks, self.max_tokens, self.progress)
+            return _score(self.model, spans, self.fwd_hooks)
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             windows = [_windows(self.model, request.args[0]) for request in requests]
             spans = [span for several in windows for span in several]
-            scores = iter(_score(self.model, spans, self.fwd_hooks, self.max_tokens, self.progress))
+            scores = iter(_score(self.model, spans, self.fwd_hooks))
             return [sum(next(scores)[0] for _ in several) for several in windows]
 
         def generate_until(self, requests: list[Any]) -> list[str]:
@@ -120,7 +114,7 @@ def _adapter_class() -> Any:
             settings: dict[tuple[int, float], list[int]] = {}
             for i, request in enumerate(requests):
                 settings.setdefault(_generation_settings(request.args[1]), []).append(i)
-            with tqdm(total=len(requests), desc="generate", unit="prompt", disable=not self.progress) as bar:
+            with progress_bar(total=len(requests), desc="generate", unit="prompt") as bar:
                 for (limit, temperature), places in settings.items():
                     # similar lengths together: a batch is padded to its longest
                     places = sorted(places, key=lambda i: len(requests[i].args[0]))
@@ -178,8 +172,6 @@ def _score(
     model: Any,
     spans: Sequence[tuple[list[int], list[int]]],
     fwd_hooks: HooksForBatch | None,
-    max_tokens: int,
-    progress: bool,
 ) -> list[tuple[float, bool]]:
     """Log-likelihood (nats) of each span's continuation, and whether greedy decoding would have written it."""
     n_ctx = token_rules(model).n_ctx
@@ -188,8 +180,8 @@ def _score(
         raise ValueError(f"a continuation of {longest} tokens does not fit the model's context of {n_ctx}")
     inputs = [(context + continuation)[-(n_ctx + 1) : -1] for context, continuation in spans]
     out: list[tuple[float, bool]] = [(0.0, True)] * len(spans)
-    with torch.no_grad(), tqdm(total=len(spans), desc="score", unit="request", disable=not progress) as bar:
-        for group in by_token_budget([len(ids) for ids in inputs], max_tokens):
+    with torch.no_grad(), progress_bar(total=len(spans), desc="score", unit="request") as bar:
+        for group in by_token_budget([len(ids) for ids in inputs]):
             targets, prompt_lens = [], []
             for row, i in enumerate(group):
                 start = len(inputs[i]) - len(spans[i][1])

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
+from grains_tl._util.settings import current
 from grains_tl.evaluate.settings import Setting, _require_reach, require_settings
 from grains_tl.inference.batches import Batch
-from grains_tl.inference.logprobs import MAX_TOKENS, HooksForBatch, hooks_for, score_batches
+from grains_tl.inference.logprobs import HooksForBatch, hooks_for, score_batches
 from grains_tl.inference.objectives import Objective, margins
 from grains_tl.inference.restart import Restart, prepare_restart, restart_many
 from grains_tl.models.running import forward_logits, resid_post
@@ -26,8 +27,6 @@ def measure(
     settings: Sequence[Setting],
     *,
     objective: Objective = "sum",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> tuple[Float[Tensor, "record 2"], Float[Tensor, "setting record 2"]]:
     """Log-likelihoods of both responses, unsteered and under every setting.
 
@@ -38,8 +37,6 @@ def measure(
         model, tokenized: the model and the records, tokenized or not.
         settings: what to measure.
         objective: how response tokens are combined.
-        max_tokens: token budget of one pass.
-        progress: show a bar.
 
     Returns:
         ``(base, steered)``: ``[record, 2]`` and ``[setting, record, 2]``, nats; column 0 chosen, 1 rejected.
@@ -57,9 +54,9 @@ def measure(
     base = torch.zeros(len(tokenized), 2)
     steered = torch.zeros(len(settings), len(tokenized), 2)
     total = len(settings) * len(tokenized)
-    with tqdm(total=total, desc="measure", unit="run", disable=not progress) as bar:
-        for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):
-            for i, logprobs in run_settings(model, batch, settings, max_tokens=max_tokens):
+    with progress_bar(total=total, desc="measure", unit="run") as bar:
+        for group, batch in score_batches(model, tokenized, objective):
+            for i, logprobs in run_settings(model, batch, settings):
                 if i is None:
                     base[group] = logprobs.cpu()
                 else:
@@ -69,7 +66,9 @@ def measure(
 
 
 def run_settings(
-    model: HookedModel, batch: Batch, settings: Sequence[Setting], *, max_tokens: int = MAX_TOKENS
+    model: HookedModel,
+    batch: Batch,
+    settings: Sequence[Setting],
 ) -> Iterator[tuple[int | None, Float[Tensor, "record 2"]]]:
     """Log-likelihoods of one batch: ``(None, base)`` first, then ``(index, logprobs)`` of every setting.
 
@@ -77,10 +76,10 @@ def run_settings(
     under ``max_tokens``. Layers come in rising order, so that a run that is stopped has finished what it has yielded.
     """
     layers = [s.layer for s in settings] or [0]
-    copies = _room(batch, max_tokens) > 1 and len(set(layers)) < len(layers)
+    copies = _room(batch) > 1 and len(set(layers)) < len(layers)
     restart = prepare_restart(model, batch, layers, copies=copies)
     yield None, restart.base
-    for layer, group, hooks in shared_passes(settings, restart, max_tokens=max_tokens):
+    for layer, group, hooks in shared_passes(settings, restart):
         if hooks is None:
             yield from ((i, restart.base) for i in group)
         else:
@@ -88,13 +87,14 @@ def run_settings(
 
 
 def shared_passes(
-    settings: Sequence[Setting], restart: Restart, *, max_tokens: int = MAX_TOKENS
+    settings: Sequence[Setting],
+    restart: Restart,
 ) -> Iterator[tuple[int, list[int], list[FwdHooks] | None]]:
     """Which settings run together: ``(layer, their indices, their hooks)``; no hooks for those that change nothing.
 
     Layers come in rising order. Hooks above the setting's own layer would act on its neighbours too: those run alone.
     """
-    size = _room(restart.batch, max_tokens) if restart.tiles else 1
+    size = _room(restart.batch) if restart.tiles else 1
     for layer in sorted({s.layer for s in settings}):
         made = {i: hooks_for(s.hooks, restart.batch) for i, s in enumerate(settings) if s.layer == layer}
         for hooks in made.values():
@@ -108,9 +108,11 @@ def shared_passes(
             yield layer, group, [made[i] for i in group]
 
 
-def _room(batch: Batch, max_tokens: int) -> int:
+def _room(
+    batch: Batch,
+) -> int:
     """How many copies of a batch stay under the token budget."""
-    return max(1, max_tokens // batch.ids.numel())
+    return max(1, current().max_tokens // batch.ids.numel())
 
 
 def effects(
@@ -120,8 +122,6 @@ def effects(
     alpha: float,
     *,
     objective: Objective = "sum",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> tuple[Float[Tensor, "record"], Float[Tensor, "vector record"]]:
     """Half the change of the margin between +alpha and -alpha, for single-layer vectors.
 
@@ -137,7 +137,7 @@ def effects(
     if several:
         raise ValueError(f"effects takes vectors of one layer, got layers {several[0]}; use vectors.at([layer])")
     settings = [Setting(v.layers[0], v.hooks(sign * alpha)) for v in vectors for sign in (1, -1)]
-    base, steered = measure(model, tokenized, settings, objective=objective, max_tokens=max_tokens, progress=progress)
+    base, steered = measure(model, tokenized, settings, objective=objective)
     both = margins(steered).view(len(vectors), 2, len(tokenized))
     return margins(base), (both[:, 0] - both[:, 1]) / 2
 
@@ -146,15 +146,12 @@ def next_token_kl(
     model: HookedModel,
     tokenized: Records,
     fwd_hooks: HooksForBatch,
-    *,
-    max_tokens: int = MAX_TOKENS,
 ) -> Float[Tensor, "record"]:
     """KL(steered || base) of the next-token distribution at the end of each prompt, nats: what steering costs there.
 
     Args:
         model, tokenized: the model and the records, tokenized or not.
         fwd_hooks: the steering, hooks or a function ``Batch -> hooks``.
-        max_tokens: token budget of one pass.
 
     Returns:
         ``[record]``, nats.
@@ -166,7 +163,7 @@ def next_token_kl(
     tokenized = as_tokenized(model, tokenized)
     out = torch.zeros(len(tokenized))
     with torch.no_grad():
-        for group, batch in score_batches(model, tokenized, max_tokens=max_tokens):
+        for group, batch in score_batches(model, tokenized):
             hooks = hooks_for(fwd_hooks, batch)
             last = batch.offset + batch.prompt_len - 1
             keep, place = last.unique(return_inverse=True)

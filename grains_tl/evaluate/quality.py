@@ -12,7 +12,6 @@ from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Setting
 from grains_tl.evaluate.store import Checkpoint
 from grains_tl.inference.generation import generate
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.records.choices import MultipleChoice, letters
 from grains_tl.records.pairs import plain_text
 from grains_tl.types import FwdHooks, HookedModel, Text
@@ -23,8 +22,6 @@ def retention(
     items: Iterable[MultipleChoice],
     settings: Sequence[Setting],
     *,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
     checkpoint: str | Path | Checkpoint | None = None,
 ) -> pd.DataFrame:
     """Does the model still know what it knew: questions answered by the likeliest letter, before and after.
@@ -32,7 +29,7 @@ def retention(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         items: questions; they are asked with ``letters`` unless their choices are letters already.
-        settings, max_tokens, progress, checkpoint: as in ``record_effects``.
+        settings, checkpoint: as in ``record_effects``.
 
     Returns:
         As ``record_effects``; ``base_correct`` and ``correct`` (0 or 1; their means are shares) are what to look at,
@@ -43,7 +40,7 @@ def retention(
         >>> summarize(frame)[["base_accuracy", "accuracy", "accuracy_se"]]                       # doctest: +SKIP
     """
     asked = [item if all(c.strip() in set(ascii_uppercase) for c in item.choices) else letters(item) for item in items]
-    return record_effects(model, asked, settings, max_tokens=max_tokens, progress=progress, checkpoint=checkpoint)
+    return record_effects(model, asked, settings, checkpoint=checkpoint)
 
 
 def text_quality(texts: Sequence[str], *, max_repetition: float = 0.5, min_words: int = 3, n: int = 3) -> pd.DataFrame:

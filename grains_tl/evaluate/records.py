@@ -10,15 +10,15 @@ from warnings import warn
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from grains_tl._util.files import hash_of
+from grains_tl._util.progress import progress_bar
 from grains_tl.evaluate.measuring import run_settings
 from grains_tl.evaluate.settings import Setting, require_settings
 from grains_tl.evaluate.store import Checkpoint, open_checkpoint
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.choices import choice_batches, tokenize_choices
-from grains_tl.inference.logprobs import MAX_TOKENS, score_batches
+from grains_tl.inference.logprobs import score_batches
 from grains_tl.inference.objectives import Objective, require_objective
 from grains_tl.records.choices import MultipleChoice
 from grains_tl.records.pairs import PreferencePair, preference_pairs
@@ -42,8 +42,6 @@ def record_effects(
     settings: Sequence[Setting],
     *,
     objective: Objective = "sum",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
     checkpoint: str | Path | Checkpoint | None = None,
 ) -> pd.DataFrame:
     """Measure every record unsteered and under every setting.
@@ -53,8 +51,6 @@ def record_effects(
         records: preference pairs, or ``MultipleChoice`` questions.
         settings: what to measure; ``grid`` makes them from vectors.
         objective: how response tokens are combined (``"sum"`` or ``"mean"`` for questions).
-        max_tokens: token budget of one pass.
-        progress: show a bar.
         checkpoint: a ``.jsonl`` file that receives every result when it is finished; a later call with the same model,
             records and settings takes them from there.
 
@@ -83,7 +79,7 @@ def record_effects(
     """
     given, settings = list(records), require_settings(model, settings)
     require_objective(objective)
-    batches, responses, names = _prepared(model, given, objective, max_tokens)
+    batches, responses, names = _prepared(model, given, objective)
     store = open_checkpoint(checkpoint, model)
     require_keys(store, settings)
     keys = [
@@ -96,7 +92,7 @@ def record_effects(
             f"{store.path} has {len(store.rows)} results, none of these records and settings; they are left alone",
             stacklevel=2,
         )
-    with tqdm(total=len(settings) * len(given), desc="steer", unit="run", disable=not progress) as bar:
+    with progress_bar(total=len(settings) * len(given), desc="steer", unit="run") as bar:
         for slots, batch in batches:
             group = sorted({i for i, _ in slots})
             todo = [row for row in range(len(keys)) if any(keys[row][i] not in store.rows for i in group)]
@@ -104,7 +100,7 @@ def record_effects(
             bar.update(len(group) * (len(settings) - len(wanted)))
             if not todo:
                 continue
-            for k, logprobs in run_settings(model, batch, [settings[i] for i in wanted], max_tokens=max_tokens):
+            for k, logprobs in run_settings(model, batch, [settings[i] for i in wanted]):
                 row = 0 if k is None else wanted[k] + 1
                 values = _per_record(slots, logprobs.flatten().tolist())
                 if row == 0:
@@ -191,7 +187,9 @@ def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _prepared(
-    model: HookedModel, records: list[Record], objective: Objective, max_tokens: int
+    model: HookedModel,
+    records: list[Record],
+    objective: Objective,
 ) -> tuple[Iterator[tuple[list[tuple[int, int]], Batch]], list[list[tuple[int, ...]]], list[str]]:
     """Batches with the (record, response) of each slot; the ids of prompt and responses of every record; a name of each
     record for the checkpoint: whatever its results depend on."""
@@ -203,11 +201,11 @@ def _prepared(
             raise ValueError("objective='single' is for preference pairs; use 'sum' or 'mean' for questions")
         asked = tokenize_choices(model, _questions(records))
         ids = [[t.prompt, *t.choices] for t in asked]
-        return choice_batches(model, asked, max_tokens=max_tokens), ids, [hash_of([objective, r]) for r in ids]
+        return choice_batches(model, asked), ids, [hash_of([objective, r]) for r in ids]
     tokenized = tokenize_pairs(model, preference_pairs(records))
     batches = (
         ([(i, side) for i in group for side in (0, 1)], batch)
-        for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens)
+        for group, batch in score_batches(model, tokenized, objective)
     )
     ids = [[t.prompt, t.chosen, t.rejected] for t in tokenized]
     images = [[] if t.images is None else [t.images.digest] for t in tokenized]

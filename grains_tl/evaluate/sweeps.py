@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 
 from grains_tl._util.checks import listed
+from grains_tl._util.settings import with_settings
 from grains_tl.evaluate.costs import cost_rows, text_costs
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid, named_vectors
 from grains_tl.evaluate.store import open_checkpoint
 from grains_tl.evaluate.summary import summarize
 from grains_tl.hooks.steer import Operator, Positions
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import require_layers
 from grains_tl.records.loading import neutral_texts
@@ -26,6 +26,7 @@ from grains_tl.types import HookedModel
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
+@with_settings
 def sweep(
     model: HookedModel,
     vectors: Vectors,
@@ -37,8 +38,8 @@ def sweep(
     positions: Positions | Sequence[Positions] = "all",
     objective: Objective = "sum",
     neutral: Sequence[str] | int | None = None,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = True,
+    max_tokens: int | None = None,
+    progress: bool | None = None,
     checkpoint: str | Path | None = None,
 ) -> pd.DataFrame:
     """Steer at one layer at a time and see what happens to the margin, and what it costs.
@@ -84,13 +85,12 @@ def sweep(
         positions=positions,
         objective=objective,
         neutral=neutral,
-        max_tokens=max_tokens,
-        progress=progress,
         checkpoint=checkpoint,
     )
     return summarize(found, costs)
 
 
+@with_settings
 def sweep_records(
     model: HookedModel,
     vectors: Vectors,
@@ -102,8 +102,8 @@ def sweep_records(
     positions: Positions | Sequence[Positions] = "all",
     objective: Objective = "sum",
     neutral: Sequence[str] | int | None = None,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = True,
+    max_tokens: int | None = None,
+    progress: bool | None = None,
     checkpoint: str | Path | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """``sweep`` before it is summarized: ``(record_effects, text_costs)``, the second ``None`` without ``neutral``.
@@ -142,18 +142,10 @@ def sweep_records(
         cost_rows(model, texts)  # refused now, not after the records have run
     with counted_token_layers(model) as count:
         store = open_checkpoint(checkpoint, model)
-        found = record_effects(
-            model,
-            records,
-            settings,
-            objective=objective,
-            max_tokens=max_tokens,
-            progress=progress,
-            checkpoint=store,
-        )
+        found = record_effects(model, records, settings, objective=objective, checkpoint=store)
         costs = None
         if texts is not None:
-            costs = text_costs(model, settings, texts, max_tokens=max_tokens, progress=progress, checkpoint=store)
+            costs = text_costs(model, settings, texts, checkpoint=store)
     loop = found.attrs.pop("tokens") + (0 if costs is None else costs.attrs["tokens"])
     found.attrs |= {
         "operator": operator,

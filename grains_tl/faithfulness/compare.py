@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
+from grains_tl._util.settings import with_settings
 from grains_tl._util.stats import mean_and_se
 from grains_tl.attribution.methods import Method, check_attribution_options
 from grains_tl.attribution.reference import Baseline
@@ -26,7 +27,6 @@ from grains_tl.faithfulness.agreement import mean_agreement, random_attributions
 from grains_tl.faithfulness.deletion import SHARES, curves, removal_table
 from grains_tl.hooks.mask import Masker, replacement_embedding
 from grains_tl.hooks.stand_ins import ImageMasker, check_image_masker
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import require_layers
 from grains_tl.records.pairs import PreferencePair
@@ -42,6 +42,7 @@ RANDOM = "random_tokens"
 MEASURES = ("removed_chosen", "removed_rejected", "sufficiency", "deletion_area", "insertion_area")
 
 
+@with_settings
 def compare_attributions(
     model: HookedModel,
     pairs: Iterable[PreferencePair],
@@ -63,8 +64,8 @@ def compare_attributions(
     eval_pairs: Iterable[PreferencePair] | None = None,
     layer: int | None = None,
     alpha: float = 0.2,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = True,
+    max_tokens: int | None = None,
+    progress: bool | None = None,
     checkpoint: str | Path | None = None,
 ) -> pd.DataFrame:
     """One row per method: does it keep its promise of completeness, does f change when its tokens go, does its vector steer?
@@ -118,17 +119,14 @@ def compare_attributions(
     if masker != "attention":
         replacement_embedding(model, masker)
     (at,) = require_layers(model, [int(model.cfg.n_layers) * 2 // 3 if layer is None else layer])
-    maskers = {"masker": masker, "image_masker": image_masker}
-    shared: dict[str, Any] = {"objective": objective, "max_tokens": max_tokens, **maskers}
+    shared: dict[str, Any] = {"objective": objective, "masker": masker, "image_masker": image_masker}
 
     found: dict[str, list[Attribution]] = {}
     seconds: dict[str, float] = {}
     for name, plan in plans.items():
         options = {"objective": objective, **plan}
         started = time.perf_counter()
-        found[name] = attribute_records(
-            model, tokenized, options, max_tokens=max_tokens, progress=progress, checkpoint=checkpoint
-        )
+        found[name] = attribute_records(model, tokenized, options, checkpoint=checkpoint)
         spent = time.perf_counter() - started
         if checkpoint is not None:  # some of it in an earlier run
             spent = seconds_spent(model, tokenized, options, checkpoint)
@@ -139,7 +137,7 @@ def compare_attributions(
     chosen = [*((own, selected[name]) for name, own in found.items()), *draws]
     judged = [
         _judge(model, tokenized, own, taken, shares, shared)
-        for own, taken in tqdm(chosen, desc="judge", unit="choice", disable=not progress)
+        for own, taken in progress_bar(chosen, desc="judge", unit="choice")
     ]
     rows = [
         {
@@ -168,7 +166,6 @@ def compare_attributions(
         alpha=alpha,
         n_draws=n_draws,
         seed=seed,
-        progress=progress,
         **shared,
     )
     return frame.assign(**_effect_columns(effect, len(plans)), **_effect_columns(kl, len(plans), "kl"))
@@ -259,8 +256,6 @@ def effect_of_selections(
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
     objective: Objective = "sum",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> tuple[Float[Tensor, "selection record"], Float[Tensor, "selection record"]]:
     """Steering by the mean-reduced vector of each selection, on other records.
 
@@ -271,22 +266,14 @@ def effect_of_selections(
         layer, alpha: where and how strongly (fraction of the residual norm).
         n_draws: random choices of as many tokens as in the first selection, appended to the results.
         seed: of these draws.
-        masker, image_masker, objective, max_tokens: as in ``build_vectors``.
-        progress: show bars.
+        masker, image_masker, objective: as in ``build_vectors``.
 
     Returns:
         ``(effect, kl)``, each ``[selection + draw, record]`` in nats: half the change of the margin between +alpha and
         -alpha, and the mean over both signs of KL(steered || base) of the next token.
     """
-    shared: dict[str, Any] = {
-        "layers": [layer],
-        "masker": masker,
-        "image_masker": image_masker,
-        "max_tokens": max_tokens,
-    }
-    differences: list[Differences] = [
-        collect_differences(model, tokenized, own, progress=progress, **shared) for own in selections
-    ]
+    shared: dict[str, Any] = {"layers": [layer], "masker": masker, "image_masker": image_masker}
+    differences: list[Differences] = [collect_differences(model, tokenized, own, **shared) for own in selections]
     if n_draws:
         differences += random_token_differences(
             model,
@@ -295,13 +282,12 @@ def effect_of_selections(
             resid_norms=differences[0].resid_norms,
             n_draws=n_draws,
             seed=seed,
-            progress=progress,
             **shared,
         )
     vectors = [reduce_vectors(d) for d in differences]
-    _, effect = effects(model, evaluated, vectors, alpha, objective=objective, max_tokens=max_tokens, progress=progress)
+    _, effect = effects(model, evaluated, vectors, alpha, objective=objective)
     kl = [
-        torch.stack([next_token_kl(model, evaluated, v.hooks(a), max_tokens=max_tokens) for a in (alpha, -alpha)])
-        for v in tqdm(vectors, desc="cost", unit="vector", disable=not progress)
+        torch.stack([next_token_kl(model, evaluated, v.hooks(a)) for a in (alpha, -alpha)])
+        for v in progress_bar(vectors, desc="cost", unit="vector")
     ]
     return effect, torch.stack(kl).mean(1)

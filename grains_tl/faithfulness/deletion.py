@@ -15,7 +15,6 @@ from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import Selection
 from grains_tl.hooks.mask import Masker
 from grains_tl.hooks.stand_ins import ImageMasker
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.inference.objectives import Objective
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
@@ -65,7 +64,6 @@ def curves(
     objective: Objective = "sum",
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
-    max_tokens: int = MAX_TOKENS,
 ) -> Curves:
     """Deletion and insertion curves (arXiv 1806.07421) of one method's scores.
 
@@ -77,7 +75,6 @@ def curves(
         shares: where to read the curves, besides 0 and 1.
         objective: as in ``attribute``.
         masker, image_masker: what stands in for a deleted token or patch; areas of different maskers are not comparable.
-        max_tokens: token budget of one pass.
 
     Returns:
         ``Curves``: ``[record, step]``, nats.
@@ -103,7 +100,7 @@ def curves(
         removals += [(record, order[:n]) for n in counts] + [(record, order[n:]) for n in counts]
     unique = sorted({(r, tuple(sorted(gone))) for r, gone in removals})
     found = values_without(
-        model, tokenized, unique, objective=objective, masker=masker, image_masker=image_masker, max_tokens=max_tokens
+        model, tokenized, unique, objective=objective, masker=masker, image_masker=image_masker
     ).tolist()
     value = dict(zip(unique, found, strict=True))
     table = torch.tensor([value[r, tuple(sorted(gone))] for r, gone in removals]).view(len(tokenized), 2, len(steps))
@@ -118,7 +115,6 @@ def removal_table(
     objective: Objective = "sum",
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
-    max_tokens: int = MAX_TOKENS,
 ) -> Float[Tensor, "3 record"]:
     """What the chosen tokens do to f, nats (ERASER's terms, arXiv 1911.03429).
 
@@ -131,9 +127,7 @@ def removal_table(
     removals += [(r, s.toward_rejected) for r, s in enumerate(selections)]
     for r, (t, s) in enumerate(zip(tokenized, selections, strict=True)):
         removals.append((r, [p for p, content in enumerate(t.content) if content and p not in s.toward_chosen]))
-    f = values_without(
-        model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker, max_tokens=max_tokens
-    )
+    f = values_without(model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker)
     whole, no_up, no_down, only_up = f.view(4, len(tokenized))
     return torch.stack([whole - no_up, no_down - whole, whole - only_up])
 

@@ -9,8 +9,8 @@ import urllib.request
 from collections.abc import Callable, Sequence
 
 import pandas as pd
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
 from grains_tl.hallucination.datasets import JudgedQuestion
 
 #: Takes a prompt, returns the judge's reply.
@@ -53,7 +53,9 @@ def read_rating(reply: str) -> int | None:
 
 
 def judge_answers(
-    questions: Sequence[JudgedQuestion], answers: Sequence[str], judge: Judge, *, progress: bool = False
+    questions: Sequence[JudgedQuestion],
+    answers: Sequence[str],
+    judge: Judge,
 ) -> pd.DataFrame:
     """Rate answers, one row each: ``kind``, ``question``, ``answer``, ``rating``, ``hallucinates``, ``reply``.
 
@@ -63,7 +65,6 @@ def judge_answers(
         questions: from ``load_mmhal``.
         answers: one per question.
         judge: any callable from prompt to reply: ``chat_judge(...)``, or rules of your own.
-        progress: show a bar.
 
     Raises:
         ValueError: not one answer per question, or a reply without a rating (named by its number, from 1).
@@ -71,7 +72,7 @@ def judge_answers(
     if len(questions) != len(answers):
         raise ValueError(f"{len(questions)} questions and {len(answers)} answers; one each is needed")
     rows = []
-    pairs = tqdm(zip(questions, answers, strict=True), total=len(questions), desc="judge", disable=not progress)
+    pairs = progress_bar(zip(questions, answers, strict=True), total=len(questions), desc="judge")
     for number, (question, answer) in enumerate(pairs, start=1):
         reply = judge(rating_prompt(question, answer))
         rating = read_rating(reply)

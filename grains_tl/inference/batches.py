@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from grains_tl._util.settings import current
 from grains_tl.inference.objectives import Objective, token_weights
 from grains_tl.models.running import device_of
 from grains_tl.tokens.images import ImageInputs, collate_images
@@ -173,24 +174,27 @@ def pad_rows(
     return ids.to(device), mask.to(device), offset.to(device)
 
 
-def by_token_budget(lengths: Sequence[int], max_tokens: int, n_rows: Sequence[int] | None = None) -> list[list[int]]:
+def by_token_budget(
+    lengths: Sequence[int], n_rows: Sequence[int] | None = None, *, max_tokens: int | None = None
+) -> list[list[int]]:
     """Indices grouped so that every group, padded to its longest, stays under ``max_tokens``; similar lengths together.
 
     Args:
         lengths: length of each item's longest row.
-        max_tokens: budget of a group; an item larger than that stands alone.
         n_rows: rows of each item, default 1.
+        max_tokens: budget of a group, default that of the settings in force; a larger item is a group of its own.
 
     Examples:
         >>> by_token_budget([3, 9, 4], max_tokens=10)
         [[0, 2], [1]]
     """
+    budget = current().max_tokens if max_tokens is None else max_tokens
     counts = [1] * len(lengths) if n_rows is None else n_rows
     groups: list[list[int]] = []
     rows = 0
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         rows += counts[index]
-        if groups and rows * lengths[index] <= max_tokens:
+        if groups and rows * lengths[index] <= budget:
             groups[-1].append(index)
         else:
             groups.append([index])

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget
-from grains_tl.inference.logprobs import MAX_TOKENS, HooksForBatch, batch_logprobs, hooks_for
+from grains_tl.inference.logprobs import HooksForBatch, batch_logprobs, hooks_for
 from grains_tl.records.choices import MultipleChoice
 from grains_tl.tokens.pairs import tokenize_responses
 from grains_tl.types import HookedModel
@@ -63,7 +63,8 @@ def tokenize_choices(model: HookedModel, items: Iterable[MultipleChoice]) -> lis
 
 
 def choice_batches(
-    model: HookedModel, tokenized: Sequence[TokenizedChoices], *, max_tokens: int = MAX_TOKENS
+    model: HookedModel,
+    tokenized: Sequence[TokenizedChoices],
 ) -> Iterator[tuple[list[tuple[int, int]], Batch]]:
     """Length-bucketed batches, with the (question, choice) that each scored slot belongs to.
 
@@ -71,7 +72,7 @@ def choice_batches(
     ``batch_logprobs(...).flatten()`` is the ``i``-th entry of the list (one slot at the end may be spare).
     """
     per_item = [item.rows for item in tokenized]
-    groups = by_token_budget([len(rows[0]) for rows, _ in per_item], max_tokens, [len(rows) for rows, _ in per_item])
+    groups = by_token_budget([len(rows[0]) for rows, _ in per_item], [len(rows) for rows, _ in per_item])
     for group in groups:
         slots: list[tuple[int, int]] = []
         rows: list[tuple[int, ...]] = []
@@ -93,9 +94,6 @@ def score_choices(
     model: HookedModel,
     items: Iterable[MultipleChoice] | Sequence[TokenizedChoices],
     fwd_hooks: HooksForBatch | None = None,
-    *,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> Float[Tensor, "item choice"]:
     """Log-likelihood of every choice given its prompt, nats.
 
@@ -103,8 +101,6 @@ def score_choices(
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         items: questions, or what ``tokenize_choices`` made of them.
         fwd_hooks: hooks to run with, or a function ``Batch -> hooks``.
-        max_tokens: token budget of one forward pass.
-        progress: show a bar.
 
     Returns:
         ``[item, choice]`` on the CPU, summed over the tokens of a choice; ``-inf`` where a question has fewer choices
@@ -127,8 +123,8 @@ def score_choices(
         )
     tokenized = ready or tokenize_choices(model, questions)
     out = torch.full((len(tokenized), max(len(t.choices) for t in tokenized)), -torch.inf)
-    with torch.no_grad(), tqdm(total=len(tokenized), desc="score", unit="question", disable=not progress) as bar:
-        for slots, batch in choice_batches(model, tokenized, max_tokens=max_tokens):
+    with torch.no_grad(), progress_bar(total=len(tokenized), desc="score", unit="question") as bar:
+        for slots, batch in choice_batches(model, tokenized):
             hooks = hooks_for(fwd_hooks, batch)
             logprobs = batch_logprobs(model, batch, hooks).flatten().cpu()
             where = torch.tensor(slots)

@@ -13,8 +13,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
+from grains_tl._util.settings import with_settings
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget, scoring_batch
 from grains_tl.inference.objectives import Objective, token_logprobs
 from grains_tl.models.precision import exact_unembedding, full_precision
@@ -26,7 +27,6 @@ from grains_tl.types import FwdHooks, HookedModel, Text
 HooksForBatch = FwdHooks | Callable[[Batch], FwdHooks]
 
 #: Tokens per forward pass; on a CPU larger batches are not faster.
-MAX_TOKENS = 512
 
 
 def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
@@ -43,22 +43,21 @@ def score_batches(
     model: HookedModel,
     tokenized: Sequence[TokenizedPair],
     objective: Objective = "sum",
-    *,
-    max_tokens: int = MAX_TOKENS,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Records in length-bucketed batches, with the indices of the records in each."""
-    for group in by_token_budget([t.longest for t in tokenized], max_tokens, [len(t.inputs) for t in tokenized]):
+    for group in by_token_budget([t.longest for t in tokenized], [len(t.inputs) for t in tokenized]):
         yield group, scoring_batch(model, [tokenized[i] for i in group], objective)
 
 
+@with_settings
 def score_pairs(
     model: HookedModel,
     tokenized: Records,
     fwd_hooks: HooksForBatch | None = None,
     *,
     objective: Objective = "sum",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
+    max_tokens: int | None = None,
+    progress: bool | None = None,
 ) -> Float[Tensor, "record 2"]:
     """Log-likelihood of both responses of every record, nats.
 
@@ -80,8 +79,8 @@ def score_pairs(
     """
     tokenized = as_tokenized(model, tokenized)
     out = torch.zeros(len(tokenized), 2)
-    with torch.no_grad(), tqdm(total=len(tokenized), desc="score", unit="record", disable=not progress) as bar:
-        for group, batch in score_batches(model, tokenized, objective, max_tokens=max_tokens):
+    with torch.no_grad(), progress_bar(total=len(tokenized), desc="score", unit="record") as bar:
+        for group, batch in score_batches(model, tokenized, objective):
             hooks = hooks_for(fwd_hooks, batch)
             out[group] = batch_logprobs(model, batch, hooks).cpu()
             bar.update(len(group))

@@ -9,6 +9,7 @@ from typing import Any
 
 from grains_tl._util.checks import whole
 from grains_tl._util.processes import ALONE, Processes
+from grains_tl._util.settings import with_settings
 from grains_tl.attribution.groups import GroupBy, group, groups_of, select_groups
 from grains_tl.attribution.methods import DRAWS, REMOVAL, Method, check_attribution_options
 from grains_tl.attribution.reference import Baseline
@@ -17,7 +18,6 @@ from grains_tl.attribution.selection import Selection, check_budget, select_toke
 from grains_tl.attribution.store import attribute_records
 from grains_tl.hooks.mask import Masker, replacement_embedding
 from grains_tl.hooks.stand_ins import ImageMasker, check_image_masker
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.precision import autocast_dtype
 from grains_tl.models.running import require_layers
@@ -31,6 +31,7 @@ from grains_tl.vectors.reduce import Reduce, Side, check_reduction, reduce_vecto
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
+@with_settings
 def build_vectors(
     model: HookedModel,
     pairs: Iterable[PreferencePair],
@@ -50,8 +51,8 @@ def build_vectors(
     spare_end: bool = False,
     group_by: GroupBy | None = None,
     method_options: Mapping[str, Any] | None = None,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = True,
+    max_tokens: int | None = None,
+    progress: bool | None = None,
     checkpoint: str | Path | None = None,
     processes: Processes = ALONE,
 ) -> SteeringVectors:
@@ -96,7 +97,6 @@ def build_vectors(
     """
     top_k, n_steps = whole("top_k", top_k), whole("n_steps", n_steps)
     top_k_image = None if top_k_image is None else whole("top_k_image", top_k_image)
-    max_tokens = whole("max_tokens", max_tokens, 1)
     tokenized = tokenize_pairs(model, pairs)
     layers = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
     extra = dict(method_options or {})
@@ -121,8 +121,6 @@ def build_vectors(
         model,
         [tokenized[i] for i in processes.share(len(tokenized))],
         options,
-        max_tokens=max_tokens,
-        progress=progress,
         checkpoint=checkpoint,
         processes=processes,
     )
@@ -139,8 +137,6 @@ def build_vectors(
         masker=masker,
         image_masker=image_masker,
         readout=readout,
-        max_tokens=max_tokens,
-        progress=progress,
     )
     settings = {
         **options,

@@ -14,7 +14,6 @@ from grains_tl._util.processes import ALONE, Processes
 from grains_tl.attribution.selection import Selection
 from grains_tl.hooks.mask import Masker
 from grains_tl.hooks.stand_ins import ImageMasker
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.models.running import require_layers
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
@@ -67,8 +66,6 @@ def collect_differences(
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> Differences:
     """The three activations of the paper (arXiv 2507.18043, section 3.2) for every record, as differences per layer.
 
@@ -79,7 +76,7 @@ def collect_differences(
         model, tokenized: the model and the records, tokenized or not.
         selections: which tokens to mask, one per record.
         layers: default all.
-        masker, image_masker, readout, max_tokens, progress: as in ``read_out``.
+        masker, image_masker, readout: as in ``read_out``.
 
     Returns:
         ``Differences``, both sides ``[record, layer, d_model]``, residual units.
@@ -96,15 +93,7 @@ def collect_differences(
     if len(selections) != len(tokenized):
         raise ValueError(f"{len(selections)} selections for {len(tokenized)} records; give one per record")
     up, down, norms = collect_with_norms(
-        model,
-        tokenized,
-        selections,
-        layers=layers,
-        masker=masker,
-        image_masker=image_masker,
-        readout=readout,
-        max_tokens=max_tokens,
-        progress=progress,
+        model, tokenized, selections, layers=layers, masker=masker, image_masker=image_masker, readout=readout
     )
     if not norms.shape[1]:
         raise ValueError("no prompt has a content token, so there is no residual norm to measure steps in")
@@ -120,8 +109,6 @@ def collect_with_norms(
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "record layer d_model"], Float[Tensor, "layer token"]]:
     """``collect_differences`` in parts that can be joined: d+, d-, and the residual norm of every content token."""
     norms: list[Tensor] = []
@@ -130,11 +117,10 @@ def collect_with_norms(
         "masker": masker,
         "image_masker": image_masker,
         "readout": readout,
-        "max_tokens": max_tokens,
     }
-    whole = read_out(model, tokenized, norms=norms, progress=progress, **common)
-    up = _masked_difference(model, tokenized, whole, [s.toward_chosen for s in selections], progress, common)
-    down = _masked_difference(model, tokenized, whole, [s.toward_rejected for s in selections], progress, common)
+    whole = read_out(model, tokenized, norms=norms, **common)
+    up = _masked_difference(model, tokenized, whole, [s.toward_chosen for s in selections], common)
+    down = _masked_difference(model, tokenized, whole, [s.toward_rejected for s in selections], common)
     return up, down, torch.cat(norms, dim=1)
 
 
@@ -143,14 +129,13 @@ def _masked_difference(
     tokenized: Sequence[TokenizedPair],
     whole: Tensor,
     masked: Sequence[Sequence[int]],
-    progress: bool,
     common: dict[str, Any],
 ) -> Tensor:
     difference = torch.zeros_like(whole)
     affected = [i for i, positions in enumerate(masked) if positions]
     if affected:
         records = [tokenized[i] for i in affected]
-        without = read_out(model, records, [masked[i] for i in affected], progress=progress, **common)
+        without = read_out(model, records, [masked[i] for i in affected], **common)
         difference[affected] = whole[affected] - without
     return difference
 
@@ -172,7 +157,7 @@ def shared_differences(
         mean_only: hold and hand over sums instead of records. The result then has one row per chunk of records, weighted
             so that the mean over its rows is the mean over the records: enough for ``reduce="mean"``, and a build of any
             number of records needs the memory of ``CHUNK`` of them.
-        options: layers, masker, readout, max_tokens, progress of ``collect_differences``.
+        options: layers, masker, readout of ``collect_differences``.
 
     Raises:
         ValueError: fewer records than processes.

@@ -8,13 +8,12 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from grains_tl._util.progress import progress_bar
 from grains_tl.hooks.cache import _norm_hooks, cache_hook
 from grains_tl.hooks.mask import Masker
 from grains_tl.hooks.stand_ins import ImageMasker, Replacements, hide, replacements
 from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
-from grains_tl.inference.logprobs import MAX_TOKENS
 from grains_tl.models.running import existing_layers, hooked, run_blocks
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
@@ -34,8 +33,6 @@ def read_out(
     image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
     norms: list[Float[Tensor, "layer token"]] | None = None,
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> Float[Tensor, "record layer d_model"]:
     """Residuals of every record at the read-out position, with some of its prompt tokens taken out.
 
@@ -47,8 +44,6 @@ def read_out(
         image_masker: what stands in for a patch (with the masker ``"attention"`` patches are knocked out too).
         readout: where to read.
         norms: a list that receives the residual norms of the content tokens, ``[layer, token]`` per batch.
-        max_tokens: token budget of one pass.
-        progress: show a bar.
 
     Returns:
         ``[record, layer, d_model]``, residual units.
@@ -77,8 +72,6 @@ def read_out(
         stand_ins=stand_ins,
         layers=existing_layers(model, layers),
         norms=norms,
-        max_tokens=max_tokens,
-        progress=progress,
     )
     share = 1.0 if readout == "prompt_end" else 0.5
     out = torch.zeros(len(tokenized), *found.shape[1:])
@@ -90,8 +83,6 @@ def read_out_responses(
     tokenized: Sequence[TokenizedPair],
     *,
     layers: Sequence[int],
-    max_tokens: int = MAX_TOKENS,
-    progress: bool = False,
 ) -> Float[Tensor, "record 2 layer d_model"]:
     """Residuals at the last token of prompt + chosen (0) and prompt + rejected (1), as CAA reads them."""
     rows = [row for t in tokenized for row in _rows(t, "response_end")]
@@ -104,8 +95,6 @@ def read_out_responses(
         stand_ins=None,
         layers=existing_layers(model, layers),
         norms=None,
-        max_tokens=max_tokens,
-        progress=progress,
     )
     return found.view(len(tokenized), 2, *found.shape[1:])
 
@@ -120,16 +109,14 @@ def _run_rows(
     stand_ins: Replacements | None,
     layers: list[int],
     norms: list[Float[Tensor, "layer token"]] | None,
-    max_tokens: int,
-    progress: bool,
 ) -> Float[Tensor, "row layer d_model"]:
     """Read-out of each row (ids, first position read), with its masked positions taken out, in a few full batches.
 
     ``owner`` says which of ``stand_ins`` belongs to a row; without ``stand_ins`` masked tokens are knocked out of attention.
     """
     out = torch.zeros(len(rows), len(layers), int(model.cfg.d_model))
-    with torch.no_grad(), tqdm(total=len(rows), desc="cache", unit="run", disable=not progress) as bar:
-        for group in by_token_budget([len(ids) for ids, _ in rows], max_tokens):
+    with torch.no_grad(), progress_bar(total=len(rows), desc="cache", unit="run") as bar:
+        for group in by_token_budget([len(ids) for ids, _ in rows]):
             ids, mask, offset = pad_rows(model, [rows[g][0] for g in group])
             weights = torch.zeros(ids.shape)
             for place, g in enumerate(group):

@@ -44,7 +44,7 @@ def margin(model: Any, tokenized: Any, hooks: Any = None) -> Tensor:
 def test_the_planted_head_is_named(planted: Any, into: Any, method: Any) -> None:
     tokenized = gr.tokens.tokenize_pairs(planted, planted_pairs()[:12])
     steering = axis(MOOD, [0]).hooks(0.3)
-    options: Any = {"into": into, "method": method, "progress": False}
+    options: Any = {"into": into, "method": method}
     heads = gr.analysis.patch(planted, tokenized, steering, component="z", by="head", **options)
     first = heads.nlargest(1, "effect").iloc[0]
     assert (first.layer, first["head"]) == (LAYER, HEAD)
@@ -62,7 +62,7 @@ def test_the_planted_head_is_named(planted: Any, into: Any, method: Any) -> None
 def test_the_planted_head_works_at_the_last_position_alone(planted: Any) -> None:
     tokenized = gr.tokens.tokenize_pairs(planted, planted_pairs()[:12])
     steering = axis(MOOD, [0]).hooks(0.3)
-    found = gr.analysis.patch(planted, tokenized, steering, component="z", by="pos", layers=[LAYER], progress=False)
+    found = gr.analysis.patch(planted, tokenized, steering, component="z", by="pos", layers=[LAYER])
     shares = found.set_index("pos").share
     assert shares[0] > 0.8 and shares.drop(0).abs().max() < 0.1
     lengths = [len(t.prompt) for t in tokenized]
@@ -149,14 +149,7 @@ def test_plain_hooks_give_the_same_effects(
     by: Any = "head" if what == "head" else "layer"
     component: Any = "z" if what == "head" else what
     found = gr.analysis.patch(
-        model,
-        tokenized,
-        vector.hooks(0.5, [0]),
-        component=component,
-        by=by,
-        layers=[layer],
-        into=into,
-        progress=False,
+        model, tokenized, vector.hooks(0.5, [0]), component=component, by=by, layers=[layer], into=into
     )
     row = found[found["head"] == head].iloc[0] if what == "head" else found.iloc[0]
     effects = sign * torch.stack(wanted)
@@ -189,7 +182,7 @@ def test_transformer_lens_patching_gives_the_same_effects(model: Any, vector: gr
             heads = patching.get_act_patch_attn_head_out_all_pos(model, ids, source, metric) - start
             mlps = patching.get_act_patch_mlp_out(model, ids, source, metric) - start
     sign = 1 if into == "base" else -1
-    options: Any = {"into": into, "progress": False, "layers": [0, 1, 2]}
+    options: Any = {"into": into, "layers": [0, 1, 2]}
     found = gr.analysis.patch(model, tokenized, steering, component="z", by="head", **options)
     torch.testing.assert_close(torch.tensor(found.effect.to_numpy()).float(), sign * heads.flatten(), atol=ATOL, rtol=0)
     assert found.total.iloc[0] == pytest.approx(total.item(), abs=ATOL)
@@ -207,9 +200,7 @@ def test_the_whole_stream_carries_the_whole_effect(
     model: Any, pairs: list[gr.PreferencePair], vector: gr.SteeringVectors, into: Any
 ) -> None:
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
-    found = gr.analysis.patch(
-        model, tokenized, vector.hooks(0.5, [0]), component="resid_post", into=into, progress=False
-    )
+    found = gr.analysis.patch(model, tokenized, vector.hooks(0.5, [0]), component="resid_post", into=into)
     assert found.layer.tolist() == [0, 1, 2]
     assert found.share.tolist() == pytest.approx([1.0] * 3, abs=1e-4)
     total = (margin(model, tokenized, vector.hooks(0.5, [0])) - margin(model, tokenized)).mean()
@@ -220,7 +211,7 @@ def test_layers_below_the_steering_carry_nothing(
     model: Any, pairs: list[gr.PreferencePair], vector: gr.SteeringVectors
 ) -> None:
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
-    options: Any = {"component": "attn_out", "progress": False}
+    options: Any = {"component": "attn_out"}
     found = gr.analysis.patch(model, tokenized, vector.hooks(0.5, [1]), layers=[0, 1, 2], **options)
     assert found.effect[:2].abs().max() == 0 and found.effect[2].item() != 0
     assert gr.analysis.patch(model, tokenized, vector.hooks(0.5, [1]), **options).layer.tolist() == [2]
@@ -244,9 +235,7 @@ def test_one_call_or_one_hook_or_per_batch_hooks(
     with_patch = [*mine, *gr.analysis.patch_hook("z", 2, cache["blocks.2.attn.hook_z"], head=3)]
     wanted = (margin(model, tokenized, with_patch) - margin(model, tokenized, mine)).item()
     for user, steer in ((mine, steering), (lambda batch: mine, lambda batch: steering)):
-        found = gr.analysis.patch(
-            model, tokenized, steer, component="z", by="head", layers=[2], fwd_hooks=user, progress=False
-        )
+        found = gr.analysis.patch(model, tokenized, steer, component="z", by="head", layers=[2], fwd_hooks=user)
         assert found.effect[3] == pytest.approx(wanted, abs=ATOL)
     assert abs(wanted) > 10 * ATOL
     assert torch.equal(model(ids), before)
@@ -259,7 +248,7 @@ def test_the_gradient_is_exact_for_small_steps(
 ) -> None:
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
     by: Any = "head" if component == "z" else "layer"
-    options: Any = {"component": component, "by": by, "into": into, "layers": [1, 2], "progress": False}
+    options: Any = {"component": component, "by": by, "into": into, "layers": [1, 2]}
     exact = gr.analysis.patch(model, tokenized, vector.hooks(0.02, [0]), **options)
     quick = gr.analysis.patch(model, tokenized, vector.hooks(0.02, [0]), method="gradient", **options)
     largest = exact.effect.abs().max()
@@ -341,5 +330,5 @@ def test_hooks_on_later_blocks_see_the_rows_of_the_batch(
 
     _, found = gr.evaluate.measure(model, tokenized, [gr.evaluate.Setting(0, hooks)])
     torch.testing.assert_close(found[0], gr.score_pairs(model, tokenized, hooks), atol=ATOL, rtol=0)
-    mlps = gr.analysis.patch(model, tokenized, vector.hooks(0.5, [0]), by="pos", layers=[1], progress=False)
+    mlps = gr.analysis.patch(model, tokenized, vector.hooks(0.5, [0]), by="pos", layers=[1])
     assert mlps.pos.max() == len(tokenized[0].rejected) - 1 and mlps.effect.abs().max() > 10 * ATOL

@@ -204,9 +204,7 @@ def test_from_layer_takes_one_direction_out_everywhere(model: Any) -> None:
 def test_table_against_single_runs(model: Any, pairs: list[gr.PreferencePair]) -> None:
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
     v, other = random_vectors(), random_vectors(seed=5)
-    table = analysis.ablation_table(
-        model, tokenized, v, layers=[[1], [0, 2]], others=[other], n_random=2, progress=False
-    )
+    table = analysis.ablation_table(model, tokenized, v, layers=[[1], [0, 2]], others=[other], n_random=2)
     assert table.layers.tolist() == ["1"] * 3 + ["0, 2"] * 3 and (table["rank"] == 2).all()
     assert table.vector.tolist() == ["own", "random", "random"] * 2 and table.draw.tolist() == [-1, 0, 1] * 2
     base = gr.score_pairs(model, tokenized)
@@ -221,9 +219,9 @@ def test_table_against_single_runs(model: Any, pairs: list[gr.PreferencePair]) -
             gr.evaluate.next_token_kl(model, tokenized, hooks).mean().item(), abs=ATOL
         )
     assert table.change.nunique() == 6
-    whole = analysis.ablation_table(model, tokenized, v, n_random=0, progress=False)
+    whole = analysis.ablation_table(model, tokenized, v, n_random=0)
     assert whole.layers.tolist() == ["0", "1", "2", "0, 1, 2"]
-    one = analysis.ablation_table(model, tokenized, v, layers=[[0, 2]], from_layer=1, n_random=1, progress=False)
+    one = analysis.ablation_table(model, tokenized, v, layers=[[0, 2]], from_layer=1, n_random=1)
     assert one.n.tolist() == [4, 4] and one["rank"].tolist() == [1, 1]
 
 
@@ -233,7 +231,7 @@ def test_the_planted_axis_is_what_the_preference_needs(planted: Any) -> None:
         for w in ("good", "warm")
     ]
     tokenized = gr.tokens.tokenize_pairs(planted, pairs)
-    table = analysis.ablation_table(planted, tokenized, axis(COPY, [1, 2]), n_random=5, progress=False)
+    table = analysis.ablation_table(planted, tokenized, axis(COPY, [1, 2]), n_random=5)
     own, random = table[table.vector == "own"], table[table.vector == "random"]
     assert own.margin.abs().max() < ATOL  # nothing else can tell the two words apart
     assert (-own.change).min() > 3 * random.change.abs().max()

@@ -70,8 +70,8 @@ def test_shared_rows_equal_a_plain_loop(name: str, max_tokens: int, pairs: list[
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
     removals = removals_of(tokenized)
     wanted = one_at_a_time(hf, tokenized, removals, hf.get_input_embeddings().weight.mean(0))
-    with count_operations(model) as counts:
-        found = values_without(model, tokenized, removals, max_tokens=max_tokens)
+    with count_operations(model) as counts, gr.settings(max_tokens=max_tokens):
+        found = values_without(model, tokenized, removals)
     torch.testing.assert_close(found, wanted, atol=VALUE_ATOL, rtol=0)
     tokens = sum(sum(map(len, tokenized[r].inputs)) for r, _ in removals)
     if max_tokens > 1:  # and they were shared; one token at a time nothing is, and the plain runs answer
@@ -111,8 +111,9 @@ def test_a_wrong_mask_is_noticed(plain: Any, pairs: list[gr.PreferencePair], mon
     with torch.no_grad():
         rows = rows_of(tokenized, [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals)])
         raw = torch.zeros(len(removals))
-        for part, batch, _ in shared_batches(model, tokenized, rows, "sum", max_tokens=512):
-            raw[part] = batch_logprobs(model, batch).diff(dim=-1)[:, 0]
+        with gr.settings(max_tokens=512):
+            for part, batch, _ in shared_batches(model, tokenized, rows, "sum"):
+                raw[part] = batch_logprobs(model, batch).diff(dim=-1)[:, 0]
     assert (raw + wanted).abs().max() > 100 * VALUE_ATOL  # a negative control
     torch.testing.assert_close(values_without(model, tokenized, removals), wanted, atol=VALUE_ATOL, rtol=0)
 
@@ -137,18 +138,19 @@ def test_visibility_by_hand(bridge: Any, pairs: list[gr.PreferencePair]) -> None
     tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     branches = [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals_of(tokenized))]
     rows = rows_of(tokenized, branches)
-    for part, batch, hidden in shared_batches(bridge, tokenized, rows, "sum", max_tokens=512):
-        sees = batch.inputs["attention_mask"][:, 0] == 0
-        position = batch.inputs["position_ids"]
-        for row, keep, slot in zip(batch.target_row, batch.target_keep, batch.target_slot, strict=True):
-            run = branches[part[int(slot) // 2]]
-            at = int(batch.keep[keep])
-            seen = sees[row, at].nonzero()[:, 0]
-            seen = seen[position[row, seen].argsort()]
-            n = len(seen)
-            assert position[row, seen].tolist() == list(range(n))
-            assert tuple(batch.ids[row, seen].tolist()) in [ids[:n] for ids in tokenized[run.record].inputs]
-            assert hidden[row, seen].nonzero()[:, 0].tolist() == sorted(set(run.gone))
+    with gr.settings(max_tokens=512):
+        for part, batch, hidden in shared_batches(bridge, tokenized, rows, "sum"):
+            sees = batch.inputs["attention_mask"][:, 0] == 0
+            position = batch.inputs["position_ids"]
+            for row, keep, slot in zip(batch.target_row, batch.target_keep, batch.target_slot, strict=True):
+                run = branches[part[int(slot) // 2]]
+                at = int(batch.keep[keep])
+                seen = sees[row, at].nonzero()[:, 0]
+                seen = seen[position[row, seen].argsort()]
+                n = len(seen)
+                assert position[row, seen].tolist() == list(range(n))
+                assert tuple(batch.ids[row, seen].tolist()) in [ids[:n] for ids in tokenized[run.record].inputs]
+                assert hidden[row, seen].nonzero()[:, 0].tolist() == sorted(set(run.gone))
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
@@ -173,13 +175,13 @@ def test_a_pass_with_a_graph_takes_half_the_budget(bridge: Any, pairs: list[gr.P
     tokenized = gr.tokens.tokenize_pairs(bridge, pairs) * 4
     sizes: list[int] = []
     for gradient in (False, True):
-        field = ModelField(bridge, tokenized, max_tokens=100)
+        field = ModelField(bridge, tokenized)
         runs = [Run(i, None) for i in range(len(tokenized))]
 
         def size(act: Tensor, hook: Any, sizes: list[int] = sizes) -> None:
             sizes.append(act.shape[0] * act.shape[1])
 
-        with bridge.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", size)]):
+        with gr.settings(max_tokens=100), bridge.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", size)]):
             assert len(list(field.sample(runs, gradient=gradient))) == len(runs)
         assert 0 < max(sizes) <= (50 if gradient else 100)
         sizes.clear()

@@ -289,7 +289,8 @@ def test_heads_are_read_and_moved_as_in_hugging_face(
     """Grouped-query attention (llama: 2 key-value heads, 4 heads) and GPT-2's transposed projection."""
     model, hf = tiny_model(kind, architecture), tiny_hf(architecture)
     toks = gr.tokens.tokenize_pairs(model, pairs)
-    found = heads_room.read_out_heads(model, toks, layers=LAYERS, max_tokens=40)
+    with gr.settings(max_tokens=40):
+        found = heads_room.read_out_heads(model, toks, layers=LAYERS)
     wanted = torch.stack(
         [torch.stack([head_outputs(hf, t.prompt + r, LAYERS, 4) for r in (t.chosen, t.rejected)]) for t in toks]
     )
@@ -322,7 +323,8 @@ def test_heads_see_the_images() -> None:
         for i in range(3)
     ]
     toks = gr.tokens.tokenize_pairs(model, pairs)
-    found = heads_room.read_out_heads(model, toks, layers=[1], max_tokens=60)
+    with gr.settings(max_tokens=60):
+        found = heads_room.read_out_heads(model, toks, layers=[1])
     kept: list[Tensor] = []
     projection = hf.model.language_model.layers[1].self_attn.o_proj
     handle = projection.register_forward_pre_hook(lambda module, args: kept.append(args[0][0, -1].view(4, 8)))
@@ -338,7 +340,7 @@ def test_heads_see_the_images() -> None:
     steered = gr.score_pairs(model, toks, gr.baselines.head_vectors(model, pairs, layers=[1]).hooks(0.5))
     assert (steered - before).abs().max() > 1e-3
     if importlib.util.find_spec("peft"):
-        with gr.baselines.lora_adapter(model, pairs, n_epochs=2, learning_rate=1e-2, progress=False) as run:
+        with gr.baselines.lora_adapter(model, pairs, n_epochs=2, learning_rate=1e-2) as run:
             assert run.losses[-1] < run.losses[0]
             assert not any("vision" in name for name in run.modules)
         assert torch.equal(gr.score_pairs(model, toks), before)
@@ -448,9 +450,8 @@ def test_lora_is_a_plain_peft_run(bridge: Any, pairs: list[gr.PreferencePair], l
     peft = pytest.importorskip("peft")
     toks = gr.tokens.tokenize_pairs(bridge, pairs)
     before = margins(gr.score_pairs(bridge, toks))
-    with gr.baselines.lora_adapter(
-        bridge, pairs, loss=loss, rank=2, n_epochs=4, learning_rate=1e-2, seed=7, max_tokens=30, progress=False
-    ) as run:
+    adapter = gr.baselines.lora_adapter(bridge, pairs, loss=loss, rank=2, n_epochs=4, learning_rate=1e-2, seed=7)
+    with gr.settings(max_tokens=30), adapter as run:
         ours = margins(gr.score_pairs(bridge, toks))
 
     plain = tiny_hf()
@@ -491,13 +492,13 @@ def test_lora_leaves_the_model_as_it_was(architecture: str, pairs: list[gr.Prefe
     modules = [(name, id(m)) for name, m in model.named_modules()]
     hooks, state, before = list(model.hook_dict), torch.get_rng_state(), gr.score_pairs(model, toks)
 
-    with gr.baselines.lora_adapter(model, pairs, n_epochs=2, learning_rate=1e-2, progress=False) as run:
+    with gr.baselines.lora_adapter(model, pairs, n_epochs=2, learning_rate=1e-2) as run:
         inside = gr.score_pairs(model, toks)
         steered = gr.score_pairs(model, toks, [("blocks.1.hook_resid_post", lambda act, hook: act.roll(1, -1))])
     assert run.losses[-1] < run.losses[0]
     assert (inside - before)[:, 0].sum() > 0  # the chosen responses have become likelier
     assert (steered - inside).abs().max() > 1e-2  # hooks act on the tuned model
-    with pytest.raises(KeyboardInterrupt), gr.baselines.lora_adapter(model, pairs, n_epochs=1, progress=False):
+    with pytest.raises(KeyboardInterrupt), gr.baselines.lora_adapter(model, pairs, n_epochs=1):
         raise KeyboardInterrupt
 
     assert torch.equal(gr.score_pairs(model, toks), before)
@@ -515,7 +516,7 @@ def test_lora_seed(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     pytest.importorskip("peft")
     toks, found = gr.tokens.tokenize_pairs(bridge, pairs), []
     for seed in (0, 0, 1):
-        with gr.baselines.lora_adapter(bridge, pairs, batch_size=2, learning_rate=1e-2, seed=seed, progress=False):
+        with gr.baselines.lora_adapter(bridge, pairs, batch_size=2, learning_rate=1e-2, seed=seed):
             found.append(gr.score_pairs(bridge, toks))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -528,10 +529,10 @@ def test_refused_lora(
     for options, message in (({"loss": "ppo"}, "'sft' or 'dpo'"), ({"rank": 0}, "at least 1")):
         with pytest.raises(ValueError, match=message), gr.baselines.lora_adapter(bridge, pairs, **options):
             pass
-    with gr.baselines.lora_adapter(bridge, pairs, n_epochs=1, progress=False):  # noqa: SIM117
+    with gr.baselines.lora_adapter(bridge, pairs, n_epochs=1):  # noqa: SIM117
         with (
             pytest.raises(ValueError, match="already carries"),
-            gr.baselines.lora_adapter(bridge, pairs, progress=False),
+            gr.baselines.lora_adapter(bridge, pairs),
         ):
             pass
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -593,7 +594,7 @@ def test_all_baselines_on_smollm2(smollm2: SimpleNamespace) -> None:
         for text in ("You love everything and praise it.", "You hate everything and complain about it.")
     )
     effect["prompt"] = float((kind - unkind).mean() / 2)
-    with gr.baselines.lora_adapter(model, build, loss="dpo", n_epochs=1, batch_size=3, progress=False):
+    with gr.baselines.lora_adapter(model, build, loss="dpo", n_epochs=1, batch_size=3):
         effect["lora"] = float((margins(gr.score_pairs(model, toks)) - margins(base)).mean())
     print({name: round(value, 2) for name, value in effect.items()})
 

@@ -168,7 +168,7 @@ def test_yes_no_study_has_a_constant_bias_that_leaves_auc_alone(vlm: Any) -> Non
 
 
 def test_the_demo_writes_a_page_that_says_what_it_found(vlm: Any, tmp_path: Path) -> None:
-    results = run_vision_demo(vlm, tmp_path, SMALL, progress=False)
+    results = run_vision_demo(vlm, tmp_path, SMALL)
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     table = {row["vector"]: row for row in results["table"]}
     assert {"leave_one_out, mean", "leave_one_out, pca", "CAA", "random tokens masked"} <= set(table)

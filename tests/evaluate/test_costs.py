@@ -45,10 +45,10 @@ def test_against_plain_hugging_face(model: Any, hf: Any) -> None:
 @pytest.mark.parametrize("max_tokens", [1, 25])
 def test_batches_do_not_matter(bridge: Any, max_tokens: int) -> None:
     settings = grid({"v": vectors_of()}, [0, 1], [0.0, 0.2, 0.4], positions=["all", "generated", "prompt"])
-    whole = gr.evaluate.text_costs(bridge, settings, TEXTS, max_tokens=4000)
-    pd.testing.assert_frame_equal(
-        gr.evaluate.text_costs(bridge, settings, TEXTS, max_tokens=max_tokens), whole, atol=ATOL, rtol=0
-    )
+    with gr.settings(max_tokens=4000):
+        whole = gr.evaluate.text_costs(bridge, settings, TEXTS)
+    with gr.settings(max_tokens=max_tokens):
+        pd.testing.assert_frame_equal(gr.evaluate.text_costs(bridge, settings, TEXTS), whole, atol=ATOL, rtol=0)
 
 
 def test_scopes_split_a_text_in_two(bridge: Any) -> None:

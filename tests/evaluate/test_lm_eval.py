@@ -86,7 +86,7 @@ def test_a_local_task_scores_as_our_own_mc1(local_task: Path, model: Any) -> Non
     items = gr.records.load_benchmark("truthfulqa", path, prompt_format="qa").items
     accuracies = []
     for hooks in (None, gr.hooks.steer_hook(1, DIRECTION, 9.0)):
-        accuracy, logprobs = run_task(local_task, gr.evaluate.harness.adapter(model, hooks, progress=False))
+        accuracy, logprobs = run_task(local_task, gr.evaluate.harness.adapter(model, hooks))
         ours = gr.inference.score_choices(model, items, hooks)
         torch.testing.assert_close(torch.tensor(logprobs), ours, atol=1e-4, rtol=0)
         assert accuracy == pytest.approx(gr.inference.mc1(ours, items).mean().item(), abs=1e-4)
@@ -104,7 +104,8 @@ def theirs() -> Any:
 
 
 def test_requests_are_answered_as_by_their_hugging_face_model(model: Any, theirs: Any) -> None:
-    ours = gr.evaluate.harness.adapter(model, progress=False, max_tokens=50)
+    with gr.settings(max_tokens=50):
+        ours = gr.evaluate.harness.adapter(model)
     asked = requests(
         ("the film was", " good and we liked it"),
         ("the film was ", "good"),
@@ -128,7 +129,7 @@ def test_greedy_flag_is_true_for_what_the_model_writes(bridge: Any, hf: Any) -> 
             ids = torch.cat([ids, hf(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     text = " " + " ".join(WORDS[i] for i in ids[0, -3:].tolist())
     asked = requests(("the film was", text), ("the film was", text + " <pad>"))
-    assert [greedy for _, greedy in gr.evaluate.harness.adapter(bridge, progress=False).loglikelihood(asked)] == [
+    assert [greedy for _, greedy in gr.evaluate.harness.adapter(bridge).loglikelihood(asked)] == [
         True,
         False,
     ]
@@ -137,7 +138,7 @@ def test_greedy_flag_is_true_for_what_the_model_writes(bridge: Any, hf: Any) -> 
 def test_generation_stops_where_the_task_says(model: Any) -> None:
     hooks = gr.hooks.steer_hook(1, DIRECTION, 9.0)
     prompts = ["the film was", "we liked the food but the room was cold . overall it"]
-    ours = gr.evaluate.harness.adapter(model, hooks, progress=False)
+    ours = gr.evaluate.harness.adapter(model, hooks)
     whole = ours.generate_until(requests(*[(p, {"until": [], "max_gen_toks": 6}) for p in prompts]))
     assert whole == [gr.generate(model, [p], hooks, max_new_tokens=6)[0] for p in prompts]
     stop = whole[0].split()[2]
@@ -154,21 +155,19 @@ def test_scopes_and_their_limits(bridge: Any) -> None:
         return gr.hooks.steer_hook(1, DIRECTION, 9.0, positions="generated", prompt_len=batch.prompt_len)
 
     items = [gr.MultipleChoice("the film was", (" good and we liked it", " bad and cold"), (True, False))]
-    ours = gr.evaluate.harness.adapter(bridge, scoped, progress=False)
+    ours = gr.evaluate.harness.adapter(bridge, scoped)
     found = [logp for logp, _ in ours.loglikelihood(requests(*[("the film was", c) for c in items[0].choices]))]
     assert found == pytest.approx(gr.inference.score_choices(bridge, items, scoped)[0].tolist(), abs=1e-4)
     with pytest.raises(ValueError, match="generation_hooks"):
         ours.generate_until(requests(("the film was", {"max_gen_toks": 2})))
-    two = gr.evaluate.harness.adapter(
-        bridge, scoped, generation_hooks=lambda n: gr.hooks.steer_hook(1, DIRECTION, 9.0), progress=False
-    )
+    two = gr.evaluate.harness.adapter(bridge, scoped, generation_hooks=lambda n: gr.hooks.steer_hook(1, DIRECTION, 9.0))
     steered = gr.generate(bridge, ["the film was"], gr.hooks.steer_hook(1, DIRECTION, 9.0), max_new_tokens=2)
     assert two.generate_until(requests(("the film was", {"max_gen_toks": 2}))) == steered
 
 
 def test_chat_template_goes_through(bridge: Any) -> None:
     chat = [{"role": "user", "content": "was it good ?"}]
-    ours = gr.evaluate.harness.adapter(bridge, progress=False)
+    ours = gr.evaluate.harness.adapter(bridge)
     assert ours.apply_chat_template(chat) == "question : was it good ? <eos> answer : "
     without = tiny_model("bridge", tokenizer=tiny_tokenizer(chat=False))
     assert gr.evaluate.harness.adapter(without).tokenizer_name
@@ -188,7 +187,7 @@ def test_truthfulqa_on_smollm2(smollm2: SimpleNamespace, local_task: Path) -> No
     model = smollm2.hooked or smollm2.bridge
     direction = torch.linspace(-1, 1, int(model.cfg.d_model))
     for hooks in (None, gr.hooks.steer_hook(12, direction, 20.0)):
-        accuracy, logprobs = run_task(local_task, gr.evaluate.harness.adapter(model, hooks, progress=False))
+        accuracy, logprobs = run_task(local_task, gr.evaluate.harness.adapter(model, hooks))
         ours = gr.inference.score_choices(model, items, hooks)
         for found, expected, item in zip(logprobs, ours, items, strict=True):
             assert found == pytest.approx(expected[: len(item.choices)].tolist(), abs=1e-4)

@@ -97,8 +97,8 @@ def test_several_settings_in_one_pass(architecture: str, pairs: list[gr.Preferen
     restart = prepare_restart(model, batch, [1], copies=True)
     assert restart.tiles
     assert restart.packing is not None
-    with counted_token_layers(model) as count:
-        found = dict(run_settings(model, batch, grid({"v": vectors}, [1], [0.1, 0.2, 0.4]), max_tokens=10_000))
+    with counted_token_layers(model) as count, gr.settings(max_tokens=10_000):
+        found = dict(run_settings(model, batch, grid({"v": vectors}, [1], [0.1, 0.2, 0.4])))
     assert count[-1] == 3 * restart.packing.row.numel()
     for i, alpha in enumerate([0.1, 0.2, 0.4]):
         wanted = by_hand(hf, gr.tokens.tokenize_pairs(model, pairs), vectors, alpha, 1)
@@ -115,9 +115,10 @@ def test_a_block_argument_that_cannot_be_copied(bridge: Any, pairs: list[gr.Pref
     assert restart.exact
     assert not restart.tiles
     settings = grid({"v": vectors_of()}, [0], [0.1, 0.4])
-    for i, logprobs in run_settings(bridge, batch, settings, max_tokens=10_000):
-        hooks: Any = [] if i is None else settings[i].hooks
-        torch.testing.assert_close(logprobs, batch_logprobs(bridge, batch, hooks), atol=ATOL, rtol=0)
+    with gr.settings(max_tokens=10_000):
+        for i, logprobs in run_settings(bridge, batch, settings):
+            hooks: Any = [] if i is None else settings[i].hooks
+            torch.testing.assert_close(logprobs, batch_logprobs(bridge, batch, hooks), atol=ATOL, rtol=0)
 
 
 LONG = ("the film was very good and the room was warm and", " we liked it . yes", " they hated this hotel")
@@ -135,8 +136,8 @@ def test_responses_share_their_prompt(bridge: Any, hf: Any, n_records: int) -> N
     restart = prepare_restart(bridge, batch, [0], copies=True)
     assert restart.packing is not None
     assert restart.tiles
-    with counted_token_layers(bridge) as count:
-        for _ in run_settings(bridge, batch, grid({"v": vectors}, [1], [0.1, 0.2]), max_tokens=10_000):
+    with counted_token_layers(bridge) as count, gr.settings(max_tokens=10_000):
+        for _ in run_settings(bridge, batch, grid({"v": vectors}, [1], [0.1, 0.2])):
             pass
     assert count[-1] == 2 * restart.packing.row.numel() < 2 * 0.9 * batch.ids.numel()
     for positions in ("all", "prompt", "generated", "last"):
@@ -267,7 +268,8 @@ def test_hooks_of_ones_own(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     vectors = vectors_of()
     own = [*vectors.hooks(0.2, [0]), *vectors.hooks(0.3, [2])]
     settings = [Setting(0, own, vector="two layers"), *grid({"v": vectors}, [0], [0.2, 0.4])]
-    found = gr.evaluate.record_effects(bridge, pairs, settings, max_tokens=10_000)
+    with gr.settings(max_tokens=10_000):
+        found = gr.evaluate.record_effects(bridge, pairs, settings)
     assert found["vector"].tolist() == ["two layers"] * len(pairs) + ["v"] * 2 * len(pairs)
     for i, hooks in enumerate((own, vectors.hooks(0.2, [0]), vectors.hooks(0.4, [0]))):
         wanted = gr.score_pairs(bridge, gr.tokens.tokenize_pairs(bridge, pairs), hooks)

@@ -240,7 +240,8 @@ def hidden_case(model: Any, hf: Any) -> None:
 @pytest.mark.parametrize("max_tokens", [1, 10_000])
 def test_readouts(model: Any, hf: Any, pairs: list[gr.PreferencePair], readout: Readout, max_tokens: int) -> None:
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
-    found = gr.vectors.read_out(model, tokenized, layers=LAYERS, readout=readout, max_tokens=max_tokens)
+    with gr.settings(max_tokens=max_tokens):
+        found = gr.vectors.read_out(model, tokenized, layers=LAYERS, readout=readout)
     for row, pair in zip(found, tokenized, strict=True):
         n = len(pair.prompt)
         both = [residuals(hf, pair.prompt + response) for response in (pair.chosen, pair.rejected)]

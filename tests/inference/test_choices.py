@@ -51,7 +51,8 @@ def test_likelihoods_equal_a_loop_over_the_hugging_face_model(model: Any, hf: An
         return (moved, *out[1:]) if isinstance(out, tuple) else moved
 
     for fwd_hooks, hook in ((None, None), (hooks, add)):
-        scores = gr.inference.score_choices(model, items(), fwd_hooks, max_tokens=max_tokens)
+        with gr.settings(max_tokens=max_tokens):
+            scores = gr.inference.score_choices(model, items(), fwd_hooks)
         assert scores.shape == (4, 4)
         for row, item in zip(scores, items(), strict=True):
             n = len(item.choices)
@@ -87,10 +88,11 @@ def test_letters_share_one_row(bridge: Any) -> None:
 def test_batches_restart_from_a_cached_residual(model: Any) -> None:
     hooks = gr.hooks.steer_hook(1, torch.linspace(-1, 1, 32), 5.0)
     expected = gr.inference.score_choices(model, items(), hooks)
-    for slots, batch in choice_batches(model, tokenize_choices(model, items()), max_tokens=40):
-        again = restart_logprobs(model, prepare_restart(model, batch, [1]), 1, hooks).flatten()
-        for (item, choice), logprob in zip(slots, again, strict=False):
-            assert logprob.item() == pytest.approx(expected[item, choice].item(), abs=1e-4)
+    with gr.settings(max_tokens=40):
+        for slots, batch in choice_batches(model, tokenize_choices(model, items())):
+            again = restart_logprobs(model, prepare_restart(model, batch, [1]), 1, hooks).flatten()
+            for (item, choice), logprob in zip(slots, again, strict=False):
+                assert logprob.item() == pytest.approx(expected[item, choice].item(), abs=1e-4)
 
 
 def test_mc1_and_mc2_by_hand() -> None:
@@ -172,6 +174,7 @@ def test_response_logprobs_sum_to_the_score(model: Any) -> None:
 
 def test_a_two_layer_gpt2_too() -> None:
     model = tiny_model("bridge", "gpt2")
-    scores = gr.inference.score_choices(model, items(), max_tokens=30)
+    with gr.settings(max_tokens=30):
+        scores = gr.inference.score_choices(model, items())
     pairs = gr.score_pairs(model, gr.tokens.tokenize_pairs(model, [item.pair() for item in items()]))
     assert scores[1, 0].item() == pytest.approx(pairs[1, 0].item(), abs=1e-5)

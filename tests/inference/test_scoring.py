@@ -74,7 +74,8 @@ def test_any_batching_gives_the_same(model: Any, pairs: list[gr.PreferencePair],
 def test_token_budget_holds_for_a_forward_pass(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     tokenized = gr.tokens.tokenize_pairs(bridge, pairs) * 4
     budget = 100
-    batches = list(score_batches(bridge, tokenized, max_tokens=budget))
+    with gr.settings(max_tokens=budget):
+        batches = list(score_batches(bridge, tokenized))
     assert sorted(i for group, _ in batches for i in group) == list(range(len(tokenized)))
     assert len(batches) > 1
     assert max(batch.ids.numel() for _, batch in batches) <= budget

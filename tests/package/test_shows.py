@@ -136,7 +136,7 @@ def test_demo_finds_its_way_from_records_to_verdict(smollm2: SimpleNamespace, tm
         layers=(18, 24),
         methods=QUICK.methods[:1],
     )
-    results = run_demo(smollm2.bridge, tmp_path, tiny, progress=False)
+    results = run_demo(smollm2.bridge, tmp_path, tiny)
     assert {"random direction", "orthogonal direction", "shuffled labels"} < set(results["sets"][0]["draws"])
     assert [row["vector"] for row in results["sets"][0]["cost"]["at_kl"]] == ["leave_one_out", "CAA"]
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results

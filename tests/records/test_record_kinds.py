@@ -32,10 +32,10 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "compare_with_controls": lambda m, r, made: gr.compare_with_controls(
         m, r, r, {"v": made.single}, {"v": [made.single] * 2}, name="v", alpha=0.2, n_test_draws=2
     ),
-    "patch": lambda m, r, made: gr.analysis.patch(m, r, made.vectors.hooks(0.2, [1]), progress=False),
+    "patch": lambda m, r, made: gr.analysis.patch(m, r, made.vectors.hooks(0.2, [1])),
     "residuals": lambda m, r, _: gr.analysis.residuals(m, r, layers=LAYERS, readout="response_end"),
     "writers": lambda m, r, made: gr.analysis.writers(m, r, made.vectors, layer=2),
-    "ablation_table": lambda m, r, made: gr.analysis.ablation_table(m, r, made.vectors, n_random=1, progress=False),
+    "ablation_table": lambda m, r, made: gr.analysis.ablation_table(m, r, made.vectors, n_random=1),
 }
 
 

@@ -271,7 +271,7 @@ def test_a_prompt_without_content(bridge: Any, pairs: list[gr.PreferencePair]) -
 
 def test_no_units_no_draws(bridge: Any) -> None:
     tokenized = gr.tokens.tokenize_pairs(bridge, [gr.PreferencePair(*STRANGE)])
-    shared: Any = {"objective": "sum", "masker": "zero", "image_masker": "mean_patch", "max_tokens": 64}
+    shared: Any = {"objective": "sum", "masker": "zero", "image_masker": "mean_patch"}
     scores, values = leave_k_out_scores(bridge, tokenized, [[]], [torch.Generator()], k=3, n_draws=4, **shared)
     whole = gr.score_pairs(bridge, tokenized)
     assert scores[0].isnan().all() and values[0] == pytest.approx(float(whole[0, 0] - whole[0, 1]), abs=1e-5)

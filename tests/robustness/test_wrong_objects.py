@@ -99,14 +99,14 @@ def test_layers_of_an_ablation(made: Any) -> None:
         with pytest.raises(ValueError, match="layers are counted from 0"):
             gr.analysis.ablate_hooks(made.vectors, layers, from_layer=1)
     with pytest.raises(ValueError, match=r"layers \[-1\] do not exist"):
-        gr.analysis.ablation_table(made.model, made.pairs, made.vectors, layers=[-1], progress=False)
+        gr.analysis.ablation_table(made.model, made.pairs, made.vectors, layers=[-1])
     with pytest.raises(ValueError, match=r"layers=1; a list is needed: layers=\[1\]"):
-        gr.analysis.ablation_table(made.model, made.pairs, made.vectors, layers=1, progress=False)
+        gr.analysis.ablation_table(made.model, made.pairs, made.vectors, layers=1)
 
 
 def test_a_layer_is_a_set_of_one(made: Any) -> None:
     tables = [
-        gr.analysis.ablation_table(made.model, made.pairs, made.vectors, layers=layers, n_random=1, progress=False)
+        gr.analysis.ablation_table(made.model, made.pairs, made.vectors, layers=layers, n_random=1)
         for layers in ([[1], [0, 2]], [1, [0, 2]])
     ]
     assert list(tables[0].layers) == ["1", "1", "0, 2", "0, 2"]

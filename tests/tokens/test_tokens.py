@@ -350,7 +350,7 @@ def test_unknown_padding_side() -> None:
 @given(items=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 9)), max_size=40), budget=st.integers(1, 900))
 def test_budget_is_kept_and_nothing_is_lost(items: list[tuple[int, int]], budget: int) -> None:
     lengths, n_rows = [length for length, _ in items], [rows for _, rows in items]
-    groups = by_token_budget(lengths, budget, n_rows)
+    groups = by_token_budget(lengths, n_rows, max_tokens=budget)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or sum(n_rows[i] for i in group) * max(lengths[i] for i in group) <= budget
@@ -358,4 +358,5 @@ def test_budget_is_kept_and_nothing_is_lost(items: list[tuple[int, int]], budget
         first = longer[0]
         assert max(lengths[i] for i in shorter) <= min(lengths[i] for i in longer)  # similar lengths together
         assert (sum(n_rows[i] for i in shorter) + n_rows[first]) * lengths[first] > budget  # and no batch cut early
-    assert by_token_budget(lengths, budget) == by_token_budget(lengths, budget, [1] * len(lengths))
+    ones = [1] * len(lengths)
+    assert by_token_budget(lengths, max_tokens=budget) == by_token_budget(lengths, ones, max_tokens=budget)

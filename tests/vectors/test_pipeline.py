@@ -325,8 +325,8 @@ def test_interruption_keeps_what_is_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(attribution_api, "compute", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            attribute_records(bridge, tokenized, OPTIONS, max_tokens=1, checkpoint=path)
+        with pytest.raises(KeyboardInterrupt), gr.settings(max_tokens=1):
+            attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
     assert len(path.read_text().splitlines()) == n_done
     same(attribute_records(bridge, tokenized, OPTIONS, checkpoint=path), wanted)
     assert len(path.read_text().splitlines()) == len(pairs)  # and none was done twice
