@@ -97,12 +97,14 @@ def ablation_table(
     """What the model loses without the direction, beside random directions of the same rank.
 
     Args:
-        model, tokenized: the model and the records to measure on, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records to measure on, tokenized or not.
         vectors: the direction.
         layers: sets of layers to ablate at, one measurement each (a number is a set of one); default every stored layer
             alone, then all at once.
         others: further vectors whose span with ``vectors`` is taken out.
-        from_layer, center: as in ``ablate_hooks``.
+        from_layer: see ``ablate_hooks``.
+        center: ``[d_model]`` per layer, see ``ablate_hooks``.
         n_random: draws of random directions, as many in each as vectors are given.
         seed: of the draws.
         objective: as elsewhere.

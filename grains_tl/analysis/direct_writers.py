@@ -44,7 +44,8 @@ def writers(
     parts before projection; this works on padded batches of both model classes and keeps no full activations.
 
     Args:
-        model, tokenized: the model and the records, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized or not.
         vectors: the directions.
         layer: whose direction, and how far up to look: components of the blocks 0 to ``layer``.
         selections: the masked tokens of each record; ``None`` to split the plain prompt's projection.

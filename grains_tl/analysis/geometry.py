@@ -105,7 +105,8 @@ def stability(
 
     Args:
         differences: of the building records, at least four.
-        reduce, side: as in ``reduce_vectors``.
+        reduce: ``"mean"``, ``"svd"`` or ``"pca"`` (see ``reduce_vectors``).
+        side: which differences to use (see ``reduce_vectors``).
         n_draws: random halvings, and bootstrap draws.
         seed: of the draws.
 
@@ -167,9 +168,11 @@ def building_records(
     """Which records built the vector: each one's difference along the direction.
 
     Args:
-        vectors, differences: the vectors and the differences they came from.
+        vectors: the steering vectors.
+        differences: the differences that the vectors were reduced from.
         layer: which layer.
-        tokenized, selections: the building records and their masked tokens; add the text columns.
+        tokenized: the building records; adds the column of prompts.
+        selections: their masked tokens; adds the columns of tokens.
 
     Returns:
         One row per record, in their order. ``projection``: (d+ - d-) along the direction, residual units (for
@@ -225,9 +228,11 @@ def building_tokens(
     The tokens of one side of a record are masked together, so each is given an equal part of that side's projection.
 
     Args:
-        vectors, differences: the vectors and the differences they came from.
+        vectors: the steering vectors.
+        differences: the differences that the vectors were reduced from.
         layer: which layer.
-        tokenized, selections: the building records and their masked tokens.
+        tokenized: the building records, tokenized.
+        selections: their masked tokens.
 
     Returns:
         One row per token and side, largest ``total`` first: ``token``, ``side``, ``count`` (records that masked it),

@@ -48,7 +48,8 @@ def logit_lens(
     """The tokens that a step along each direction promotes most, and those it demotes most.
 
     Args:
-        model, vectors: the model and its vectors.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        vectors: the steering vectors.
         layers: default all stored.
         n_top: tokens on either side.
 
@@ -78,7 +79,8 @@ def embedding_neighbours(
     """Tokens whose embedding lies nearest to the direction, and to its opposite, by cosine.
 
     Args:
-        model, vectors: the model and its vectors.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        vectors: the steering vectors.
         layers: default all stored.
         n_top: tokens on either side.
         space: ``"embed"``: rows of the token embedding; ``"unembed"``: each token's gradient through the unembedding,

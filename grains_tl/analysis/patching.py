@@ -93,7 +93,8 @@ def patch(
     components act together.
 
     Args:
-        model, tokenized: the model and the records, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized or not.
         steering: hooks of the steered run, ``vectors.hooks(0.2, [15])``, or a function ``Batch -> hooks``.
         component: what to exchange; with ``by="layer"`` or ``"all"`` several can be exchanged together.
         by: one site per ``"layer"``, per ``"head"`` (component ``"z"``), per layer and ``"pos"``, or ``"all"`` layers

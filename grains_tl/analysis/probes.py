@@ -66,7 +66,8 @@ def residuals(
     ``"prompt_end"`` has no response in it.
 
     Args:
-        model, tokenized: the model and the records, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized or not.
         layers: default all; the result has them in this order.
         readout: see ``ProbeReadout``.
         selections: the tokens to mask, needed for ``"prompt_end"``.

@@ -46,6 +46,7 @@ def act_name(component: Component, layer: int) -> str:
 
 
 def check_options(components: Sequence[str], by: str, into: str, method: str) -> None:
+    """Refuse unknown options, and combinations that do not exist (ValueError)."""
     for component in components:
         act_name(component, 0)  # type: ignore[arg-type]
     for name, value, known in (
@@ -70,6 +71,7 @@ def sites_for(
     offsets: Sequence[int] | None,
     steering: FwdHooks | None,
 ) -> list[Site]:
+    """The sites to patch, one after the other in the order of the table."""
     at = require_layers(model, _reachable(model, components, steering) if layers is None else layers)
     if by == "all":
         return [Site(tuple((c, layer) for layer in at for c in components))]
@@ -109,6 +111,7 @@ def site_table(
     found: Float[Tensor, "site record"],
     total: Float[Tensor, "record"],
 ) -> pd.DataFrame:
+    """One row per site: mean effect over the records that have it, standard error, share of the total."""
     rows = []
     for site, effects in zip(sites, found, strict=True):
         has = ~effects.isnan()

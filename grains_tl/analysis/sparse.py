@@ -27,7 +27,8 @@ def load_sae(release: str, sae_id: str, *, device: str = "cpu") -> tuple[Any, in
     belongs to layer 3.
 
     Args:
-        release, sae_id: as in SAELens' table of pretrained SAEs.
+        release: name of the release in SAELens' table of pretrained SAEs.
+        sae_id: name of the SAE within the release.
         device: where to put it.
 
     Returns:

@@ -164,11 +164,23 @@ def attribute_all(
     """``attribute`` for many records, in full batches.
 
     Args:
-        model, method, n_steps, baseline, objective, masker, image_masker, nodes, layer, noise, k, seed, content_only,
-            group_by: as in ``attribute``.
-        max_tokens: token budget of one pass, if not that of the settings in force.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
         tokenized: the records, tokenized or not.
-        progress: show a bar.
+        method: see ``attribute``, also for the options that follow.
+        n_steps: steps of path methods, samples of sampling ones.
+        baseline: where a path starts.
+        objective: how response tokens are combined: ``"sum"``, ``"mean"`` or ``"single"``.
+        masker: what replaces a removed token.
+        image_masker: what replaces a removed patch.
+        nodes: where a path is evaluated.
+        layer: of methods that attribute to a layer's residual stream.
+        noise: of SmoothGrad.
+        k: tokens taken out together by leave-k-out.
+        seed: of methods that draw at random.
+        content_only: leave special and template tokens where they are.
+        group_by: take out words, sentences or spans together.
+        max_tokens: token budget of one pass, if not that of the settings in force.
+        progress: show a progress bar.
         on_result: called with (index, attribution) as soon as a record is finished, so that it can be kept.
 
     Returns:

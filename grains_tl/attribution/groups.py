@@ -57,6 +57,9 @@ def group(attribution: Attribution, *, by: GroupBy = "word") -> Grouped:
         by: ``"word"`` (punctuation marks stand alone), ``"sentence"``, or a list of spans: ``(begin, end)`` token positions
             or texts such as ``"the waiter"`` (first place where the text stands). Tokens outside the spans stay alone.
 
+    Returns:
+        ``Grouped``: ``texts`` and ``scores`` (nats), one per group, in the order of the prompt.
+
     Raises:
         ValueError: an unknown grouping, a span outside the prompt, overlapping spans, or a text that is not there.
 

@@ -133,7 +133,8 @@ def compute(
     """Scores of every record by one method.
 
     Args:
-        model, records: as everywhere.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        records: the records, tokenized.
         method: its name.
         options: what it is told.
         groups: for the methods that take tokens out, positions to take out together, per record.

@@ -102,6 +102,7 @@ class Panel(NamedTuple):
 
     @property
     def scores(self) -> Tensor:
+        """``[pos]`` nats, the integral over the panel."""
         width = self.right.alpha - self.left.alpha
         return width / 6 * (self.left.rate + 4 * self.middle.rate + self.right.rate)
 
@@ -119,7 +120,8 @@ def adaptive_path(field: Field, ends: Ends, *, budget: int, tolerance: float) ->
     gaps together, their signs ignored, are below ``tolerance * |f(x) - f(x')|`` or ``budget`` gradients are spent.
 
     Args:
-        field, ends: what to integrate.
+        field: the function to integrate.
+        ends: input, reference and the values of f at both.
         budget: gradients per record, at least 5.
         tolerance: share of |f(x) - f(x')|.
     """

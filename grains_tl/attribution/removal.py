@@ -38,10 +38,12 @@ def values_without(
     """f of a record without some of its prompt's tokens, nats; for many such removals in full batches.
 
     Args:
-        model, tokenized: the model and its records.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized or not.
         removals: ``(record, positions)`` each; no positions give f(x).
         objective: how response tokens are combined.
-        masker: what stands in for a token that is taken out; ``image_masker`` for a patch.
+        masker: what replaces a token that is taken out.
+        image_masker: what replaces a patch that is taken out.
 
     Examples:
         >>> values_without(model, tokenized, [(0, ()), (0, (3, 4))])   # doctest: +SKIP
@@ -128,7 +130,12 @@ def leave_out_scores(
     """f(x) - f(x without a group), shared equally by the group's tokens (NaN where no group is); and f(x).
 
     Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records.
         groups: for every record, the groups of positions to take out together; single tokens for leave-one-out.
+        objective: how response tokens are combined.
+        masker: what replaces a token.
+        image_masker: what replaces a patch.
     """
     removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
     removals += [(r, group) for r, own in enumerate(groups) for group in own]
@@ -158,10 +165,15 @@ def leave_k_out_scores(
     the smallest scores that fit are returned.
 
     Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records.
         units: for every record the groups of positions that may be taken out.
         generators: one per record.
         k: units taken out together (at most all but one).
         n_draws: forward passes per record.
+        objective: how response tokens are combined.
+        masker: what replaces a token.
+        image_masker: what replaces a patch.
     """
     removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
     designs = []

@@ -40,7 +40,9 @@ def smoothed(
     """SmoothGrad (arXiv 1706.03825) x input: the gradient averaged over Gaussian noise around the input.
 
     Args:
-        field, x, values: f, its real inputs and f(x).
+        field: f.
+        x: the real inputs.
+        values: f(x) of each record.
         generators: one per record.
         n_samples: draws.
         noise: standard deviation as a fraction of each token's root-mean-square embedding entry.
@@ -75,7 +77,9 @@ def expected(
     both freely. ``start_value`` is the mean of f over the baselines, weighted as they were used.
 
     Args:
-        field, x, values: f, its real inputs and f(x).
+        field: f.
+        x: the real inputs.
+        values: f(x) of each record.
         starts: baselines of each record, ``[pos, d_model]``.
         generators: one per record.
         n_samples: gradients per record.

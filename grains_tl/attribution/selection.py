@@ -39,6 +39,9 @@ def select_tokens(
         spare_end: never choose the prompt's last token, where ``readout="prompt_end"`` reads the residual: masking it
             replaces what is read. Notebook 03 shows what that does.
 
+    Returns:
+        ``Selection``: token positions on each side, the largest score first.
+
     Raises:
         ValueError: nothing to choose (``top_k`` and ``top_k_image`` not positive).
 

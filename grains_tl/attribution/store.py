@@ -31,7 +31,8 @@ def attribute_records(
     """``attribute_all`` that keeps finished records in a file and does not compute them again.
 
     Args:
-        model, tokenized: the model and its records.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records.
         options: keyword arguments of ``attribute_all``: method, n_steps, baseline, objective, masker, ...
         checkpoint: the ``.jsonl`` file, or ``None``.
         processes: names the part of the checkpoint that this process writes; all parts are read.

@@ -26,7 +26,8 @@ def random_direction_vectors(like: SteeringVectors, *, n_draws: int = 20, seed: 
 
     Args:
         like: gives layers, norms and the unit of ``alpha``.
-        n_draws, seed: how many, and their seed.
+        n_draws: how many to draw.
+        seed: seed of the draws.
 
     Returns:
         ``n_draws`` vectors, directions ``[layer, d_model]`` of unit length.
@@ -66,7 +67,8 @@ def orthogonal_direction_vectors(like: SteeringVectors, *, n_draws: int = 20, se
 
     Args:
         like: what to be at right angles to; gives layers, norms and the unit of ``alpha``.
-        n_draws, seed: how many, and their seed.
+        n_draws: how many to draw.
+        seed: seed of the draws.
 
     Returns:
         ``n_draws`` vectors, directions ``[layer, d_model]`` of unit length.
@@ -159,13 +161,16 @@ def random_token_differences(
     As many patches and as many text tokens, where there is an image.
 
     Args:
-        model, tokenized: the model and the building records, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the building records, tokenized or not.
         selections: the selections to imitate in number.
         layers: which layers (running stops above the highest).
         resid_norms: ``[layer]``, copied into the results.
         n_draws: number of draws; the whole prompts are run once for all of them.
         seed: of the draws.
-        masker, image_masker, readout: as in ``collect_differences``.
+        masker: what replaces a masked token (see ``build_vectors``).
+        image_masker: what replaces a masked patch (see ``build_vectors``).
+        readout: where the residual is read (see ``read_out``).
         spare_end: as in ``select_tokens``; give it what the selections were made with.
 
     Returns:
@@ -207,7 +212,9 @@ def mask_at_random(
     """One draw of ``random_token_differences``: d+ and d- of random tokens, given the read-out of the whole prompts.
 
     Args:
-        model, tokenized, selections: as there.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the building records.
+        selections: the selections to imitate.
         whole: ``read_out`` of the unmasked prompts with the same ``options``.
         generator: of the draw.
         spare_end: leave the prompt's last token alone.
@@ -244,7 +251,8 @@ def caa_differences(
     Returned as ``Differences`` with the second side zero, so that it is reduced and resampled like the others.
 
     Args:
-        model, tokenized: the model and the records, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized or not.
         layers: which layers.
         resid_norms: ``[layer]`` the unit of ``alpha``, copied into the result.
 

@@ -58,6 +58,9 @@ class HeadVectors:
                 sigma, and alpha 0 changes no bit.
             scale: unit of ``alpha``.
 
+        Returns:
+            ``(name, fn)`` pairs at ``hook_z``, one per layer.
+
         Raises:
             ValueError: an unknown scale, a non-finite alpha, or heads whose pushes cancel.
         """
@@ -114,10 +117,14 @@ def head_vectors(
     vectors, and that the folds keep both responses of a record together (a probe that has seen one knows the other).
 
     Args:
-        model, pairs: the model and its building records.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        pairs: the building records.
         layers: where to look for heads, default all.
         n_heads: how many heads to steer; default 5 % of those looked at, at least one (the paper: 48 of 1024).
         direction: ``"mean_shift"`` (the paper's best) or ``"probe"``.
+
+    Returns:
+        ``HeadVectors``: the chosen heads, their directions ``[head, d_head]`` of unit length, and accuracies.
 
     Raises:
         ValueError: before anything runs, for fewer than two records, unknown options, or more heads than there are.

@@ -70,7 +70,8 @@ def lora_adapter(
         pairs: the building records.
         loss: ``"sft"`` (mean over the chosen responses' tokens) or ``"dpo"`` (mean over records).
         rank: of the adapters; their scale is peft's alpha / r with alpha = 2 r.
-        n_epochs, batch_size: passes over the records, and records per optimiser step.
+        n_epochs: passes over the records.
+        batch_size: records per optimiser step.
         learning_rate: of AdamW without weight decay, constant.
         beta: of the ``"dpo"`` loss.
         seed: of the adapters' start and the order of the records; the global generator is left alone.

@@ -11,7 +11,7 @@ from grains_tl.records.pairs import PreferencePair
 def with_system_prompt(
     pairs: Iterable[PreferencePair], instruction: str, *, separator: str = "\n\n"
 ) -> list[PreferencePair]:
-    """The same records with an instruction in front of each prompt: a strong baseline (AxBench, arXiv 2501.17148).
+    r"""The same records with an instruction in front of each prompt: a strong baseline (AxBench, arXiv 2501.17148).
 
     Conversations get it as their system message, in front of one they already have; a text prompt as its first
     paragraph. Responses are untouched, so every metric of the package applies: compare
@@ -23,13 +23,16 @@ def with_system_prompt(
         instruction: what the model is told.
         separator: between the instruction and what follows it in one text.
 
+    Returns:
+        The records with changed prompts, in their order.
+
     Raises:
         ValueError: an empty instruction.
 
     Examples:
         >>> pair = PreferencePair(prompt="Dinner was", chosen=" great", rejected=" awful")
         >>> with_system_prompt([pair], "Be kind.")[0].prompt
-        'Be kind.\\n\\nDinner was'
+        'Be kind.\n\nDinner was'
         >>> chat = PreferencePair(prompt=[{"role": "user", "content": "Hi"}], chosen="great", rejected="awful")
         >>> with_system_prompt([chat], "Be kind.")[0].prompt[0]
         {'role': 'system', 'content': 'Be kind.'}

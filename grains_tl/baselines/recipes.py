@@ -136,7 +136,8 @@ def baseline_draws(
     """Several draws of controls (or of any baseline), as ``compare_with_controls`` takes them.
 
     Args:
-        model, pairs: the model and its building records.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        pairs: the building records.
         names: keys of ``BASELINES``, or functions of one's own with the same signature; default the ``CONTROLS``,
             ``"orthogonal_direction"`` only where there is a ``like``.
         layers: which layers.
@@ -191,7 +192,12 @@ def baseline_vectors(
     where they differ.
 
     Args:
-        model, pairs, names, layers, seed, options: as in ``baseline_draws``.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        pairs: the building records.
+        names: keys of ``BASELINES``, or functions with the same signature.
+        layers: which layers.
+        seed: seed of the draws.
+        options: further attributes of ``BuildingRecords`` (see ``baseline_draws``).
 
     Returns:
         name -> vectors of unit length, in the same ``alpha`` unit.

@@ -25,11 +25,13 @@ class BuildingRecords:
     """The building records, and what baselines read from the model on them: each quantity is run once, when first used.
 
     Attributes:
-        model, tokenized: the model and its records from ``tokenize_pairs``.
+        model: the model.
+        tokenized: its records, from ``tokenize_pairs``.
         layers: which layers, in increasing order.
         like: the vectors that ``orthogonal_direction`` is to be orthogonal to.
         differences: of the method whose labels ``shuffled_labels`` shuffles; without them CAA's.
-        top_k, masker: how many tokens ``random_tokens`` masks on each side, and with what.
+        top_k: how many tokens ``random_tokens`` masks on each side.
+        masker: what ``random_tokens`` replaces them with.
 
     Examples:
         >>> records = BuildingRecords(model, tokenize_pairs(model, pairs), (12,))     # doctest: +SKIP

@@ -71,7 +71,9 @@ class DemoSettings:
 
     Attributes:
         sets: which bundled preference sets.
-        n_build, n_choose, n_test: records per split (at most ``AT_MOST``).
+        n_build: records to build on (at most ``AT_MOST``).
+        n_choose: records to choose the layer on.
+        n_test: records to measure on.
         n_test_draws: test records the many draws are measured on.
         n_draws: draws of random tokens, and bootstrap resamples.
         n_control_draws: draws of each of ``controls``.
@@ -122,6 +124,7 @@ def run_set(
     settings: DemoSettings,
     checkpoint: Path,
 ) -> dict[str, Any]:
+    """Attribute, build, choose and measure on one set of records; every figure of its part of the report."""
     limit = AT_MOST[name]
     n_draw_records = min(settings.n_test_draws, settings.n_test, limit["draws"])
     build, choose, test = (

@@ -43,7 +43,8 @@ class Captioned:
     """Scenes with their captions and scores.
 
     Attributes:
-        scenes, pictures: what is described.
+        scenes: the scenes described.
+        pictures: their pictures.
         said: the captions.
         scores: how far they name what is not there.
     """
@@ -111,11 +112,13 @@ def candidates(
     CAA is read at the word where the responses part, and, as ``"CAA, whole responses"``, at their last.
 
     Args:
-        model, pairs: the model and the building records.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        pairs: the building records.
         layers: where vectors are wanted.
         methods: attributions, with their number of path steps.
         top_k: tokens masked on each side, words and patches together.
-        masker, image_masker: what replaces them.
+        masker: what replaces a masked token.
+        image_masker: what replaces a masked patch.
         n_random_tokens: draws of as many random tokens, imitating the first method.
         seed: of the draws.
 

@@ -49,7 +49,8 @@ class VisionDemoSettings:
 
     Attributes:
         n_build: pairs per building seed (the model's own hallucinated captions against the true ones).
-        n_choose, n_test: scenes to choose the layer on, and to measure on.
+        n_choose: scenes to choose the layer on.
+        n_test: scenes to measure on.
         n_questions: false-yes questions whose attribution is looked at.
         seeds: building seeds; each gives its own vectors.
         n_random: random directions, and random-token maskings, per seed.

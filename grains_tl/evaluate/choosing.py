@@ -26,7 +26,12 @@ class Choice:
     """A cell of a sweep, and the records it was chosen on.
 
     Attributes:
-        vector, layer, alpha, positions, operator, objective: the setting.
+        vector: name of the chosen vector.
+        layer: its layer.
+        alpha: its step size.
+        positions: where it steers.
+        operator: how the step is applied.
+        objective: how response tokens were combined.
         why: how it was chosen, in a sentence.
         records: hashes of the records used for choosing; ``report_choice`` refuses them.
 
@@ -66,7 +71,11 @@ def choose(
         max_kl: budget, nats per token of KL(steered || base) on the neutral texts; ``None`` for none.
         vector: choose among the cells of this one only.
         records: what the sweep was measured on; needed only where the frame has lost its ``attrs`` (read from a csv).
-        operator, objective: of the sweep, for a frame without these columns; default ``"add_renorm"`` and ``"sum"``.
+        operator: of the sweep, for a frame without this column; default ``"add_renorm"``.
+        objective: of the sweep, for a frame without this column; default ``"sum"``.
+
+    Returns:
+        ``Choice``: the setting, and the records that it was chosen on.
 
     Raises:
         ValueError: no cell fits, no costs to compare with the budget, cells of different objectives, or a frame that does
@@ -151,7 +160,8 @@ def report_choice(
         draws: the vector built from resampled records (``bootstrap_vectors``): adds the uncertainty over building.
         neutral: texts to measure the cost on, or how many of the bundled ones.
         level: of the intervals.
-        max_tokens, progress: as in ``sweep``.
+        max_tokens: token budget of one pass.
+        progress: show a progress bar.
 
     Returns:
         One row, the columns of ``summarize`` (nats); its ``verdict`` is ``"steers"``, ``"no effect"`` or ``"wrong way"``.

@@ -76,6 +76,9 @@ def compare_with_controls(
         n_test_draws: test records the draws are measured on.
         seed: of the resampling.
 
+    Returns:
+        ``Comparison``; effects in nats, half the change of the margin between +alpha and -alpha.
+
     Raises:
         ValueError: ``name`` without bootstrap vectors in ``draws``, no test records for the draws, or vectors of several
             layers.

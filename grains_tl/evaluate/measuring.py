@@ -34,7 +34,8 @@ def measure(
     (equal to a full run to about 1e-5 nats; checked at the start, with full runs as the fallback).
 
     Args:
-        model, tokenized: the model and the records, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized or not.
         settings: what to measure.
         objective: how response tokens are combined.
 
@@ -150,7 +151,8 @@ def next_token_kl(
     """KL(steered || base) of the next-token distribution at the end of each prompt, nats: what steering costs there.
 
     Args:
-        model, tokenized: the model and the records, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized or not.
         fwd_hooks: the steering, hooks or a function ``Batch -> hooks``.
 
     Returns:

@@ -29,7 +29,9 @@ def shared_sweep(
     """``sweep`` with the layers dealt out to the processes; the whole table in every process.
 
     Args:
-        model, vectors, pairs: as in ``sweep``.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        vectors: one, or several by name.
+        pairs: the records to measure on.
         processes: this process and how many there are.
         checkpoint: as in ``sweep``; each process keeps a part of its own beside it while it works. What a dead process
             finished is taken over by the next run, with any number of processes.

@@ -29,7 +29,8 @@ def retention(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         items: questions; they are asked with ``letters`` unless their choices are letters already.
-        settings, checkpoint: as in ``record_effects``.
+        settings: what to measure (see ``record_effects``).
+        checkpoint: a ``.jsonl`` file; an interrupted call resumes from it (see ``record_effects``).
 
     Returns:
         As ``record_effects``; ``base_correct`` and ``correct`` (0 or 1; their means are shares) are what to look at,

@@ -191,8 +191,12 @@ def _prepared(
     records: list[Record],
     objective: Objective,
 ) -> tuple[Iterator[tuple[list[tuple[int, int]], Batch]], list[list[tuple[int, ...]]], list[str]]:
-    """Batches with the (record, response) of each slot; the ids of prompt and responses of every record; a name of each
-    record for the checkpoint: whatever its results depend on."""
+    """What measuring needs of the records, and how a checkpoint names them.
+
+    Returns:
+        Batches with the (record, response) of each slot; the ids of prompt and responses of every record; a name of each
+        record for the checkpoint, made of whatever its results depend on.
+    """
     questions = [r for r in records if isinstance(r, MultipleChoice)]
     if questions and any(isinstance(r, PreferencePair) for r in records):
         raise ValueError("preference pairs and questions in one list; measure them apart")

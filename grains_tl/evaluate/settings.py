@@ -27,8 +27,10 @@ class Setting:
         layer: the lowest layer the hooks act on; everything below is shared with the unsteered run.
         hooks: hooks on ``resid_post`` of this and later layers, or a function ``Batch -> hooks``. An empty list is the
             unsteered model and costs nothing.
-        vector, alpha, positions, draw: what to call it in a table; ``draw`` counts resampled or random vectors from 0
-            and is -1 for the vector itself.
+        vector: the vector's name in a table.
+        alpha: the step size, for the table.
+        positions: the scope, for the table.
+        draw: number of a resampled or random vector, from 0; -1 for the vector itself.
         key: tells in a checkpoint what the hooks do (empty: cannot be resumed).
 
     Examples:
@@ -95,8 +97,13 @@ def grid(
     Args:
         vectors: one, or several by name.
         layers: default all that a vector has.
-        alphas, operator, positions: as in ``sweep``.
+        alphas: step sizes, fractions of the layer's typical residual norm.
+        operator: how the step is applied (see ``SteeringVectors.hooks``).
+        positions: one scope, or several to compare (see ``SteeringVectors.hooks``).
         draws: by name, resampled versions of a vector (``bootstrap_vectors``) or draws of a control.
+
+    Returns:
+        One ``Setting`` per vector, draw, scope, layer and alpha.
 
     Raises:
         ValueError: nothing to measure, an option that ``SteeringVectors.hooks`` refuses, or a layer that is not stored.

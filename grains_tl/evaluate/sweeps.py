@@ -109,8 +109,18 @@ def sweep_records(
     """``sweep`` before it is summarized: ``(record_effects, text_costs)``, the second ``None`` without ``neutral``.
 
     Args:
-        model, vectors, pairs, layers, alphas, operator, positions, objective, neutral, max_tokens, progress, checkpoint:
-            as in ``sweep``.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        vectors: one, or several by name.
+        pairs: the records to measure on.
+        layers: default all that a vector has.
+        alphas: step sizes, fractions of the layer's typical residual norm.
+        operator: how the step is applied (see ``SteeringVectors.hooks``).
+        positions: one scope, or several to compare (see ``SteeringVectors.hooks``).
+        objective: how response tokens are combined: ``"sum"``, ``"mean"`` or ``"single"`` (see ``attribute``).
+        neutral: texts to measure the cost on, or how many of the bundled ones.
+        max_tokens: token budget of one pass.
+        progress: show a progress bar.
+        checkpoint: a ``.jsonl`` file; an interrupted sweep resumes from it.
 
     Returns:
         Two tables: one row per record and setting (nats), and one per text and setting (nats per token).

@@ -99,7 +99,8 @@ def seed_agreement(
     """``rank_agreement`` of one method with itself under other random draws; 1 for methods that draw nothing.
 
     Args:
-        model, pairs: as in ``attribute``.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        pairs: records (see ``attribute``).
         method: its name.
         seeds: at least two.
         options: further arguments of ``attribute``.
@@ -136,7 +137,8 @@ def random_weights_check(
     written to, and are back in place afterwards, also after an error.
 
     Args:
-        model, pairs: as in ``attribute``.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        pairs: records (see ``attribute``).
         methods: whose scores to check.
         layers: blocks to randomise, default all.
         seed: of the noise.

@@ -76,12 +76,17 @@ def compare_attributions(
         methods: names of attribution methods; or label -> arguments of ``attribute``, such as
             ``{"IG, 64": {"method": "integrated_gradients", "n_steps": 64}}``.
         top_k: tokens taken out together on each side.
-        n_steps, baseline, objective, masker, image_masker: as in ``attribute``.
+        n_steps: steps of path methods (see ``attribute``).
+        baseline: where a path starts (see ``attribute``).
+        objective: how response tokens are combined: ``"sum"``, ``"mean"`` or ``"single"`` (see ``attribute``).
+        masker: what replaces a removed token (see ``attribute``).
+        image_masker: what replaces a removed patch (see ``attribute``).
         shares: where the deletion and insertion curves are read.
         n_draws: draws of the last row, ``random_tokens``: as many content tokens, chosen by chance.
         seed: of these draws, and of the methods that draw.
         eval_pairs: other records, to measure the vector that each method's tokens yield; ``None`` leaves that out.
-        layer, alpha: where and how strongly to steer them (default layer: two thirds of the way up).
+        layer: where to steer with them; default two thirds of the way up.
+        alpha: step size, a fraction of the layer's typical residual norm.
         max_tokens: token budget of one pass.
         progress: show bars.
         checkpoint: a ``.jsonl`` file that receives every record's scores; the same call goes on from it.
@@ -260,13 +265,17 @@ def effect_of_selections(
     """Steering by the mean-reduced vector of each selection, on other records.
 
     Args:
-        model, tokenized: the model and the building records.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the building records.
         selections: several choices of tokens, each one per building record.
         evaluated: the records to steer on.
-        layer, alpha: where and how strongly (fraction of the residual norm).
+        layer: where to steer.
+        alpha: step size, a fraction of the layer's typical residual norm.
         n_draws: random choices of as many tokens as in the first selection, appended to the results.
         seed: of these draws.
-        masker, image_masker, objective: as in ``build_vectors``.
+        masker: what replaces a masked token (see ``build_vectors``).
+        image_masker: what replaces a masked patch (see ``build_vectors``).
+        objective: how response tokens are combined: ``"sum"``, ``"mean"`` or ``"single"`` (see ``attribute``).
 
     Returns:
         ``(effect, kl)``, each ``[selection + draw, record]`` in nats: half the change of the margin between +alpha and

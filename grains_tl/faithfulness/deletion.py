@@ -70,11 +70,13 @@ def curves(
     Areas are in nats and are not divided by f(x) - f(nothing), which is often near zero for a contrastive objective.
 
     Args:
-        model, tokenized: the model and the records, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized or not.
         attributions: one per record; tokens without a score (NaN) count as 0.
         shares: where to read the curves, besides 0 and 1.
         objective: as in ``attribute``.
-        masker, image_masker: what stands in for a deleted token or patch; areas of different maskers are not comparable.
+        masker: what replaces a deleted token; areas of different maskers cannot be compared.
+        image_masker: what replaces a deleted patch.
 
     Returns:
         ``Curves``: ``[record, step]``, nats.

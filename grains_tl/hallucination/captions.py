@@ -17,11 +17,18 @@ class CaptionScores:
 
     Attributes:
         n: number of captions.
-        hallucinating: share of captions with at least one absent object (CHAIRs); ``hallucinating_se`` its standard error.
+        hallucinating: share of captions with at least one absent object (CHAIRs).
+        hallucinating_se: its standard error.
         absent_mentions: share of the objects named that are absent (CHAIRi).
-        coverage: share of a picture's objects that its caption names, mean over captions; ``coverage_se`` likewise.
+        coverage: share of a picture's objects that its caption names, mean over captions.
+        coverage_se: its standard error.
         f1: 2 tp / (2 tp + fp + fn) over all objects.
         per_caption: for each caption, whether it names an absent object (for paired comparisons).
+
+    Examples:
+        >>> scores = caption_hallucination(["a cat", "a dog"], [{"cat"}, {"cat"}], lambda text: text.split()[1:])
+        >>> scores.hallucinating, scores.per_caption
+        (0.5, (False, True))
     """
 
     n: int
@@ -49,6 +56,9 @@ def caption_hallucination(
         present: for each picture, its objects.
         objects: finds the objects a caption names (this is where synonyms belong); for the bundled scenes
             ``grains_tl.tiny_vlm.mentioned``.
+
+    Returns:
+        ``CaptionScores``: shares between 0 and 1 and their standard errors over captions.
 
     Raises:
         ValueError: no captions, or not one set of objects per caption.

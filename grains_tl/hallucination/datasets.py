@@ -25,6 +25,10 @@ class YesNoQuestion:
         answer: True for yes.
         split: ``"random"``, ``"popular"``, ``"adversarial"``, or whatever the source calls it.
         meta: other columns of the source.
+
+    Examples:
+        >>> YesNoQuestion("kitchen.jpg", "Is there a dog in the image?", False, "adversarial").answer
+        False
     """
 
     image: Any
@@ -45,6 +49,11 @@ class JudgedQuestion:
         contents: objects in the image, for judges that do not see it.
         kind: type of question.
         meta: other columns of the source.
+
+    Examples:
+        >>> question = JudgedQuestion("park.jpg", "What is on the bench?", "A book.", ("bench", "book"), "attribute")
+        >>> question.contents
+        ('bench', 'book')
     """
 
     image: Any
@@ -66,6 +75,11 @@ class ImageQuestion:
         answer: index of the right option; ``None`` for an open question, or where the file keeps the answer back.
         reference: the answer as the source has it: a letter, or for an open question the text.
         meta: other columns of the source.
+
+    Examples:
+        >>> question = ImageQuestion(("graph.png",), "Which line rises? <image 1>", ("red", "blue"), 1, "B")
+        >>> question.pair().chosen
+        '(B)'
     """
 
     images: tuple[Any, ...]
@@ -87,6 +101,9 @@ class ImageQuestion:
     def pair(self) -> PreferencePair:
         """The right option's letter against the first wrong one's, as a conversation with the images.
 
+        Returns:
+            A ``PreferencePair``.
+
         Raises:
             ValueError: an open question, or one whose answer is not known.
         """
@@ -107,6 +124,9 @@ def load_pope(source: Source, split: str | None = None, *, images: str | Path | 
         source: the file (``coco_pope_adversarial.json``), or its rows.
         split: name of the split; by default taken from the file's name, or from a column ``category``.
         images: folder the image names stand in.
+
+    Returns:
+        One ``YesNoQuestion`` per row, in order.
 
     Raises:
         FileNotFoundError: no such file.
@@ -140,9 +160,17 @@ def load_spa_vl(source: Source, *, images: str | Path | None = None) -> list[Pre
         source: a ``datasets.Dataset``, a .json / .jsonl file, or rows.
         images: folder the image names stand in.
 
+    Returns:
+        One ``PreferencePair`` per row, in order.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: a row without these columns, or with chosen equal to rejected; the message names the row (from 1).
+
+    Examples:
+        >>> row = {"image": "x.jpg", "question": "What is this?", "chosen": "A cat.", "rejected": "A dog."}
+        >>> load_spa_vl([row])[0].prompt
+        [{'role': 'user', 'content': 'What is this?'}]
     """
     found = []
     for number, row in _rows(source):
@@ -164,9 +192,18 @@ def load_mmhal(source: Source, *, images: str | Path | None = None) -> list[Judg
         source: the file (``response_template.json``), or its rows.
         images: folder with the images under the last part of their address; by default the address is kept.
 
+    Returns:
+        One ``JudgedQuestion`` per row, in order.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: a row without these columns; the message names the row (from 1).
+
+    Examples:
+        >>> row = {"question": "How many cats?", "gt_answer": "Two.", "image_content": ["cat"], "image_src": "x.jpg",
+        ...        "question_type": "counting"}
+        >>> load_mmhal([row])[0].reference
+        'Two.'
     """
     found = []
     used = ("question", "gt_answer", "image_content", "image_src", "question_type")
@@ -189,9 +226,17 @@ def load_mmmu(source: Source, *, images: str | Path | None = None) -> list[Image
         source: a ``datasets.Dataset``, a .json / .jsonl file, or rows.
         images: folder the image names stand in.
 
+    Returns:
+        One ``ImageQuestion`` per row, in order.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: missing columns, options that are no list, an answer that is none of them; names the row (from 1).
+
+    Examples:
+        >>> row = {"question": "Which? <image 1>", "options": ["red", "blue"], "answer": "B", "image_1": "x.png"}
+        >>> load_mmmu([row])[0].answer
+        1
     """
     found = []
     for number, row in _rows(source):

@@ -28,9 +28,21 @@ SCALE = """\
 
 
 def rating_prompt(question: JudgedQuestion, answer: str) -> str:
-    """What a judge without eyes is asked: contents, question, standard answer and the answer to rate, on a scale of 0 to 6.
+    """The prompt for a judge that does not see the image: what is in it, question, standard answer, the answer to rate.
 
     The scale is that of MMHal-Bench (arXiv 2309.14525), the wording is our own, so ratings need not equal published ones.
+
+    Args:
+        question: from ``load_mmhal``.
+        answer: the model's answer.
+
+    Returns:
+        The prompt; it asks for a rating from 0 to 6.
+
+    Examples:
+        >>> question = JudgedQuestion("park.jpg", "What is on the bench?", "A book.", ("bench", "book"), "attribute")
+        >>> "Image contents: bench, book" in rating_prompt(question, "A dog.")
+        True
     """
     return (
         "Rate the answer of a vision-language model. You do not see the image; what is in it is listed. An answer makes "
@@ -42,10 +54,16 @@ def rating_prompt(question: JudgedQuestion, answer: str) -> str:
 
 
 def read_rating(reply: str) -> int | None:
-    """The last rating (0 to 6) in a judge's reply; ``None`` if there is none.
+    r"""The last rating (0 to 6) in a judge's reply; ``None`` if there is none.
+
+    Args:
+        reply: the judge's text.
+
+    Returns:
+        The rating, or ``None``.
 
     Examples:
-        >>> read_rating("It invents a dog.\\nRating: 1"), read_rating("**Rating:** 5"), read_rating("fine")
+        >>> read_rating("It invents a dog.\nRating: 1"), read_rating("**Rating:** 5"), read_rating("fine")
         (1, 5, None)
     """
     found = re.findall(r"rating\W*\s*([0-6])(?![\d])", reply, flags=re.IGNORECASE)
@@ -66,8 +84,16 @@ def judge_answers(
         answers: one per question.
         judge: any callable from prompt to reply: ``chat_judge(...)``, or rules of your own.
 
+    Returns:
+        One row per answer, in order; ``rating`` from 0 to 6, ``hallucinates`` true or false.
+
     Raises:
         ValueError: not one answer per question, or a reply without a rating (named by its number, from 1).
+
+    Examples:
+        >>> question = JudgedQuestion("park.jpg", "What is on the bench?", "A book.", ("bench", "book"), "attribute")
+        >>> judge_answers([question], ["A dog."], lambda prompt: "There is no dog. Rating: 1")["hallucinates"].tolist()
+        [True]
     """
     if len(questions) != len(answers):
         raise ValueError(f"{len(questions)} questions and {len(answers)} answers; one each is needed")
@@ -113,6 +139,9 @@ def chat_judge(
     Returns:
         A callable from prompt to reply; it raises ``ConnectionError`` when all tries failed or the server refused, and
         ``ValueError`` for a reply of another form.
+
+    Raises:
+        ValueError: an address that does not begin with http:// or https://.
 
     Examples:
         >>> judge = chat_judge("http://localhost:8000/v1", "my-judge")     # doctest: +SKIP

@@ -22,13 +22,22 @@ class YesNoScores:
 
     Attributes:
         n: number of questions.
-        accuracy: share of right answers; ``accuracy_se`` its standard error.
-        balanced_accuracy: mean of the shares right among true yes and among true no; ``balanced_accuracy_se`` likewise.
-        precision, recall, f1: for "yes"; NaN where there is no yes to count.
+        accuracy: share of right answers.
+        accuracy_se: its standard error.
+        balanced_accuracy: mean of the shares right among true yes and among true no.
+        balanced_accuracy_se: its standard error.
+        precision: share of right answers among those answered yes; NaN where none is.
+        recall: share answered yes among the questions whose answer is yes; NaN where none is.
+        f1: harmonic mean of precision and recall, for yes.
         yes_rate: share answered yes.
-        false_yes: share answered yes among the questions whose answer is no; ``false_yes_se`` its standard error.
+        false_yes: share answered yes among the questions whose answer is no.
+        false_yes_se: its standard error.
         auc: area under the ROC curve of the margins: 0.5 is chance, and no shift of the threshold changes it. NaN
             without margins, or where all answers are the same.
+
+    Examples:
+        >>> yes_no_scores([True, False], said=[True, True]).false_yes
+        1.0
     """
 
     n: int
@@ -54,6 +63,9 @@ def yes_no_scores(
         truth: whether the answer is yes.
         said: whether the model said yes; by default ``margin > 0``.
         margins: log p(yes) - log p(no), nats.
+
+    Returns:
+        ``YesNoScores``: shares between 0 and 1, and standard errors.
 
     Raises:
         ValueError: nothing to score, lengths that differ, margins that are not finite.
@@ -104,6 +116,15 @@ def yes_no_table(
 ) -> pd.DataFrame:
     """``yes_no_scores`` per split (random, popular, adversarial, ...), one row each, in the order they appear.
 
+    Args:
+        splits: name of the split of each question.
+        truth: whether the answer is yes.
+        said: whether the model said yes; by default ``margin > 0``.
+        margins: log p(yes) - log p(no), nats.
+
+    Returns:
+        One row per split: ``split`` and the fields of ``YesNoScores``.
+
     Examples:
         >>> table = yes_no_table(["random"] * 2 + ["popular"] * 2, [True, False] * 2, said=[True, False, True, True])
         >>> table[["split", "accuracy"]].values.tolist()
@@ -119,6 +140,12 @@ def yes_no_table(
 
 def read_yes_no(answer: str) -> bool:
     """An answer in words as yes or no, by POPE's rule: no if the first sentence has "no" or "not", else yes.
+
+    Args:
+        answer: the model's answer.
+
+    Returns:
+        ``True`` for yes.
 
     Examples:
         >>> [read_yes_no(a) for a in ("Yes, there is.", "No.", "There is not. Yes", "A dog")]
@@ -136,6 +163,12 @@ def preference_win_rate(logprobs: Float[Tensor, "record 2"]) -> tuple[float, flo
 
     Args:
         logprobs: ``[record, 2]``, chosen and rejected, nats, as ``score_pairs`` gives them.
+
+    Returns:
+        ``(share, standard error)``.
+
+    Raises:
+        ValueError: no records.
 
     Examples:
         >>> import torch

@@ -99,7 +99,8 @@ def replacements(
     """Stand-ins for all prompt tokens of some records.
 
     Args:
-        model, tokenized: the model and its records.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records.
         masker: for text tokens, see ``masking.Masker`` (all but ``"attention"``).
         image_masker: for patches, see ``ImageMasker``. Row separators and other image tokens outside the grids get zeros.
 
@@ -136,7 +137,10 @@ def hide(
     Args:
         model: gives the hook points.
         stand_ins: what comes in their place; ``None`` to knock them out of attention.
-        owner, masked, offset, like: as in ``Replacements.rows``.
+        owner: for each row, the record it shows.
+        masked: for each row, the prompt positions to hide.
+        offset: ``[batch]`` padding before each row.
+        like: ``[batch, pos]`` token ids; gives shape and device.
     """
     hidden = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
     for row, (positions, start) in enumerate(zip(masked, offset.tolist(), strict=True)):

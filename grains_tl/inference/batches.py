@@ -32,8 +32,11 @@ class Batch:
         prompt_len: ``[batch]`` number of prompt tokens of each row.
         record: ``[batch]`` which of the given records the row belongs to.
         keep: ``[kept]`` positions whose logits are needed.
-        target_row, target_keep, target_id, target_weight, target_slot: one entry per scored response token: its row,
-            its place in ``keep``, its id, its weight in the objective, and ``2 * record + (0 chosen | 1 rejected)``.
+        target_row: ``[target]``, for every scored response token its row.
+        target_keep: ``[target]``, its place in ``keep``.
+        target_id: ``[target]``, its token id.
+        target_weight: ``[target]``, its weight in the objective.
+        target_slot: ``[target]``, ``2 * record + (0 chosen | 1 rejected)``.
         n_records: number of records in the batch.
         inputs: what else the model is called with: the images of all rows; for shared rows a mask and positions of their
             own (``sharing``).

@@ -101,7 +101,8 @@ def response_logprobs(
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
-        prompt, response: as in a ``PreferencePair``.
+        prompt: text or messages, as in a ``PreferencePair``.
+        response: the response to score, as in a ``PreferencePair``.
         fwd_hooks: hooks to run with, or a function ``Batch -> hooks``.
 
     Returns:

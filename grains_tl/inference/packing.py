@@ -24,8 +24,10 @@ class Packing:
     """Where the tokens of a batch go, and what the blocks are called with then.
 
     Attributes:
-        row, pos: ``[packed, pos]``, the row and position that each packed token comes from.
-        to_row, to_pos: ``[batch, pos]``, where each token went; those of a shared prompt went to one place.
+        row: ``[packed, pos]``, the row that each packed token comes from.
+        pos: ``[packed, pos]``, its position there.
+        to_row: ``[batch, pos]``, the packed row of each token; those of a shared prompt went to one place.
+        to_pos: ``[batch, pos]``, its position there.
         block_inputs: the blocks' arguments for the packed rows.
     """
 

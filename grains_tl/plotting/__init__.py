@@ -1,5 +1,4 @@
-"""Pictures: coloured tokens, effects over layers and alphas, vectors beside their controls, effect against cost,
-patches over their image.
+"""Pictures of tokens, sweeps, controls, costs and image patches.
 
 Figures are made without pyplot, so no window opens and nothing stays open; they show themselves in notebooks all the
 same. Nothing global in matplotlib changes. Tokens and names are data: they are drawn as they stand, never read as math

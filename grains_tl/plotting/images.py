@@ -33,6 +33,9 @@ OPAQUE = 0.8
 def attribution_share(attribution: Attribution) -> dict[str, float]:
     """How much of the attribution lies on the image, and how much on the text.
 
+    Args:
+        attribution: of a prompt with or without images.
+
     Returns:
         ``image`` and ``text``: shares of the sum of absolute scores (they add up to 1); ``image_sum`` and ``text_sum``:
         the signed sums, nats. Scores that are not finite count as 0.

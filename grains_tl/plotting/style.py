@@ -53,7 +53,7 @@ STYLE: dict[Any, Any] = {
 
 
 def figure_png(fig: Any, dpi: int = 144) -> bytes:
-    """A figure as PNG; characters that no font has are drawn as boxes, quietly.
+    r"""A figure as PNG; characters that no font has are drawn as boxes, quietly.
 
     Args:
         fig: a matplotlib ``Figure``.
@@ -64,7 +64,7 @@ def figure_png(fig: Any, dpi: int = 144) -> bytes:
 
     Examples:
         >>> figure_png(figure(2.0, 1.0))[:4]
-        b'\\x89PNG'
+        b'\x89PNG'
     """
     out = io.BytesIO()
     with style(), warnings.catch_warnings():
@@ -116,15 +116,18 @@ def numbers(frame: pd.DataFrame, name: str, columns: Sequence[str]) -> pd.DataFr
 
 
 def finite(scores: Any) -> list[float]:
+    """The scores as floats, 0 for those that are not finite."""
     values = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
     return torch.where(values.isfinite(), values, 0.0).tolist()
 
 
 def number(value: Any) -> float:
+    """The value as a float; NaN for ``None``."""
     return math.nan if value is None else float(value)
 
 
 def largest(values: Sequence[float]) -> float:
+    """The largest absolute value, to scale colours with; 1 if all are 0."""
     return max((abs(v) for v in values), default=0.0) or 1.0
 
 
@@ -144,6 +147,7 @@ def visible(token: str) -> str:
 
 
 def shortened(text: Any, longest: int = 72) -> str:
+    """The text, cut to ``longest`` characters."""
     return str(text) if len(str(text)) <= longest else str(text)[: longest - 1] + "\u2026"
 
 

@@ -46,8 +46,10 @@ FIELDS = ("question", "context", "options", "header")
 
 @dataclass(frozen=True)
 class Question:
-    """A question before it is put into words for a model: the answers without leading spaces, the best one first among
-    the right ones."""
+    """A question before it is put into words for a model.
+
+    The answers have no leading spaces, and the best one is the first of the right ones.
+    """
 
     question: str
     answers: Sequence[str]
@@ -73,7 +75,7 @@ def require_format(prompt_format: str) -> None:
 
 
 def question_item(question: Question, prompt_format: str) -> MultipleChoice:
-    """The question in a format of ``PROMPT_FORMATS``, or in a text of the user's.
+    r"""The question in a format of ``PROMPT_FORMATS``, or in a text of the user's.
 
     Text prompts end without a space and their answers begin with one. Where the prompt shows ``{options}`` the answers
     are the letters A, B, C, ...
@@ -84,7 +86,7 @@ def question_item(question: Question, prompt_format: str) -> MultipleChoice:
     Examples:
         >>> item = question_item(Question("2 + 2?", ["4", "5"], [True, False]), "qa")
         >>> item.prompt, item.choices
-        ('Q: 2 + 2?\\nA:', (' 4', ' 5'))
+        ('Q: 2 + 2?\nA:', (' 4', ' 5'))
     """
     template = PROMPT_FORMATS.get(prompt_format, prompt_format)
     answers = [answer.strip() for answer in question.answers]

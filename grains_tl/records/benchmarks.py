@@ -49,7 +49,7 @@ def load_benchmark(
     prompt_format: str | None = None,
     limit: int | None = None,
 ) -> Benchmark:
-    """Read a public benchmark.
+    r"""Read a public benchmark.
 
     - ``"truthfulqa"`` (arXiv 2109.07958): its authors' csv, or the hub forms ``generation`` and ``multiple_choice``. An
       item has every right answer (the best one first) and every wrong one, so that it serves MC1, MC2 and binary
@@ -66,11 +66,14 @@ def load_benchmark(
     Args:
         name: see above.
         source: a ``.csv``, ``.jsonl`` or ``.json`` path, a list of rows, or a ``datasets.Dataset``.
-        prompt_format: ``"qa"`` (``Q: ...\\nA:``), ``"qa_preset"`` (the same after TruthfulQA's six examples),
+        prompt_format: ``"qa"`` (``Q: ...\nA:``), ``"qa_preset"`` (the same after TruthfulQA's six examples),
             ``"letters"`` (the answers stand in the prompt and a letter is scored; MMLU and FaithEval), ``"chat"`` (one
             user message), or a text with ``{question}`` in it. Default: ``"qa_preset"`` for TruthfulQA, ``"letters"`` for
             MMLU, ``"qa"`` for the others. ToxiGen's prompt rows stand as they are.
         limit: keep the first ``limit`` questions.
+
+    Returns:
+        ``Benchmark``: the questions as ``items``; ``pairs`` makes one preference pair of each.
 
     Raises:
         ValueError: an unknown name or format, no rows, a missing column, or a cell that cannot be used; the message

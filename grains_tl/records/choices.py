@@ -64,8 +64,10 @@ class MultipleChoice:
 
     @property
     def wrong(self) -> int | None:
-        """Index of the first wrong choice (TruthfulQA has answers on both sides: one with the words of ``best`` does
-        not count)."""
+        """Index of the first wrong choice.
+
+        TruthfulQA has answers on both sides: a wrong one with the words of ``best`` does not count.
+        """
         words = self.choices[self.best]
         both = enumerate(zip(self.choices, self.labels, strict=True))
         return next((i for i, (choice, label) in both if not label and choice != words), None)

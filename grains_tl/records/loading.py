@@ -30,6 +30,12 @@ MAX_LINE = 2**25
 def neutral_texts(n: int | None = None) -> list[str]:
     """The first ``n`` (default all 30) of the short neutral texts that ship with the package.
 
+    Args:
+        n: how many texts, 1 to 30; default all.
+
+    Returns:
+        The texts.
+
     Raises:
         ValueError: ``n`` is not between 1 and 30.
 
@@ -49,13 +55,13 @@ def load_pairs(
     *,
     limit: int | None = None,
 ) -> list[PreferencePair]:
-    """Read preference records.
+    r"""Read preference records.
 
     Args:
         source: a ``.jsonl`` / ``.json`` / ``.csv`` path, an iterable of mappings or ``PreferencePair``, or a
             ``datasets.Dataset`` or ``pandas.DataFrame``.
         columns: where the fields stand if they have other names: a column name, or a template with ``{column}`` in it,
-            e.g. ``{"prompt": "Q: {Question}\\nA:", "chosen": " {Best Answer}"}``. A semicolon list such as TruthfulQA's
+            e.g. ``{"prompt": "Q: {Question}\nA:", "chosen": " {Best Answer}"}``. A semicolon list such as TruthfulQA's
             is read with ``{Incorrect Answers[0]}``: the first of its items. ``"image"`` too has a default, the column
             ``image`` or ``images``.
         limit: keep the first ``limit`` records.
@@ -106,6 +112,9 @@ def load_bundled(name: str, split: str | None = None) -> list[PreferencePair]:
         split: ``"build"``, ``"choose"``, ``"test"``, or ``None`` for all. ``meta`` holds split and domain, and for
             sentiment the word that carries the good and the bad detail.
 
+    Returns:
+        The records, in the order of the file.
+
     Raises:
         ValueError: an unknown set or split.
 
@@ -123,6 +132,7 @@ def load_bundled(name: str, split: str | None = None) -> list[PreferencePair]:
 
 
 def read_rows(source: Any) -> Iterator[tuple[int, Any]]:
+    """Rows of a file or any iterable, each with its number from 1 (its line in a text file)."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.is_file():

@@ -25,6 +25,9 @@ def split_records(records: Sequence[Any], share: float = 0.5, *, seed: int = 0) 
         share: of the records that go to the report.
         seed: of the split.
 
+    Returns:
+        ``(choose, report)``.
+
     Raises:
         ValueError: a share that leaves one side empty.
 

@@ -30,7 +30,8 @@ class ImageSpan:
     Attributes:
         start: prompt position of the first token.
         length: number of tokens, row separators included.
-        rows, cols: the grid; a separator token after each row (LLaVA-NeXT, LLaVA-OneVision) is not a patch.
+        rows: rows of the grid; a separator token after each (LLaVA-NeXT, LLaVA-OneVision) is not a patch.
+        cols: columns of the grid.
         image: which of the record's images, from 0.
         tile: which grid of that image, from 0 (an overview and a high-resolution grid, or crops).
         box: the part of the image under the grid; ``None`` where it is not known.

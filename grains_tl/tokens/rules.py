@@ -45,6 +45,12 @@ class TokenRules:
 def token_rules(model: HookedModel) -> TokenRules:
     """Decide BOS, padding and special tokens for a model once.
 
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+
+    Returns:
+        The rules; ``rules.describe()`` puts them into words.
+
     Raises:
         ValueError: the model has no tokenizer.
 

@@ -69,10 +69,15 @@ def build_vectors(
         pairs: the building records.
         top_k: tokens masked on each side (the paper: 10 for long prompts, 50 with an image; 1 and 2 measured best here).
         top_k_image: patches masked on each side, apart from ``top_k`` words; ``None`` lets both compete for ``top_k``.
-        method, n_steps, baseline, objective: see ``attribute``.
-        reduce: ``"mean"``, ``"svd"`` or ``"pca"`` (see ``reduce_vectors``); ``side`` as there.
+        method: attribution method (see ``attribute``).
+        reduce: ``"mean"``, ``"svd"`` or ``"pca"`` (see ``reduce_vectors``).
         layers: which layers, default all.
-        masker: what replaces a masked token, in leave-one-out and in caching; ``image_masker`` the same for patches.
+        side: ``"both"``, or one side's differences alone (see ``reduce_vectors``).
+        objective: how response tokens are combined (see ``attribute``).
+        n_steps: steps of path methods (see ``attribute``).
+        baseline: where a path starts (see ``attribute``).
+        masker: what replaces a masked token, in leave-one-out and in caching.
+        image_masker: what replaces a masked patch, in the same two places.
         readout: where the residual is read.
         spare_end: keep the prompt's last token out of the selection, as in ``select_tokens``; for tokens, not for groups.
         group_by: choose ``"word"``, ``"sentence"`` or spans (see ``group``) instead of tokens; ``top_k`` then counts those.

@@ -73,10 +73,13 @@ def collect_differences(
     tokens on one side contributes zero there.
 
     Args:
-        model, tokenized: the model and the records, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized or not.
         selections: which tokens to mask, one per record.
         layers: default all.
-        masker, image_masker, readout: as in ``read_out``.
+        masker: what replaces a masked token (see ``read_out``).
+        image_masker: what replaces a masked patch (see ``read_out``).
+        readout: where the residual is read (see ``read_out``).
 
     Returns:
         ``Differences``, both sides ``[record, layer, d_model]``, residual units.
@@ -152,7 +155,9 @@ def shared_differences(
     """``collect_differences`` of all records, each process doing its share; the same result in every process.
 
     Args:
-        model, tokenized, selections: all the records and what to mask in each.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: all records.
+        selections: the tokens to mask in each record.
         processes: this process and how many there are.
         mean_only: hold and hand over sums instead of records. The result then has one row per chunk of records, weighted
             so that the mean over its rows is the mean over the records: enough for ``reduce="mean"``, and a build of any

@@ -137,7 +137,9 @@ def vllm_interventions(
 
     Args:
         vectors: from ``build_vectors``.
-        layers, alpha, operator: as in ``steps``.
+        layers: layers to steer; default all that are stored.
+        alpha: step size, a fraction of the layer's typical residual norm.
+        operator: only ``"add"`` can be exported.
 
     Raises:
         ValueError: whatever ``steps`` refuses.
@@ -171,7 +173,9 @@ def export_hf(
         model: a ``TransformerBridge`` (it holds the Hugging Face model).
         vectors: made for this model.
         folder: a new or empty folder; the tokenizer goes there too. Nothing is left in it if the export is refused.
-        layers, alpha, operator: as in ``steps``.
+        layers: layers to steer; default all that are stored.
+        alpha: step size, a fraction of the layer's typical residual norm.
+        operator: only ``"add"`` can be exported.
 
     Raises:
         ValueError: a ``HookedTransformer``, a vision-language model, vectors of another model, an architecture without such

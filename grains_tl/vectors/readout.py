@@ -37,7 +37,8 @@ def read_out(
     """Residuals of every record at the read-out position, with some of its prompt tokens taken out.
 
     Args:
-        model, tokenized: the model and the records, tokenized or not.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized or not.
         masked: for every record the prompt positions to take out; ``None`` or empty for none.
         layers: which layers to keep; the result has them in this order.
         masker: how tokens are taken out.

@@ -93,6 +93,15 @@ class SteeringVectors:
     ) -> SteeringVectors:
         """Split vectors of any length into unit directions and magnitudes.
 
+        Args:
+            raw: ``[layer, d_model]`` vectors, residual units.
+            layers: the layer of each row.
+            resid_norms: ``[layer]`` typical residual norm of each layer, the unit of ``alpha``.
+            info: what is to be stored with them.
+
+        Returns:
+            ``SteeringVectors`` with unit directions and the norms of ``raw``.
+
         Raises:
             ValueError: a zero or non-finite row, named by its layer; arrays that do not fit each other.
         """
@@ -222,6 +231,12 @@ class SteeringVectors:
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the manifest in its header; complete or not at all.
 
+        Args:
+            path: where to write; the folder must exist.
+
+        Returns:
+            The path.
+
         Examples:
             >>> import pathlib, tempfile
             >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
@@ -245,6 +260,9 @@ class SteeringVectors:
 
     def require_match(self, model: HookedModel) -> None:
         """Refuse a model these vectors were not made for.
+
+        Args:
+            model: the model to be steered.
 
         Raises:
             ValueError: naming what differs (model shape, or the weights' fingerprint).
