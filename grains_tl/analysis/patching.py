@@ -24,6 +24,7 @@ from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import HooksForBatch, batch_logprobs, hooks_for, score_batches
 from grains_tl.inference.objectives import Objective, margins
 from grains_tl.models.running import require_hook_names
+from grains_tl.models.state import autograd
 from grains_tl.tokens.pairs import Records, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -72,6 +73,7 @@ def patch_hook(
     return [(name, hook_fn)]
 
 
+@torch.inference_mode(False)
 def patch(
     model: HookedModel,
     tokenized: Records,
@@ -232,7 +234,7 @@ def _by_gradient(
     with torch.no_grad():
         there = margins(batch_logprobs(model, batch, other + _keep_hooks(places, source)))
     leaf = [(act_name("resid_pre", min(layer for _, layer in places)), _as_leaf)]
-    with torch.enable_grad():
+    with autograd(model):
         here = margins(batch_logprobs(model, batch, leaf + target + _keep_hooks(places, own, keep_graph=True)))
         gradients = torch.autograd.grad(here.sum(), [own[place] for place in places])
     # per place: [batch, pos, head or 1], nats

@@ -140,6 +140,7 @@ def attribute(
 
 
 @with_settings
+@torch.inference_mode(False)
 def attribute_all(
     model: HookedModel,
     tokenized: Records,

@@ -20,6 +20,7 @@ from grains_tl.inference.batches import Batch, by_token_budget, scoring_batch
 from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import attribution_point
+from grains_tl.models.state import autograd
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -115,7 +116,7 @@ class ModelField:
                 (self.entry, _enter(batch, points, self.lengths_of(runs, part), gradient, held)),
                 *self.extra_hooks(),
             ]
-            with torch.set_grad_enabled(gradient):
+            with autograd(self.model) if gradient else torch.no_grad():
                 logprobs = batch_logprobs(self.model, batch, hooks)
                 values = logprobs[:, 0] - logprobs[:, 1]
                 grads = torch.autograd.grad(values.sum(), held["entry"])[0] if gradient else None

@@ -18,6 +18,7 @@ from grains_tl.inference.logprobs import batch_logprobs, score_pairs
 from grains_tl.inference.objectives import margins
 from grains_tl.models.hugging_face import is_linear
 from grains_tl.models.running import is_bridge, run_blocks
+from grains_tl.models.state import autograd
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import HookedModel
@@ -81,7 +82,7 @@ def lora_adapter(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: a ``HookedTransformer`` (peft works on Hugging Face modules), or options out of range.
+        ValueError: a ``HookedTransformer`` (peft works on Hugging Face modules), inference mode, or options out of range.
 
     Examples:
         >>> with lora_adapter(model, build, n_epochs=3) as run:                         # doctest: +SKIP
@@ -95,6 +96,8 @@ def lora_adapter(
             "peft trains the modules of a Hugging Face model, and a HookedTransformer has none; load the model as a "
             "TransformerBridge for this baseline (gr.load_model(name))"
         )
+    if torch.is_inference_mode_enabled():
+        raise ValueError("an adapter cannot be trained inside torch.inference_mode(); train it outside")
     if loss not in ("sft", "dpo"):
         raise ValueError(f"loss={loss!r}; it is 'sft' or 'dpo'")
     if min(rank, n_epochs, batch_size) < 1 or learning_rate <= 0 or beta <= 0:
@@ -130,7 +133,7 @@ def _accumulate_gradients(
         records = [replace(t, rejected=t.chosen) for t in records]
     n_tokens = sum(len(t.chosen) for t in records)
     total = 0.0
-    with torch.enable_grad():
+    with autograd(model):
         for group in by_token_budget([t.longest for t in records], [len(t.inputs) for t in records]):
             logprobs = batch_logprobs(model, scoring_batch(model, [records[i] for i in group]))
             if reference is None:

@@ -14,7 +14,6 @@ from grains_tl.hooks.steer import steer_hook
 from grains_tl.inference.batches import scoring_batch
 from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.restart import prepare_restart
-from grains_tl.models.precision import require_eval
 from grains_tl.models.running import (
     attribution_point,
     device_of,
@@ -24,6 +23,7 @@ from grains_tl.models.running import (
     resid_post,
     without_image_tokens,
 )
+from grains_tl.models.state import autograd, require_ready
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.tokens.rules import token_rules
 from grains_tl.types import HookedModel
@@ -73,7 +73,7 @@ def check_model(model: HookedModel) -> pd.DataFrame:
 
 
 def _eval_mode(model: HookedModel) -> tuple[bool, str]:
-    require_eval(model)
+    require_ready(model)
     bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     return not bad, f"NaN or inf in {bad[:3]}" if bad else "no dropout, all weights finite"
 
@@ -205,7 +205,7 @@ def _gradients(model: HookedModel) -> tuple[bool, str]:
         leaf.append(act.detach().requires_grad_(True))
         return leaf[0]
 
-    with torch.enable_grad():
+    with autograd(model):
         last = torch.tensor([ids.shape[1] - 1], device=ids.device)
         logits = forward_logits(model, ids, torch.ones_like(ids), last, [(attribution_point(model), hook_fn)])
         (grad,) = torch.autograd.grad(logits.max(), leaf[0])

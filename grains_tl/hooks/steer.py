@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grains_tl._util.checks import finite, whole
+from grains_tl._util.tensors import lasting
 from grains_tl.models.running import resid_post
 from grains_tl.types import FwdHooks
 
@@ -77,7 +78,7 @@ def steer_hook(
     size = direction.float().norm()
     if not torch.isfinite(size) or size == 0:
         raise ValueError(f"the direction at layer {layer} has norm {size:.3g}; a finite, non-zero vector is needed")
-    unit = direction.float() / size
+    unit = lasting(direction.float() / size)
 
     def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
         if act.shape[-1] != unit.shape[0]:

@@ -10,8 +10,9 @@ import torch
 from grains_tl._util.checks import finite, listed, whole
 from grains_tl.inference.batches import image_inputs, pad_rows
 from grains_tl.models.hugging_face import plain_decoding
-from grains_tl.models.precision import finite_hook, require_eval
+from grains_tl.models.precision import finite_hook
 from grains_tl.models.running import hooked, is_bridge, listed_hooks, resid_post
+from grains_tl.models.state import require_ready
 from grains_tl.tokens.images import ImageInputs
 from grains_tl.tokens.pairs import prompt_inputs
 from grains_tl.tokens.rules import token_rules
@@ -48,7 +49,7 @@ def generate(
 
     Raises:
         ValueError: no prompts, an empty or too long one, not as many images as prompts, ``max_new_tokens < 1``, or a
-            model in train mode with dropout; during the run, NaN or inf after the last block.
+            model that is not ready (``require_ready``); during the run, NaN or inf after the last block.
 
     Examples:
         >>> generate(model, ["The film was"], vectors.hooks(0.2, layers=[15]), max_new_tokens=10)  # doctest: +SKIP
@@ -66,7 +67,7 @@ def generate(
         raise ValueError(f"batch_size={batch_size}; at least 1 is needed")
     if temperature < 0:
         raise ValueError(f"temperature={temperature}; 0 (greedy) or a positive number")
-    require_eval(model)
+    require_ready(model)
     if images is not None and (isinstance(images, str) or not hasattr(images, "__iter__")):
         raise ValueError(
             f"images is a {type(images).__name__}; a list with one entry per prompt is needed: images=[image]"

@@ -45,6 +45,7 @@ def load_model(
 ) -> HookedModel: ...
 
 
+@torch.inference_mode(False)
 def load_model(
     name: str = "smollm2",
     *,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -67,27 +67,6 @@ def exact_unembedding(model: HookedModel) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def require_eval(model: HookedModel) -> None:
-    """Refuse a model that would drop activations at random: every number would differ from call to call.
-
-    A model in train mode without dropout computes the same as in eval mode and passes.
-
-    Raises:
-        ValueError: naming the first module with active dropout.
-    """
-    inner: Any = getattr(model, "original_model", model)
-    # the modules are walked only if something is in train mode: this runs before every forward pass
-    if not any(part.training for part in (model, inner, *model.blocks)):
-        return
-    for name, module in inner.named_modules():
-        p = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "attention_dropout", 0)
-        if module.training and isinstance(p, (int, float)) and p > 0:
-            raise ValueError(
-                f"the model is in train mode and {name or 'it'} drops out {p:.0%} at random, so no number would be "
-                "repeatable; call model.eval() first"
-            )
 
 
 def finite_hook(name: str) -> FwdHooks:

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from grains_tl._util.checks import layer_numbers
-from grains_tl.models.precision import exact_unembedding, full_precision, require_eval
+from grains_tl.models.precision import exact_unembedding, full_precision
+from grains_tl.models.state import require_ready
 from grains_tl.types import BridgeModel, FwdHooks, HookedModel
 
 
@@ -123,9 +124,9 @@ def hooked(model: HookedModel, fwd_hooks: FwdHooks) -> Iterator[None]:
 
     Raises:
         KeyError: a hook name that the model does not have.
-        ValueError: no list of hooks, or the model is in train mode with dropout.
+        ValueError: no list of hooks, or a model that is not ready (``require_ready``).
     """
-    require_eval(model)
+    require_ready(model)
     fwd_hooks = listed_hooks(fwd_hooks)
     require_hook_names(model, fwd_hooks)
     if not fwd_hooks:
@@ -205,6 +206,7 @@ def run_blocks(
 
     Stopping early saves the upper blocks and the unembedding; needs ``1 <= stop <= n_layers``.
     """
+    require_ready(model)
     _require_images(model, ids, inputs)
     keep = torch.zeros(1, dtype=torch.long, device=ids.device)
     more = dict(inputs or {})

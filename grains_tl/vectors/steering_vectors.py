@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grains_tl._util.checks import finite, layer_numbers
 from grains_tl._util.files import plain, write_atomically
+from grains_tl._util.tensors import lasting
 from grains_tl.hooks.steer import Operator, Positions, steer_hook
 from grains_tl.models.identity import model_identity, same_fingerprint
 from grains_tl.tokens.rules import token_rules
@@ -57,6 +58,8 @@ class SteeringVectors:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("directions", "magnitudes", "resid_norms"):
+            object.__setattr__(self, name, lasting(getattr(self, name)))
         n = len(self.layers)
         shapes = (tuple(self.directions.shape[:1]), tuple(self.magnitudes.shape), tuple(self.resid_norms.shape))
         if self.directions.ndim != 2 or shapes != ((n,), (n,), (n,)):

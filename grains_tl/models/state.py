@@ -1,0 +1,85 @@
+"""The state a model must be in for its numbers to count, and autograd inside any mode of the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from grains_tl.types import HookedModel
+
+#: What draws random numbers in train mode without being a dropout layer, by the attribute that says how much.
+RANDOM_IN_TRAINING = ("attention_dropout", "layerdrop", "router_jitter_noise", "jitter_noise")
+
+
+def require_ready(model: HookedModel) -> None:
+    """Refuse a model in a state that changes its numbers, or that TransformerLens cannot run.
+
+    A model in train mode without dropout computes the same as in eval mode and passes, unless it recomputes its
+    activations (gradient checkpointing): it then keeps no key-value cache and runs every hook twice.
+
+    Raises:
+        ValueError: saying what to call: ``model.eval()``, ``set_attn_implementation``, ...
+    """
+    inner: Any = getattr(model, "original_model", model)
+    _require_usual_outputs(getattr(inner, "config", None))
+    # the modules are walked only if something is in train mode: this runs before every forward pass
+    if any(part.training for part in (model, inner, *model.blocks)):
+        _require_nothing_random(inner)
+
+
+def _require_usual_outputs(config: Any) -> None:
+    if getattr(config, "_attn_implementation", None) == "flex_attention":
+        raise ValueError(
+            "attention implementation 'flex_attention' does not work with TransformerLens' hooks; call "
+            "model.original_model.set_attn_implementation('sdpa') (or 'eager'), or load the model that way"
+        )
+    if config is not None and not getattr(config, "return_dict", True):
+        raise ValueError(
+            "the model's configuration has return_dict=False, and TransformerLens needs named outputs; set "
+            "model.original_model.config.return_dict = True"
+        )
+
+
+def _require_nothing_random(inner: Any) -> None:
+    for name, module in inner.named_modules():
+        if not module.training:
+            continue
+        if getattr(module, "gradient_checkpointing", False):
+            raise ValueError(
+                "the model is in train mode with gradient checkpointing, which keeps no key-value cache and runs hooks "
+                "twice; call model.eval() (or model.original_model.gradient_checkpointing_disable()) first"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"the model is in train mode and {name} normalises over the batch; call model.eval() first"
+            )
+        shares = [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+        shares += [getattr(module, attribute, 0) for attribute in RANDOM_IN_TRAINING]
+        p = max((p for p in shares if isinstance(p, (int, float))), default=0)
+        if p > 0:
+            raise ValueError(
+                f"the model is in train mode and {name or 'it'} drops out {p:.0%} at random, so no number would be "
+                "repeatable; call model.eval() first"
+            )
+
+
+@contextmanager
+def autograd(model: HookedModel) -> Iterator[None]:
+    """Autograd for the length of the block, whatever mode the caller is in (``no_grad``, ``inference_mode``).
+
+    Tensors that enter the graph must be made inside, or outside of ``torch.inference_mode``.
+
+    Raises:
+        ValueError: the model's weights were made inside ``torch.inference_mode``.
+    """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model's weights were made inside torch.inference_mode(), so autograd cannot use them; load the model "
+            "outside of it, or use a method without gradients (leave_one_out)"
+        )
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
