@@ -69,7 +69,7 @@ def test_patching_and_checks_work_in_every_mode(mode: str, model: Any, pairs: li
     hooks = gr.hooks.steer_hook(1, torch.arange(32.0) - 16, 2.0)
 
     def effects() -> Tensor:
-        frame = gr.analysis.patch(model, pairs, hooks, method="gradient", progress=False)
+        frame = gr.analysis.patch(model, pairs, hooks, method="gradient")
         return torch.tensor(frame["effect"].to_numpy())
 
     want = effects()
@@ -95,7 +95,7 @@ def test_vectors_built_in_any_mode_serve_gradients_later(mode: str, model: Any, 
 def test_an_adapter_is_trained_or_refused(mode: str, bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     pytest.importorskip("peft")
     refused = pytest.raises(ValueError, match="inference_mode") if mode == "inference_mode" else nullcontext()
-    with MODES[mode](), refused, lora_adapter(bridge, pairs, n_epochs=1, progress=False) as run:
+    with MODES[mode](), refused, lora_adapter(bridge, pairs, n_epochs=1) as run:
         assert all(loss > 0 for loss in run.losses)
 
 
