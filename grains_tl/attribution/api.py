@@ -66,22 +66,20 @@ def attribute(
     f(x) = log p(chosen | x) - log p(rejected | x), the response held fixed (GrAInS, arXiv 2507.18043, section 3; unlike
     the authors' code the whole response is scored, at the right positions).
 
-    ======================== =========================================================== ======================= ====
-    method                   score of a token, nats                                      runs per record         gap
-    ======================== =========================================================== ======================= ====
-    ``leave_one_out``        f(x) - f(x without it)                                      a forward pass a token  no
-    ``leave_k_out``          least-squares share when ``k`` go at a time                 ``n_steps`` forward     no
-    ``integrated_gradients`` the paper's: along the straight path from the baseline      ``n_steps`` gradients   yes
-    ``sequential_ig``        2305.15853: the same for one token at a time; its limit is  ``n_steps`` gradients a yes
-                             leave-one-out with the baseline as mask                     token
-    ``discretized_ig``       2108.13654: along a path close to real tokens               ``n_steps`` gradients   yes
-    ``expected_gradients``   1906.10670: averaged over several baselines                 ``n_steps`` gradients   yes
-    ``smoothgrad``           1706.03825: gradient averaged over noise, x input           ``n_steps`` gradients   no
-    ``gradient_x_input``     first-order effect                                          1 gradient              no
-    ``attention_aware``      2402.05602: gradient x input of the model made linear       1 gradient              no
-    ======================== =========================================================== ======================= ====
+    | method | score of a token, nats | runs per record | gap |
+    |---|---|---|---|
+    | ``leave_one_out`` | f(x) - f(x without it) | a forward pass per token | no |
+    | ``leave_k_out`` | least-squares share when ``k`` go at a time | ``n_steps`` forward | no |
+    | ``integrated_gradients`` | the paper's: along the straight path from the baseline | ``n_steps`` gradients | yes |
+    | ``sequential_ig`` | 2305.15853: one token at a time | ``n_steps`` gradients per token | yes |
+    | ``discretized_ig`` | 2108.13654: along a path close to real tokens | ``n_steps`` gradients | yes |
+    | ``expected_gradients`` | 1906.10670: averaged over several baselines | ``n_steps`` gradients | yes |
+    | ``smoothgrad`` | 1706.03825: gradient averaged over noise, x input | ``n_steps`` gradients | no |
+    | ``gradient_x_input`` | first-order effect | 1 gradient | no |
+    | ``attention_aware`` | 2402.05602: gradient x input of the model made linear | 1 gradient | no |
 
-    Leave-one-out is the default because it measured best; docs/attribution.md has the figures.
+    The limit of ``sequential_ig`` is leave-one-out with the baseline as mask. Leave-one-out is the default because it
+    measured best; docs/attribution.md has the figures.
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
