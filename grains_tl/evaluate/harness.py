@@ -16,7 +16,7 @@ from grains_tl.inference.objectives import token_logprobs
 from grains_tl.models.running import forward_logits
 from grains_tl.tokens.pairs import text_ids
 from grains_tl.tokens.rules import token_rules
-from grains_tl.tokens.text import common_prefix
+from grains_tl.tokens.text import common_prefix, last_tokens
 from grains_tl.types import FwdHooks, HookedModel
 
 #: Tokens generated where a task sets no limit, as in lm-evaluation-harness' own models.
@@ -217,11 +217,12 @@ def _generation_settings(settings: dict[str, Any]) -> tuple[int, float]:
 
 
 def _shortened(model: Any, prompt: str, limit: int) -> str:
-    """The end of a prompt that leaves room for ``limit`` new tokens."""
-    ids, room = text_ids(model, prompt), token_rules(model).n_ctx - limit
-    if len(ids) <= room or room < 1:  # where there is no room at all, generate says so
+    """The end of a prompt that leaves ``limit`` positions of the context for new tokens."""
+    most = token_rules(model).n_ctx - limit
+    if most < 1 or len(text_ids(model, prompt)) <= most:  # with a limit beyond the context, generate says so
         return prompt
-    return model.tokenizer.decode(_prefixed(model, ids)[1][-(room - 1) :])
+    ends = (last_tokens(model.tokenizer, prompt, n) for n in range(most, 0, -1))
+    return next((end for end in ends if len(text_ids(model, end)) <= most), prompt)
 
 
 def _until(text: str, settings: dict[str, Any]) -> str:

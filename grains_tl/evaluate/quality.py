@@ -13,7 +13,7 @@ from grains_tl.evaluate.settings import Setting
 from grains_tl.evaluate.store import Checkpoint
 from grains_tl.inference.generation import generate
 from grains_tl.records.choices import MultipleChoice, letters
-from grains_tl.records.pairs import plain_text
+from grains_tl.records.pairs import plain_text, prompt_list
 from grains_tl.types import FwdHooks, HookedModel, Text
 
 
@@ -81,7 +81,7 @@ def text_quality(texts: Sequence[str], *, max_repetition: float = 0.5, min_words
 
 def generation_quality(
     model: HookedModel,
-    prompts: Sequence[Text],
+    prompts: Text | Iterable[Text],
     fwd_hooks: FwdHooks | Callable[[int], FwdHooks],
     *,
     max_new_tokens: int = 40,
@@ -90,7 +90,7 @@ def generation_quality(
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
-        prompts: text or conversations.
+        prompts: texts or conversations, or one of them.
         fwd_hooks: hooks, or a function ``prompt_len -> hooks`` as in ``generate``.
         max_new_tokens: of each continuation.
 
@@ -101,6 +101,7 @@ def generation_quality(
     Examples:
         >>> generation_quality(model, ["The film was"], vectors.hooks(0.4, [12]))["degenerate"]    # doctest: +SKIP
     """
+    prompts = prompt_list(prompts)
     before, after = (generate(model, prompts, hooks, max_new_tokens=max_new_tokens) for hooks in (None, fwd_hooks))
     texts = pd.DataFrame({"prompt": [plain_text(p) for p in prompts], "base_text": before, "text": after})
     return pd.concat([texts, text_quality(before).add_prefix("base_"), text_quality(after)], axis=1)

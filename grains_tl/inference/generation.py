@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from grains_tl._util.checks import finite, listed, whole
+from grains_tl._util.checks import finite, whole
+from grains_tl._util.errors import numbered
 from grains_tl.inference.batches import image_inputs, pad_rows
 from grains_tl.models.hugging_face import plain_decoding
 from grains_tl.models.precision import finite_hook
 from grains_tl.models.running import hooked, is_bridge, listed_hooks, resid_post
 from grains_tl.models.state import require_ready
+from grains_tl.records.pairs import prompt_list
 from grains_tl.tokens.images import ImageInputs
 from grains_tl.tokens.pairs import prompt_inputs
 from grains_tl.tokens.rules import token_rules
+from grains_tl.tokens.text import decode_after
 from grains_tl.types import FwdHooks, HookedModel, Text
 
 
 def generate(
     model: HookedModel,
-    prompts: Sequence[Text],
+    prompts: Text | Iterable[Text],
     fwd_hooks: FwdHooks | Callable[[int], FwdHooks] | None = None,
     *,
     max_new_tokens: int = 40,
@@ -34,7 +37,8 @@ def generate(
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
-        prompts: texts or conversations (rendered with the chat template).
+        prompts: texts or conversations (rendered with the chat template); one alone stands for a list of one. A
+            conversation that ends with the assistant's words is continued there.
         fwd_hooks: ``[(name, fn)]``, or a function ``prompt_len -> hooks`` for hooks that need the prompt's length
             (of the batch, padding included): ``lambda n: vectors.hooks(0.2, [12], positions="prompt", prompt_len=n)``.
         max_new_tokens: longest continuation.
@@ -45,7 +49,8 @@ def generate(
             ``PreferencePair``).
 
     Returns:
-        The new text of each prompt, special tokens left out.
+        The new text of each prompt, special tokens left out; put behind the prompt it gives the whole text, so it keeps
+        the space between them.
 
     Raises:
         ValueError: no prompts, an empty or too long one, not as many images as prompts, ``max_new_tokens < 1``, or a
@@ -54,9 +59,7 @@ def generate(
     Examples:
         >>> generate(model, ["The film was"], vectors.hooks(0.2, layers=[15]), max_new_tokens=10)  # doctest: +SKIP
     """
-    if isinstance(prompts, str):
-        raise ValueError("prompts is one string; give a list: generate(model, [prompt])")
-    prompts = listed("prompts", prompts)
+    prompts = prompt_list(prompts)
     if not prompts:
         raise ValueError("no prompts; give at least one")
     max_new_tokens, batch_size = whole("max_new_tokens", max_new_tokens), whole("batch_size", batch_size)
@@ -75,7 +78,10 @@ def generate(
     images = [None] * len(prompts) if images is None else list(images)
     if len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(images)} images; give one entry per prompt (None for none)")
-    encoded = [prompt_inputs(model, p, image) for p, image in zip(prompts, images, strict=True)]
+    encoded = []
+    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), start=1):
+        with numbered("prompt", number):
+            encoded.append(prompt_inputs(model, prompt, image))
     longest, n_ctx = max(len(ids) for ids, _ in encoded), int(model.cfg.n_ctx)
     if longest + max_new_tokens > n_ctx:
         raise ValueError(
@@ -132,9 +138,9 @@ def _continue(
                 do_sample=bool(sampling),
                 **sampling,
             )
-    return [_text(model, row[prompt_len:].tolist(), end_ids) for row in out]
-
-
-def _text(model: HookedModel, ids: list[int], end_ids: list[int]) -> str:
-    end = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
-    return model.tokenizer.decode(ids[:end], skip_special_tokens=True)
+    texts = []
+    for (prompt, _), row in zip(rows, out, strict=True):
+        new = row[prompt_len:].tolist()
+        end = next((i for i, token in enumerate(new) if token in end_ids), len(new))
+        texts.append(decode_after(model.tokenizer, prompt, new[:end]))
+    return texts

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+from grains_tl._util.checks import listed
 from grains_tl.types import Message, Text
 
 
@@ -72,6 +73,27 @@ def preference_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
                 f"record {number} is a {type(record).__name__}; a PreferencePair is needed: load_pairs reads mappings"
             )
     return records
+
+
+def prompt_list(prompts: Any) -> list[Text]:
+    """Prompts as a list; one text or one conversation alone becomes a list of one.
+
+    Args:
+        prompts: texts and conversations in a list, array or any other iterable, or one of them.
+
+    Raises:
+        ValueError: something else.
+
+    Examples:
+        >>> prompt_list("The film was")
+        ['The film was']
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping):
+        raise ValueError(f"prompts is the mapping {prompts!r}; a text, a list of texts or a list of messages is needed")
+    given = listed("prompts", prompts)
+    return [given] if given and all(isinstance(item, Mapping) for item in given) else given
 
 
 def require_text(name: str, value: Any) -> None:

@@ -21,6 +21,36 @@ def _word_starts(tokenizer: Any, ids: Sequence[int]) -> tuple[bool, ...]:
     return tuple(found[: len(ids)])
 
 
+def decode_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens where they stand: the whole text without that of the tokens before.
+
+    Decoded alone, they would lose their first space with SentencePiece and WordPiece tokenizers.
+
+    Args:
+        tokenizer: of the model.
+        before: ids in front of them.
+        new: ids to decode; special tokens are left out.
+    """
+    start = tokenizer.decode(list(before), skip_special_tokens=True)
+    whole = tokenizer.decode([*before, *new], skip_special_tokens=True)
+    if whole.startswith(start):
+        return str(whole[len(start) :])
+    return str(tokenizer.decode(list(new), skip_special_tokens=True))  # a character is split between the two
+
+
+def last_tokens(tokenizer: Any, text: str, n: int) -> str:
+    """The end of a text that its last ``n`` tokens cover.
+
+    Cut out of the text itself where the tokenizer knows the characters of its tokens: decoding loses spaces and parts of
+    characters.
+    """
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
+    if fast:
+        return text[encoding["offset_mapping"][-n][0] :]
+    return str(tokenizer.decode(encoding["input_ids"][-n:]))
+
+
 def _render(template: Any, rules: TokenRules, prompt: Text) -> str:
     if isinstance(prompt, str):
         return prompt

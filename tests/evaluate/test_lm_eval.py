@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import grains_tl as gr
+from grains_tl.evaluate.harness import _shortened
 from tests.conftest import WORDS, tiny_hf, tiny_model, tiny_tokenizer
+from tests.helpers.tokenizers import sentencepiece_like
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'grains-tl[evals]')")
 HALF = Path(__file__).parents[2].parent / "shared/data/truthfulqa/truthfulqa_half.csv"
@@ -148,6 +150,18 @@ def test_generation_stops_where_the_task_says(model: Any) -> None:
     assert len(long[0].split()) <= 4
     with pytest.raises(ValueError, match="top_p"):
         ours.generate_until(requests((prompts[0], {"do_sample": True, "top_p": 0.9})))
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, sentencepiece_like])
+def test_a_shortened_prompt_keeps_its_last_words(make: Any) -> None:
+    model = tiny_model(tokenizer=make())
+    prompt = "food was good and soup was bad " * 12 + "the film was"
+    short = _shortened(model, prompt, 40)
+    ids = model.tokenizer(short)["input_ids"]
+    assert prompt.endswith(short) and 20 <= len(ids) <= 24  # a tokenizer may cut the first word anew
+    assert gr.evaluate.harness.adapter(model).generate_until(
+        requests((prompt, {"until": [], "max_gen_toks": 40}))
+    ) == gr.generate(model, short, max_new_tokens=40)
 
 
 def test_scopes_and_their_limits(bridge: Any) -> None:

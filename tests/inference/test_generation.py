@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 import grains_tl as gr
+from grains_tl._util.errors import RecordError
 from grains_tl.hooks.steer import Positions
 from tests.conftest import WORDS, tiny_hf, tiny_model, tiny_tokenizer
 from tests.helpers.oracles import edited, greedy, steered
+from tests.helpers.tokenizers import sentencepiece_like, wordpiece_like
 
 LAYER = 1
 N_NEW = 12
@@ -69,8 +71,13 @@ def text_of(ids: Sequence[int]) -> str:
     return str(tiny_tokenizer().decode(list(ids), skip_special_tokens=True))
 
 
+def rest_of(prompt: str, new: Sequence[int]) -> str:
+    """The whole text without the prompt, special tokens left out in both."""
+    return text_of([*ids_of(prompt), *new]).removeprefix(text_of(ids_of(prompt)))
+
+
 def plain_greedy(hf: Any, prompt: str, edit: Callable[[Tensor], Tensor] | None = None) -> str:
-    return text_of(greedy(hf, ids_of(prompt), N_NEW, None if edit is None else LAYER, edit))
+    return rest_of(prompt, greedy(hf, ids_of(prompt), N_NEW, None if edit is None else LAYER, edit))
 
 
 # -- the same text as Hugging Face ------------------------------------------------------------------------------------
@@ -86,7 +93,7 @@ def test_steered_equals_hugging_face_generate(model: Any, hf: Any, prompt: str) 
     ids = torch.tensor([ids_of(prompt)])
     with edited(hf, LAYER, move):
         out = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=N_NEW, do_sample=False)
-    wanted = text_of(out[0, ids.shape[1] :].tolist())
+    wanted = rest_of(prompt, out[0, ids.shape[1] :].tolist())
     assert gr.generate(model, [prompt], hooks(), max_new_tokens=N_NEW) == [wanted]
 
 
@@ -126,6 +133,37 @@ def test_a_conversation_goes_through_the_template(model: Any, hf: Any) -> None:
     chat = [{"role": "user", "content": "was the food bad ?"}]
     rendered = "question : was the food bad ? <eos> answer :"
     assert gr.generate(model, [chat], max_new_tokens=N_NEW) == [plain_greedy(hf, rendered)]
+
+
+# -- prompt and text join ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer, sentencepiece_like, wordpiece_like])
+def test_prompt_and_text_are_the_whole_text(tokenizer: Callable[[], Any]) -> None:
+    """Was a bug: decoded alone, new tokens lose their first space where the tokenizer hides it."""
+    model = tiny_model(tokenizer=tokenizer())
+    prompts = ["the film was", "soup and food was not", "the"]
+    for prompt, text in zip(prompts, gr.generate(model, prompts, max_new_tokens=N_NEW), strict=True):
+        ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
+        out = model.original_model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=N_NEW, do_sample=False
+        )[0]
+        before, whole = (model.tokenizer.decode(i, skip_special_tokens=True) for i in (ids[0], out))
+        assert before + text == whole
+
+
+def test_one_prompt_alone(bridge: Any) -> None:
+    text, chat = "the film was", [{"role": "user", "content": "was the food bad ?"}]
+    assert gr.generate(bridge, text, max_new_tokens=4) == gr.generate(bridge, [text], max_new_tokens=4)
+    assert gr.generate(bridge, chat, max_new_tokens=4) == gr.generate(bridge, [chat], max_new_tokens=4)
+    quality = gr.evaluate.generation_quality(bridge, text, [], max_new_tokens=4)
+    assert quality["prompt"].tolist() == [text] and len(gr.evaluate.generation_quality(bridge, iter([text]), [])) == 1
+
+
+def test_a_prompt_that_cannot_be_used_is_named(bridge: Any) -> None:
+    with pytest.raises(RecordError, match="^prompt 2: ") as error:
+        gr.generate(bridge, ["the film was", " "])
+    assert error.value.number == 2
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -297,9 +335,8 @@ def test_hooks_are_gone_after_an_exception(model: Any, fails_at: int) -> None:
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ("the film was", {}, "prompts is one string; give a list"),
         ([], {}, "no prompts"),
-        (["the film was", ""], {}, "prompt is empty"),
+        (["the film was", ""], {}, "prompt 2: the prompt is empty"),
         (["  "], {}, "prompt is empty"),
         ([[{"role": "user", "content": ""}]], {}, "prompt is empty"),
         (["the film was"], {"max_new_tokens": 0}, "max_new_tokens=0"),
@@ -324,7 +361,7 @@ def test_bad_input_is_refused_before_the_model_runs(model: Any, prompts: Any, op
 
 def test_the_context_may_be_filled_to_the_end(model: Any, hf: Any) -> None:
     prompt = "the film was " * 20
-    wanted = text_of(greedy(hf, ids_of(prompt), 4))
+    wanted = rest_of(prompt, greedy(hf, ids_of(prompt), 4))
     assert gr.generate(model, [prompt], max_new_tokens=4) == [wanted]
 
 
