@@ -60,13 +60,20 @@ class BuildingRecords:
     @property
     def resid_norms(self) -> Float[Tensor, "layer"]:
         """Median residual norm over the prompts' content tokens, the unit of ``alpha``."""
-        return self._prompts[1]
+        # every pass over the prompts shows them
+        return self._responses[1] if "_responses" in self.__dict__ else self._prompts[1]
 
     @cached_property
+    def _responses(self) -> tuple[Float[Tensor, "record 2 layer d_model"], Float[Tensor, "layer"]]:
+        norms: list[Tensor] = []
+        ends = read_out_responses(self.model, self.tokenized, layers=self.layers, norms=norms)
+        return ends, torch.cat(norms, dim=1).median(dim=1).values
+
+    @property
     def response_differences(self) -> Float[Tensor, "record layer d_model"]:
         """h(prompt + chosen) - h(prompt + rejected) at the last response token."""
-        found = read_out_responses(self.model, self.tokenized, layers=self.layers)
-        return found[:, 0] - found[:, 1]
+        ends = self._responses[0]
+        return ends[:, 0] - ends[:, 1]
 
     @cached_property
     def margins(self) -> Float[Tensor, "record"]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from grains_tl.models.running import resid_post
@@ -46,17 +46,29 @@ def cache_hook(
     return [(resid_post(layer), keep(row)) for row, layer in enumerate(layers)]
 
 
+def place_hook(
+    layers: Sequence[int], rows: Int[Tensor, "place"], positions: Int[Tensor, "place"], store: Tensor
+) -> FwdHooks:
+    """Hooks that keep ``resid_post`` at any places of a batch in ``store`` ``[place, layer, d_model]``."""
+
+    def keep(column: int) -> Any:
+        def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+            store[:, column] = act.detach()[rows.to(act.device), positions.to(act.device)].to(store)
+
+        return hook_fn
+
+    return [(resid_post(layer), keep(column)) for column, layer in enumerate(layers)]
+
+
 def _norm_hooks(
     layers: Sequence[int], contents: Sequence[Sequence[bool]], norms: list[Float[Tensor, "layer token"]]
 ) -> FwdHooks:
     found: dict[int, Tensor] = {}
+    row, pos = torch.tensor([(r, p) for r, own in enumerate(contents) for p, c in enumerate(own) if c]).view(-1, 2).T
 
     def keep(place: int) -> Any:
         def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-            content = torch.zeros(act.shape[:2], dtype=torch.bool, device=act.device)
-            for row, flags in enumerate(contents):
-                content[row, : len(flags)] = torch.tensor(flags, device=act.device)
-            found[place] = act.detach()[content].float().norm(dim=-1).cpu()
+            found[place] = act.detach()[row.to(act.device), pos.to(act.device)].float().norm(dim=-1).cpu()
             if len(found) == len(layers):
                 norms.append(torch.stack([found[i] for i in range(len(layers))]))
 

@@ -45,6 +45,11 @@ def exactness(model: HookedModel) -> float:
     return ROUGH if half else EXACT
 
 
+def residual_exactness(model: HookedModel) -> float:
+    """The same for a residual activation, as a share of its largest entry."""
+    return 1e-3 if exactness(model) == EXACT else 0.05
+
+
 @contextmanager
 def exact_unembedding(model: HookedModel) -> Iterator[None]:
     """Runs inside unembed in full precision: a bfloat16 logit between 16 and 32 is rounded to eighths."""

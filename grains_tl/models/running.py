@@ -209,11 +209,12 @@ def run_blocks(
     require_ready(model)
     _require_images(model, ids, inputs)
     keep = torch.zeros(1, dtype=torch.long, device=ids.device)
-    more = dict(inputs or {})
+    # rows that share a prompt bring a mask of their own
+    named = {"attention_mask": attention_mask, "use_cache": False, **(inputs or {})}
     if is_bridge(model) and stop == model.cfg.n_layers:
-        model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False, **more)
+        model(ids, logits_to_keep=keep, **named)
     elif is_bridge(model):
-        model(ids, attention_mask=attention_mask, stop_at_layer=stop, use_cache=False, **more)
+        model(ids, stop_at_layer=stop, **named)
     else:
         side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
         model(ids, attention_mask=attention_mask, padding_side=side, stop_at_layer=stop)

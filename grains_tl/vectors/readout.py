@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -10,10 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.progress import progress_bar
-from grains_tl.hooks.cache import _norm_hooks, cache_hook
+from grains_tl.attribution.field import run_batches
+from grains_tl.attribution.sharing import can_share, prompt_batches
+from grains_tl.hooks.cache import _norm_hooks, cache_hook, place_hook
 from grains_tl.hooks.mask import Masker
 from grains_tl.hooks.stand_ins import ImageMasker, Replacements, hide, replacements
-from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
+from grains_tl.inference.batches import Batch, by_token_budget, image_inputs, pad_rows
+from grains_tl.models.precision import residual_exactness
 from grains_tl.models.running import existing_layers, hooked, run_blocks
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
@@ -84,20 +88,92 @@ def read_out_responses(
     tokenized: Sequence[TokenizedPair],
     *,
     layers: Sequence[int],
+    norms: list[Float[Tensor, "layer token"]] | None = None,
 ) -> Float[Tensor, "record 2 layer d_model"]:
-    """Residuals at the last token of prompt + chosen (0) and prompt + rejected (1), as CAA reads them."""
-    rows = [row for t in tokenized for row in _rows(t, "response_end")]
-    found = _run_rows(
+    """Residuals at the last token of prompt + chosen (0) and prompt + rejected (1), as CAA reads them.
+
+    Where the model takes a mask for every pair of tokens, both responses follow one run of their prompt. A plain run of the
+    longest record checks that; if it differs, or the model takes no such mask, every text runs in a row of its own.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records, tokenized.
+        layers: which layers to keep; the result has them in this order.
+        norms: a list that receives the residual norms of the prompts' content tokens, ``[layer, token]`` per batch.
+
+    Returns:
+        ``[record, 2, layer, d_model]``, residual units.
+    """
+    layers = existing_layers(model, layers)
+    # a batch holds what predicts a response's tokens: with one token more, that is the whole response
+    longer = [replace(t, chosen=(*t.chosen, 0), rejected=(*t.rejected, 0)) for t in tokenized]
+    everything = range(len(longer))
+    if can_share(model, tokenized):
+        found = _shared_ends(model, longer, layers)
+        if found is not None:
+            ends, own_norms = found
+            if norms is not None:
+                norms += own_norms
+            return ends
+    own_norms = []
+    ends = _read_ends(model, longer, run_batches(model, longer, everything, "sum"), layers, own_norms)
+    if norms is not None:
+        norms += own_norms
+    return ends
+
+
+def _shared_ends(
+    model: HookedModel, longer: Sequence[TokenizedPair], layers: list[int]
+) -> tuple[Tensor, list[Tensor]] | None:
+    """Read-outs and norms from rows that share their prompt; ``None`` where a plain run of one record differs."""
+    norms: list[Tensor] = []
+    index = max(range(len(longer)), key=lambda i: longer[i].longest)
+    try:
+        found = _read_ends(model, longer, prompt_batches(model, longer, range(len(longer)), "sum"), layers, norms)
+    except (RuntimeError, TypeError, ValueError, IndexError):  # an architecture that takes no such mask or positions
+        return None
+    # in a shared row the second response is what could see too much, the longest what could see too little
+    record = longer[index]
+    sides = (0, 1) if len(record.chosen) > len(record.rejected) else (1,)
+    alone = [replace(record, chosen=own, rejected=own) for own in (record.chosen, record.rejected)]
+    plain = _read_ends(
         model,
-        rows,
-        [()] * len(rows),
-        [t for t in tokenized for _ in range(2)],
-        owner=range(len(rows)),
-        stand_ins=None,
-        layers=existing_layers(model, layers),
-        norms=None,
+        [alone[s] for s in sides],
+        run_batches(model, [alone[s] for s in sides], range(len(sides)), "sum"),
+        layers,
+        [],
     )
-    return found.view(len(tokenized), 2, *found.shape[1:])
+    error = (found[index, list(sides)] - plain[:, 0]).abs().amax(-1)
+    size = plain[:, 0].abs().amax(-1)
+    return (found, norms) if bool((error <= residual_exactness(model) * size).all()) else None
+
+
+def _read_ends(
+    model: HookedModel,
+    longer: Sequence[TokenizedPair],
+    batches: Iterable[tuple[list[int], Batch]],
+    layers: list[int],
+    norms: list[Tensor],
+) -> Float[Tensor, "record 2 layer d_model"]:
+    """Residuals where the last token of each response is predicted; the norms of content tokens go into ``norms``."""
+    out = torch.zeros(len(longer), 2, len(layers), int(model.cfg.d_model))
+    with torch.no_grad(), progress_bar(total=len(longer), desc="cache", unit="record") as bar:
+        for part, batch in batches:
+            # targets come in the order of their response: the last of each slot
+            slots = batch.target_slot.cpu()
+            last = torch.zeros(2 * len(part), dtype=torch.long).scatter_reduce(
+                0, slots, torch.arange(len(slots)), "amax"
+            )
+            rows, positions = batch.target_row[last], batch.keep[batch.target_keep[last]]
+            store = torch.zeros(len(last), *out.shape[2:])
+            owners = batch.record.tolist()
+            contents = [longer[part[o]].content if o not in owners[:row] else () for row, o in enumerate(owners)]
+            hooks = [*_norm_hooks(layers, contents, norms), *place_hook(layers, rows, positions, store)]
+            with hooked(model, hooks):
+                run_blocks(model, batch.ids, batch.attention_mask, max(layers) + 1, batch.inputs)
+            out[part] = store.unflatten(0, (-1, 2))
+            bar.update(len(part))
+    return out
 
 
 def _run_rows(
