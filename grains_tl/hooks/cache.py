@@ -61,10 +61,11 @@ def place_hook(
 
 
 def _norm_hooks(
-    layers: Sequence[int], contents: Sequence[Sequence[bool]], norms: list[Float[Tensor, "layer token"]]
+    layers: Sequence[int], contents: Sequence[Sequence[bool]], norms: list[Float[Tensor, "layer _"]]
 ) -> FwdHooks:
     found: dict[int, Tensor] = {}
-    row, pos = torch.tensor([(r, p) for r, own in enumerate(contents) for p, c in enumerate(own) if c]).view(-1, 2).T
+    places = [(r, p) for r, own in enumerate(contents) for p, content in enumerate(own) if content]
+    row, pos = torch.tensor(places, dtype=torch.long).view(-1, 2).T
 
     def keep(place: int) -> Any:
         def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> None:

@@ -36,7 +36,7 @@ def read_out(
     masker: Masker = "mean_embedding",
     image_masker: ImageMasker = "mean_patch",
     readout: Readout = "prompt_end",
-    norms: list[Float[Tensor, "layer token"]] | None = None,
+    norms: list[Float[Tensor, "layer _"]] | None = None,
 ) -> Float[Tensor, "record layer d_model"]:
     """Residuals of every record at the read-out position, with some of its prompt tokens taken out.
 
@@ -88,7 +88,7 @@ def read_out_responses(
     tokenized: Sequence[TokenizedPair],
     *,
     layers: Sequence[int],
-    norms: list[Float[Tensor, "layer token"]] | None = None,
+    norms: list[Float[Tensor, "layer _"]] | None = None,
 ) -> Float[Tensor, "record 2 layer d_model"]:
     """Residuals at the last token of prompt + chosen (0) and prompt + rejected (1), as CAA reads them.
 
@@ -185,7 +185,7 @@ def _run_rows(
     owner: Sequence[int],
     stand_ins: Replacements | None,
     layers: list[int],
-    norms: list[Float[Tensor, "layer token"]] | None,
+    norms: list[Float[Tensor, "layer _"]] | None,
 ) -> Float[Tensor, "row layer d_model"]:
     """Read-out of each row (ids, first position read), with its masked positions taken out, in a few full batches.
 
