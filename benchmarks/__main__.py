@@ -17,7 +17,7 @@ import torch
 from benchmarks import build_vectors, growth, memory, steering
 from benchmarks.common import load
 from grains_tl._util.settings import RunSettings
-from grains_tl.attribution.reference import BASELINES
+from grains_tl.attribution.reference import REFERENCES
 from grains_tl.vectors.manifest import package_versions
 
 PARTS = ("build", "steering", "growth", "memory")
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--records", type=int, default=50, help="building records")
     parser.add_argument("--steps", type=int, default=20, help="IG steps")
-    parser.add_argument("--baseline", default="zero", choices=BASELINES, help="where the IG path begins")
+    parser.add_argument("--baseline", default="zero", choices=REFERENCES, help="where the IG path begins")
     parser.add_argument(
         "--max-tokens", type=int, default=RunSettings().max_tokens, help="token budget of a pass, building"
     )

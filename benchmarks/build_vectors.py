@@ -17,7 +17,7 @@ from torch import Tensor
 import grains_tl as gr
 from benchmarks.common import Operations, count_operations, floating_point_operations, matrix_rate, timed
 from grains_tl._util.settings import RunSettings
-from grains_tl.attribution.reference import Baselines
+from grains_tl.attribution.reference import References
 from grains_tl.attribution.sharing import branch_length
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.tokens.rules import token_rules
@@ -92,9 +92,9 @@ def run(
     pairs = gr.load_bundled("sentiment", "build")[:records]
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
     eos = token_rules(model).eos
-    options: dict[str, Any] = {"masker": "eos", "n_steps": steps, "top_k": top_k, "progress": False}
-    baselines = Baselines(model)
-    options |= {"baseline": baseline, "method_options": {"nodes": "gauss_legendre"}}  # as the plain loop
+    options: dict[str, Any] = {"mask": "eos", "n_steps": steps, "top_k": top_k, "progress": False}
+    references = References(model)
+    options |= {"reference": baseline, "nodes": "gauss_legendre"}  # as the plain loop
     options["max_tokens"] = max_tokens
     counted: list[Operations] = []
 
@@ -108,7 +108,7 @@ def run(
         return gr.build_vectors(model, pairs, method="integrated_gradients", **options)
 
     def theirs_whole() -> Tensor:
-        return plain_loop(model.original_model, tokenized, steps, top_k, eos, lambda x: baselines.point(baseline, x))
+        return plain_loop(model.original_model, tokenized, steps, top_k, eos, lambda x: references.point(baseline, x))
 
     def autocast(job: Callable[[], Any]) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -18,7 +18,7 @@ from torch import Tensor
 import grains_tl as gr
 from benchmarks.common import timed
 from grains_tl.attribution.api import attribute_all
-from grains_tl.attribution.reference import Baselines
+from grains_tl.attribution.reference import References
 from grains_tl.hooks.mask import replacement_embedding
 from grains_tl.tokens.pairs import TokenizedPair
 
@@ -70,7 +70,7 @@ def integrated_gradients(model: Any, hf_model: Any, *, records: int, steps: int,
     from captum.attr import IntegratedGradients
 
     tokenized = gr.tokens.tokenize_pairs(model, gr.load_bundled("sentiment", "build")[:records])
-    embed, baselines = hf_model.get_input_embeddings(), Baselines(model)
+    embed, baselines = hf_model.get_input_embeddings(), References(model)
 
     def captum() -> list[Tensor]:
         scores = []

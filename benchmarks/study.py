@@ -29,6 +29,7 @@ import torch
 
 import grains_tl as gr
 from grains_tl._util.files import write_atomically
+from grains_tl.attribution.methods import method_of
 from grains_tl.attribution.store import attribute_records
 from grains_tl.baselines.controls import random_token_vectors
 
@@ -85,8 +86,8 @@ def variants(
         "reduction: first singular vector": gr.vectors.reduce_vectors(default, reduce="svd"),
         "reduction: PC(d+) - PC(d-), the paper's": gr.vectors.reduce_vectors(default, reduce="pca"),
         "reduction: toward chosen only": gr.vectors.reduce_vectors(default, side="toward_chosen"),
-        "masker: end-of-text, the paper's": gr.vectors.reduce_vectors(differences(chosen, masker="eos")),
-        "masker: attention knock-out": gr.vectors.reduce_vectors(differences(chosen, masker="attention")),
+        "masker: end-of-text, the paper's": gr.vectors.reduce_vectors(differences(chosen, mask="eos")),
+        "masker: attention knock-out": gr.vectors.reduce_vectors(differences(chosen, mask="attention")),
         "selection: last prompt token spared": gr.vectors.reduce_vectors(differences(spared)),
         "read-out: last response token": gr.vectors.reduce_vectors(differences(chosen, readout="response_end")),
         "read-out: mean of the response": gr.vectors.reduce_vectors(differences(chosen, readout="response_mean")),
@@ -107,16 +108,8 @@ def run_set(model: Any, name: str, data: Path | None, out: Path) -> dict[str, An
     build, choose, test = (gr.tokens.tokenize_pairs(model, part) for part in pairs)
     attributions = {}
     for method, n_steps in (("leave_one_out", 1), ("integrated_gradients", 8), ("gradient_x_input", 1)):
-        options = {
-            "method": method,
-            "n_steps": n_steps,
-            "baseline": "zero",
-            "objective": "sum",
-            "masker": "mean_embedding",
-        }
-        attributions[method] = attribute_records(
-            model, build, options, checkpoint=out / f"{name}.{method}.partial.jsonl"
-        )
+        way = method_of(method, n_steps=n_steps)
+        attributions[method] = attribute_records(model, build, way, checkpoint=out / f"{name}.{method}.partial.jsonl")
     vectors, default, selections = variants(model, build, attributions)
     vectors |= gr.baselines.baseline_vectors(model, pairs[0], ["caa", "icv", "prompt_mean"], layers=LAYERS)
 

@@ -18,7 +18,6 @@ import torch
 from tqdm.auto import tqdm
 
 import grains_tl as gr
-from grains_tl.attribution.methods import Method
 from grains_tl.demo.scene_captions import candidates, caption_split, kl_meter, own_mistakes, tune_and_test
 from grains_tl.demo.scene_questions import false_yes_questions, partner_share, yes_attributions
 from studies.tiny_vlm.yes_no_study import yes_no_study
@@ -80,7 +79,7 @@ def partner_study(model: Any, out: Path, n: int = 150) -> None:
     """Where the support for a false yes lies, by each attribution."""
     questions = false_yes_questions(model, n)
     found = {}
-    methods: tuple[tuple[Method, int], ...] = (
+    methods: tuple[tuple[str, int], ...] = (
         ("leave_one_out", 1),
         ("gradient_x_input", 1),
         ("integrated_gradients", 32),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grains_tl._util.stats import mean_and_se
 from grains_tl.attribution.selection import Selection
-from grains_tl.hooks.mask import Masker
+from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.hooks.stand_ins import hide, replacements
 from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
 from grains_tl.models.running import hooked, resid_post, run_blocks
@@ -31,7 +31,7 @@ def writers(
     *,
     layer: int,
     selections: Sequence[Selection] | None = None,
-    masker: Masker = "mean_embedding",
+    mask: Mask | Masker = "mean_embedding",
 ) -> pd.DataFrame:
     """What each component up to a layer writes along its direction, at the end of the prompt.
 
@@ -49,7 +49,7 @@ def writers(
         vectors: the directions.
         layer: whose direction, and how far up to look: components of the blocks 0 to ``layer``.
         selections: the masked tokens of each record; ``None`` to split the plain prompt's projection.
-        masker: as in ``build_vectors``, used with ``selections``.
+        mask: as in ``build_vectors``, used with ``selections``.
 
     Returns:
         One row per component: ``kind`` (``"embed"``, ``"head"``, ``"mlp"``, ``"rest"``), ``layer``, ``head`` (-1
@@ -67,7 +67,7 @@ def writers(
     tokenized = as_tokenized(model, tokenized)
     vectors.require_match(model)
     unit = vectors.at([layer]).directions[0]
-    common: dict[str, Any] = {"layer": layer, "masker": masker}
+    common: dict[str, Any] = {"layer": layer, "mask": mask}
     if selections is None:
         parts, values = _project(model, tokenized, [()] * len(tokenized), unit, **common)
     else:
@@ -89,21 +89,21 @@ def _project(
     unit: Float[Tensor, "d_model"],
     *,
     layer: int,
-    masker: Masker,
+    mask: Mask | Masker,
 ) -> tuple[list[Part], Float[Tensor, "record part"]]:
     """Every component's projection at each prompt's last token."""
-    needed = masker != "attention" and any(masked)
-    stand_ins = replacements(model, tokenized, masker) if needed else None
+    needed = Mask.of(mask).text != "attention" and any(masked)
+    stand_ins = replacements(model, tokenized, mask) if needed else None
     rows: dict[int, Tensor] = {}
     parts: list[Part] = []
     for group in by_token_budget([len(t.prompt) for t in tokenized]):
-        ids, mask, offset = pad_rows(model, [tokenized[g].prompt for g in group])
+        ids, attention_mask, offset = pad_rows(model, [tokenized[g].prompt for g in group])
         inputs = image_inputs(model, [tokenized[g].images for g in group], ids, offset)
         hooks = hide(model, stand_ins, group, [masked[g] for g in group], offset=offset, like=ids)
         last = torch.tensor([len(tokenized[g].prompt) - 1 for g in group], device=ids.device)
         found: dict[Part, Tensor] = {}
         with torch.no_grad(), hooked(model, hooks + _read_hooks(model, layer, last, unit.to(ids.device), found)):
-            run_blocks(model, ids, mask, layer + 1, inputs)
+            run_blocks(model, ids, attention_mask, layer + 1, inputs)
         parts, values = _with_rest(found)
         rows.update(zip(group, values.cpu(), strict=True))
     return parts, torch.stack([rows[i] for i in range(len(tokenized))])

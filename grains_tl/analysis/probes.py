@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grains_tl._util.progress import progress_bar
 from grains_tl.attribution.selection import Selection
-from grains_tl.hooks.mask import Masker
+from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.models.running import existing_layers, hooked
 from grains_tl.tokens.pairs import Records, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
@@ -57,7 +57,7 @@ def residuals(
     layers: Sequence[int] | None = None,
     readout: ProbeReadout = "prompt_end",
     selections: Sequence[Selection] | None = None,
-    masker: Masker = "mean_embedding",
+    mask: Mask | Masker = "mean_embedding",
     fwd_hooks: FwdHooks | None = None,
 ) -> Float[Tensor, "record 2 layer d_model"]:
     """Residuals of the chosen (0) and rejected (1) side of every record, in whatever run the hooks make.
@@ -71,7 +71,7 @@ def residuals(
         layers: default all; the result has them in this order.
         readout: see ``ProbeReadout``.
         selections: the tokens to mask, needed for ``"prompt_end"``.
-        masker: how they are masked.
+        mask: how they are masked.
         fwd_hooks: for example ``vectors.hooks(0.2, [18])``, to see the residuals of a steered run.
 
     Returns:
@@ -98,7 +98,7 @@ def residuals(
                 "tokens toward rejected and toward chosen (select_tokens), or use readout='response_end'"
             )
         sides = ([s.toward_rejected for s in selections], [s.toward_chosen for s in selections])
-        found = [read_out(model, tokenized, masked, layers=at, masker=masker) for masked in sides]
+        found = [read_out(model, tokenized, masked, layers=at, mask=mask) for masked in sides]
     return torch.stack(found, dim=1)
 
 

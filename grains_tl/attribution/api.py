@@ -11,28 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grains_tl._util.checks import whole
 from grains_tl._util.progress import progress_bar
+from grains_tl._util.renamed import current_names
 from grains_tl._util.settings import current, with_settings
 from grains_tl.attribution.groups import GroupBy, groups_of
-from grains_tl.attribution.methods import (
-    REMOVAL,
-    Method,
-    Nodes,
-    Options,
-    check_attribution_options,
-    compute,
-    default_baseline,
-    default_nodes,
-    n_runs,
-)
+from grains_tl.attribution.job import Job
+from grains_tl.attribution.methods import Method, method_of
 from grains_tl.attribution.paths import Scores
-from grains_tl.attribution.reference import Baseline
 from grains_tl.attribution.result import Attribution
-from grains_tl.hooks.mask import Masker
-from grains_tl.hooks.stand_ins import ImageMasker, check_image_masker
+from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.inference.batches import by_token_budget
-from grains_tl.inference.objectives import Objective, token_weights
+from grains_tl.inference.objectives import Objective, require_objective, token_weights
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized, tokenize_pairs
 from grains_tl.types import HookedModel
@@ -46,20 +35,12 @@ def attribute(
     model: HookedModel,
     pair: PreferencePair,
     *,
-    method: Method = "leave_one_out",
-    n_steps: int = 32,
-    baseline: Baseline | None = None,
+    method: Method | str = "leave_one_out",
     objective: Objective = "sum",
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
-    nodes: Nodes | None = None,
-    layer: int | None = None,
-    noise: float = 0.1,
-    k: int = 3,
-    seed: int = 0,
+    mask: Mask | Masker = "mean_embedding",
     content_only: bool = False,
-    group_by: GroupBy | None = None,
     max_tokens: int | None = None,
+    **fields: Any,
 ) -> Attribution:
     """Signed scores of the prompt's tokens for one record.
 
@@ -84,27 +65,14 @@ def attribute(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         pair: the record.
-        method: see above.
-        n_steps: gradients (or draws) per record; with ``nodes="adaptive"`` the most that may be spent.
-        baseline: x': ``"zero"``, ``"mean_embedding"``, ``"eos"``, ``"pad"``, ``"mask"``, ``"uniform_prompt"``,
-            ``"neutral"`` (see ``attribution.baselines``), a ``[d_model]`` vector, or a list of those for expected gradients.
-            Default neutral (expected gradients: three of them), from which the path converges; the paper's is zero.
-        objective: ``"sum"``, ``"mean"`` or ``"single"``.
-        masker: what replaces a token that is left out.
-        image_masker: what replaces a patch that is left out, and what the patches are at x' (zeros if the baseline is).
-        nodes: of integrated gradients: ``"adaptive"``, refined where f moves until the gap is below 5 % of
-            |f(x) - f(x')| (the default from 9 steps on); ``"gauss_legendre"`` (as the paper's code) or ``"riemann"``
-            (midpoints).
-        layer: attribute the residual stream at ``blocks.{layer}.hook_resid_pre`` instead of the embeddings (gradient
-            methods): scores then belong to positions, and the blocks below need no gradient.
-        noise: of SmoothGrad, standard deviation as a fraction of each token's embedding size.
-        k: tokens left out together in ``leave_k_out``.
-        seed: of the methods that draw (``leave_k_out``, ``smoothgrad``, ``expected_gradients``); the global random state
-            is not touched, and a record's draws do not depend on its batch.
+        method: a name from the table, or a method as a value: ``IntegratedGradients(n_steps=64)``.
+        objective: ``"sum"`` over the response's tokens, their ``"mean"``, or ``"single"`` for one-token responses.
+        mask: what replaces a token or patch that is left out; also what patches are at x' (zeros if the reference is).
         content_only: leave special and template tokens where they are: on a path they stay real (score 0), and nothing is
             taken out there (score NaN).
-        group_by: take out ``"word"``, ``"sentence"`` or given spans as wholes; the score is shared by the tokens.
-        max_tokens: token budget of one pass.
+        max_tokens: token budget of one pass, if not that of the settings in force.
+        fields: fields of a method that is given by name, ``n_steps=64`` for instance; ``help`` of the methods in
+            ``gr.attribution`` explains each.
 
     Returns:
         ``Attribution``: ``scores`` ``[pos]`` in nats, ``tokens``, ``gap`` (nats), ``steps``, ``converged``, ...
@@ -118,23 +86,9 @@ def attribute(
         >>> print(a)                                                               # doctest: +SKIP
         integrated_gradients: f(x) = +0.41 nats, gap -0.52 nats; largest: ' filthy' -1.20, ' fresh' +0.84, ...
     """
-    return attribute_all(
-        model,
-        tokenize_pairs(model, [pair]),
-        method=method,
-        n_steps=n_steps,
-        baseline=baseline,
-        objective=objective,
-        masker=masker,
-        image_masker=image_masker,
-        nodes=nodes,
-        layer=layer,
-        noise=noise,
-        k=k,
-        seed=seed,
-        content_only=content_only,
-        group_by=group_by,
-    )[0]
+    method, mask = chosen_method(method, mask, fields)
+    tokenized = tokenize_pairs(model, [pair])
+    return attribute_all(model, tokenized, method=method, objective=objective, mask=mask, content_only=content_only)[0]
 
 
 @with_settings
@@ -143,82 +97,71 @@ def attribute_all(
     model: HookedModel,
     tokenized: Records,
     *,
-    method: Method = "leave_one_out",
-    n_steps: int = 32,
-    baseline: Baseline | None = None,
+    method: Method | str = "leave_one_out",
     objective: Objective = "sum",
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
-    nodes: Nodes | None = None,
-    layer: int | None = None,
-    noise: float = 0.1,
-    k: int = 3,
-    seed: int = 0,
+    mask: Mask | Masker = "mean_embedding",
     content_only: bool = False,
-    group_by: GroupBy | None = None,
     max_tokens: int | None = None,
     progress: bool | None = None,
     on_result: Callable[[int, Attribution], Any] | None = None,
+    **fields: Any,
 ) -> list[Attribution]:
     """``attribute`` for many records, in full batches.
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         tokenized: the records, tokenized or not.
-        method: see ``attribute``, also for the options that follow.
-        n_steps: steps of path methods, samples of sampling ones.
-        baseline: where a path starts.
-        objective: how response tokens are combined: ``"sum"``, ``"mean"`` or ``"single"``.
-        masker: what replaces a removed token.
-        image_masker: what replaces a removed patch.
-        nodes: where a path is evaluated.
-        layer: of methods that attribute to a layer's residual stream.
-        noise: of SmoothGrad.
-        k: tokens taken out together by leave-k-out.
-        seed: of methods that draw at random.
-        content_only: leave special and template tokens where they are.
-        group_by: take out words, sentences or spans together.
+        method: as in ``attribute``.
+        objective: as in ``attribute``.
+        mask: as in ``attribute``.
+        content_only: as in ``attribute``.
         max_tokens: token budget of one pass, if not that of the settings in force.
-        progress: show a progress bar.
+        progress: show a bar, if not as the settings in force say.
         on_result: called with (index, attribution) as soon as a record is finished, so that it can be kept.
+        fields: as in ``attribute``.
 
     Returns:
         One ``Attribution`` per record, in their order; scores ``[pos]``, nats.
 
     Raises:
-        ValueError: as ``attribute``; also ``group_by`` with a method that takes nothing out.
+        ValueError: as ``attribute``.
 
     Examples:
         >>> found = attribute_all(model, tokenize_pairs(model, pairs), method="leave_one_out")     # doctest: +SKIP
     """
+    method, mask = chosen_method(method, mask, fields)
     tokenized = as_tokenized(model, tokenized)
-    n_steps, k, seed = whole("n_steps", n_steps), whole("k", k), whole("seed", seed)
-    check_attribution_options(
-        method, n_steps, baseline, objective, nodes=nodes, layer=layer, k=k, noise=noise, model=model
-    )
-    if group_by is not None and method not in REMOVAL:
-        raise ValueError(
-            f"group_by is for {REMOVAL}; group the scores of {method} afterwards with gr.attribution.group"
-        )
-    check_image_masker(image_masker)
+    check_method(model, method, objective, mask)
     _require_weights(tokenized, objective)
-    start = default_baseline(model, method) if baseline is None else baseline
-    rule = default_nodes(method, n_steps) if nodes is None else nodes
-    options = Options(n_steps, start, objective, masker, image_masker, rule, layer, noise, k, seed, content_only)
+    group_by = getattr(method, "group_by", None)
     groups = None if group_by is None else [_removable(t, group_by, content_only) for t in tokenized]
     results: list[Attribution | None] = [None] * len(tokenized)
-    n_rows = [len(t.inputs) * n_runs(t, method, n_steps) for t in tokenized]
-    with progress_bar(total=len(tokenized), desc=method, unit="record") as bar:
+    n_rows = [len(t.inputs) * method.n_runs(t) for t in tokenized]
+    with progress_bar(total=len(tokenized), desc=method.name, unit="record") as bar:
         for part in by_token_budget([t.longest for t in tokenized], n_rows, max_tokens=PASSES * current().max_tokens):
-            records = [tokenized[i] for i in part]
             own = None if groups is None else [groups[i] for i in part]
-            for index, scores in zip(part, compute(model, records, method, options, own), strict=True):
-                found = _attribution(tokenized[index], scores, method)
-                results[index] = found
+            job = Job(model, [tokenized[i] for i in part], objective, mask, content_only, own)
+            for index, scores in zip(part, method.scores(job), strict=True):
+                results[index] = found = _attribution(tokenized[index], scores, method.name)
                 if on_result is not None:
                     on_result(index, found)
             bar.update(len(part))
     return [r for r in results if r is not None]
+
+
+def chosen_method(method: Method | str, mask: Mask | Masker, fields: dict[str, Any]) -> tuple[Method, Mask]:
+    """A method and a mask from what a caller gave, names of release 0.1 among it."""
+    fields = current_names(fields)
+    image = fields.pop("image_mask", None)
+    mask = Mask.of(fields.pop("mask", mask))
+    return method_of(method, **fields), mask if image is None else Mask(mask.text, image)
+
+
+def check_method(model: HookedModel, method: Method, objective: str, mask: Mask) -> None:
+    """Refuse what cannot work on this model before anything runs (ValueError)."""
+    require_objective(objective)
+    method.check(model)
+    mask.check(model)
 
 
 def _require_weights(tokenized: Sequence[TokenizedPair], objective: Objective) -> None:

@@ -1,304 +1,433 @@
-"""The attribution methods under one interface: options in, one set of scores per record out."""
+"""The attribution methods, each a frozen value that checks itself and knows what it promises.
+
+A name with its fields is shorthand: ``method="integrated_gradients", n_steps=64`` is ``IntegratedGradients(n_steps=64)``.
+A method of one's own is a subclass of ``Method`` with ``scores``.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from grains_tl._util.checks import finite, whole
+from grains_tl._util.errors import OptionError
 from grains_tl.attribution import paths, samples
-from grains_tl.attribution.field import ModelField, real_inputs, values_at
+from grains_tl.attribution.groups import GroupBy
+from grains_tl.attribution.job import Job
 from grains_tl.attribution.paths import Ends, Scores
 from grains_tl.attribution.propagation import checked, frozen_hooks
-from grains_tl.attribution.reference import DEFAULT_SET, Baseline, Baselines, check_baseline, require_baseline
+from grains_tl.attribution.reference import DEFAULT_SET, Reference, References, check_reference, require_reference
 from grains_tl.attribution.removal import leave_k_out_scores, leave_out_scores
-from grains_tl.attribution.sharing import shares_prompts
-from grains_tl.hooks.mask import Masker
-from grains_tl.hooks.stand_ins import ImageMasker
-from grains_tl.inference.objectives import Objective, require_objective
 from grains_tl.models.running import device_of, embed_tokens, require_layers
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import HookedModel
 
-Method = Literal[
-    "leave_one_out",
-    "leave_k_out",
-    "integrated_gradients",
-    "sequential_ig",
-    "discretized_ig",
-    "expected_gradients",
-    "smoothgrad",
-    "gradient_x_input",
-    "attention_aware",
-]
-
 #: How integrated gradients place their nodes.
 Nodes = Literal["gauss_legendre", "riemann", "adaptive"]
-
-#: Methods that only take tokens out: no gradients.
-REMOVAL = ("leave_one_out", "leave_k_out")
-
-#: Methods that draw at random.
-DRAWS = ("leave_k_out", "expected_gradients", "smoothgrad")
-
-#: Methods that go along a path from a baseline.
-PATH = ("integrated_gradients", "sequential_ig", "discretized_ig", "expected_gradients")
 
 #: A gap below this share of |f(x) - f(x')| counts as converged.
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Options:
-    """Everything a method can be told; ``attribute`` explains each."""
+class Method:
+    """What every attribution method has.
 
-    n_steps: int = 32
-    baseline: Baseline = "zero"
-    objective: Objective = "sum"
-    masker: Masker = "mean_embedding"
-    image_masker: ImageMasker = "mean_patch"
-    nodes: Nodes = "gauss_legendre"
-    layer: int | None = None
-    noise: float = 0.1
-    k: int = 3
-    seed: int = 0
-    content_only: bool = False
+    Attributes:
+        name: its short name.
+        removes: it takes tokens out and needs no gradients.
+        draws: it draws at random, from its ``seed``.
+        completes: its scores promise to add up to f(x) - f(x').
+
+    Examples:
+        >>> [name for name, method in METHODS.items() if method.draws]
+        ['leave_k_out', 'expected_gradients', 'smoothgrad']
+    """
+
+    name: ClassVar[str]
+    removes: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+    completes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("n_steps", "k"):
+            if hasattr(self, name):
+                object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        if hasattr(self, "seed"):
+            object.__setattr__(self, "seed", whole("seed", self.seed))
+
+    def scores(self, job: Job) -> list[Scores]:
+        """Scores of every record of the job."""
+        raise NotImplementedError
+
+    def n_runs(self, record: TokenizedPair) -> int:
+        """About how many rows of the model one record needs, for batching."""
+        return int(getattr(self, "n_steps", 1))
+
+    def check(self, model: HookedModel) -> None:
+        """Refuse what this model cannot do (ValueError), before anything long runs."""
+        if getattr(self, "layer", None) is not None:
+            require_layers(model, [self.layer])  # type: ignore[attr-defined]
+        if getattr(self, "reference", None) is not None:
+            require_reference(model, self.reference)  # type: ignore[attr-defined]
+
+    def options(self) -> dict[str, Any]:
+        """The method as plain data, in the form that checkpoints and manifests have had since release 0.1."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        stated = {"method": self.name, "n_steps": own.pop("n_steps", 32), "baseline": own.pop("reference", None)}
+        changed = {f.name for f in fields(self) if getattr(self, f.name) is not f.default}
+        return stated | {name: value for name, value in own.items() if name in changed and name != "group_by"}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a gradient method works on: the records with their real inputs ``[pos, d_model]`` and f(x)."""
+class LeaveOneOut(Method):
+    """f(x) - f(x without the token): one forward pass per token.
 
-    model: HookedModel
-    records: Sequence[TokenizedPair]
-    field: ModelField
-    options: Options
-    x: list[Tensor]
-    values: list[float]
+    Attributes:
+        group_by: take out whole ``"word"``s, ``"sentence"``s or given spans; the tokens share the score.
 
-
-def check_attribution_options(
-    method: str,
-    n_steps: int,
-    baseline: Baseline | None,
-    objective: str,
-    *,
-    nodes: str | None = None,
-    layer: int | None = None,
-    k: int = 3,
-    noise: float = 0.1,
-    model: HookedModel | None = None,
-) -> None:
-    """Refuse options that cannot work before anything runs (ValueError)."""
-    if method not in get_args(Method):
-        raise ValueError(f"method={method!r}; it is one of {get_args(Method)}")
-    if n_steps < 1:
-        raise ValueError(f"n_steps={n_steps}; {method} needs at least one step")
-    if method == "discretized_ig" and n_steps < 2:
-        raise ValueError("n_steps=1; discretized_ig needs both ends of its path, n_steps=2 or more")
-    if nodes is not None and nodes not in get_args(Nodes):
-        raise ValueError(f"nodes={nodes!r}; it is one of {get_args(Nodes)}")
-    if nodes == "adaptive" and method == "integrated_gradients" and n_steps < 3:
-        raise ValueError(f"n_steps={n_steps}; adaptive nodes need at least 3 gradients")
-    if nodes == "adaptive" and method == "sequential_ig":
-        raise ValueError(
-            "nodes='adaptive' is for integrated_gradients; sequential_ig takes 'gauss_legendre' or 'riemann'"
-        )
-    if k < 1 or not 0 <= noise < math.inf:
-        raise ValueError(f"k={k}, noise={noise}; k is at least 1, noise is finite and not negative")
-    if layer is not None:
-        if method in REMOVAL or method == "discretized_ig":
-            raise ValueError(f"layer={layer}: {method} works on tokens; leave layer out, or take a gradient method")
-        if model is not None:
-            require_layers(model, [layer])
-    require_objective(objective)
-    if baseline is not None:
-        check_baseline(baseline, several=method == "expected_gradients")
-        if model is not None and method in PATH:
-            require_baseline(model, baseline)
-
-
-def compute(
-    model: HookedModel,
-    records: Sequence[TokenizedPair],
-    method: Method,
-    options: Options,
-    groups: Sequence[Sequence[Sequence[int]]] | None = None,
-) -> list[Scores]:
-    """Scores of every record by one method.
-
-    Args:
-        model: a ``TransformerBridge`` or ``HookedTransformer``.
-        records: the records, tokenized.
-        method: its name.
-        options: what it is told.
-        groups: for the methods that take tokens out, positions to take out together, per record.
+    Examples:
+        >>> attribute(model, pair, method=LeaveOneOut(group_by="word"))      # doctest: +SKIP
     """
-    if method in REMOVAL:
-        return _by_removal(model, records, method, options, groups)
-    if method == "attention_aware":
-        with checked(frozen_hooks(model, from_layer=options.layer or 0)) as hooks:
-            return samples.at_the_input(_field(model, records, options, lambda: hooks))
-    field = _field(model, records, options)
-    if method == "gradient_x_input":
-        return samples.at_the_input(field)
-    return _WITH_REAL_INPUTS[method](Job(model, records, field, options, *real_inputs(field)))
+
+    name: ClassVar[str] = "leave_one_out"
+    removes: ClassVar[bool] = True
+    group_by: GroupBy | None = None
+
+    @override
+    def n_runs(self, record: TokenizedPair) -> int:
+        return len(record.prompt)
+
+    @override
+    def scores(self, job: Job) -> list[Scores]:
+        units = job.units()
+        scores, values = leave_out_scores(job.model, job.records, units, objective=job.objective, mask=job.mask)
+        return [Scores(s, v, None, None, len(u)) for s, v, u in zip(scores, values, units, strict=True)]
 
 
-def n_runs(record: TokenizedPair, method: str, n_steps: int) -> int:
-    """About how many rows of the model one record needs (for batching)."""
-    tokens = len(record.prompt)
-    return {
-        "gradient_x_input": 1,
-        "attention_aware": 1,
-        "leave_one_out": tokens,
-        "sequential_ig": tokens * n_steps,
-    }.get(method, n_steps)
+@dataclass(frozen=True)
+class LeaveKOut(Method):
+    """The least-squares share of each token when ``k`` go at a time.
 
+    Words that stand in for each other look useless one by one; taken out together they show.
 
-def _field(
-    model: HookedModel, records: Sequence[TokenizedPair], options: Options, extra: Callable = list
-) -> ModelField:
-    # hooks of attention meet attention of one row per response, as they expect
-    shared = extra is list and shares_prompts(model, records, options.objective)
-    return ModelField(model, records, options.objective, options.layer, extra, shared)
+    Attributes:
+        n_steps: forward passes per record.
+        k: tokens (or groups) taken out together.
+        seed: of the draws; a record's draws do not depend on its batch.
+        group_by: as in ``LeaveOneOut``.
 
+    Examples:
+        >>> attribute(model, pair, method=LeaveKOut(n_steps=128, k=4))        # doctest: +SKIP
+    """
 
-def _by_removal(
-    model: HookedModel,
-    records: Sequence[TokenizedPair],
-    method: str,
-    options: Options,
-    groups: Sequence[Sequence[Sequence[int]]] | None,
-) -> list[Scores]:
-    units = groups if groups is not None else [single_tokens(r, content_only=options.content_only) for r in records]
-    shared: dict[str, Any] = {
-        "objective": options.objective,
-        "masker": options.masker,
-        "image_masker": options.image_masker,
-    }
-    if method == "leave_one_out":
-        scores, values = leave_out_scores(model, records, units, **shared)
-        used = [len(own) for own in units]
-    else:
+    name: ClassVar[str] = "leave_k_out"
+    removes: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
+    n_steps: int = 32
+    k: int = 3
+    seed: int = 0
+    group_by: GroupBy | None = None
+
+    @override
+    def scores(self, job: Job) -> list[Scores]:
         scores, values = leave_k_out_scores(
-            model,
-            records,
-            units,
-            _generators(records, options),
-            k=options.k,
-            n_draws=options.n_steps,
-            **shared,
+            job.model,
+            job.records,
+            job.units(),
+            job.generators(self.seed),
+            k=self.k,
+            n_draws=self.n_steps,
+            objective=job.objective,
+            mask=job.mask,
         )
-        used = [options.n_steps] * len(records)
-    return [Scores(s, v, None, None, n) for s, v, n in zip(scores, values, used, strict=True)]
+        return [Scores(s, v, None, None, self.n_steps) for s, v in zip(scores, values, strict=True)]
 
 
-def single_tokens(record: TokenizedPair, *, content_only: bool) -> list[tuple[int, ...]]:
-    """Every prompt token by itself."""
-    return [(p,) for p in range(len(record.prompt)) if record.content[p] or not content_only]
+@dataclass(frozen=True)
+class IntegratedGradients(Method):
+    """Integrated gradients (arXiv 1703.01365) along the straight path from a reference, the paper's method.
+
+    Attributes:
+        n_steps: gradients per record; with ``nodes="adaptive"`` the most that may be spent.
+        reference: x', the other end of the path: ``"function_words"``, ``"mean_embedding"``, ``"zero"`` (the paper's),
+            ``"eos"``, ``"pad"``, ``"mask"``, ``"uniform_prompt"`` (see ``attribution.reference``), or a ``[d_model]``
+            vector. Default: function words, from which the path converges.
+        nodes: ``"adaptive"``, refined where f moves until the gap is below 5 % of |f(x) - f(x')| (the default from 9 steps
+            on); ``"gauss_legendre"`` (as the paper's code) or ``"riemann"`` (midpoints).
+        layer: attribute the residual stream at ``blocks.{layer}.hook_resid_pre`` instead of the embeddings: scores then
+            belong to positions, and the blocks below need no gradient.
+
+    Examples:
+        >>> IntegratedGradients(n_steps=20, reference="zero", nodes="gauss_legendre").completes   # as the paper
+        True
+    """
+
+    name: ClassVar[str] = "integrated_gradients"
+    completes: ClassVar[bool] = True
+    n_steps: int = 32
+    reference: Reference | None = None
+    nodes: Nodes | None = None
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reference(self.reference)
+        if self.nodes is not None and self.nodes not in get_args(Nodes):
+            raise OptionError(f"nodes={self.nodes!r} is not known; choose one of {', '.join(get_args(Nodes))}")
+        if self.nodes == "adaptive" and self.n_steps < 3:
+            raise OptionError(f"n_steps={self.n_steps}: adaptive nodes need at least 3 gradients")
+
+    @override
+    def scores(self, job: Job) -> list[Scores]:
+        own = job.at(self.layer)
+        ends = own.ends(_single(job.model, self.reference))
+        nodes = self.nodes or ("adaptive" if self.n_steps >= 9 else "gauss_legendre")
+        if nodes == "adaptive":
+            return paths.adaptive_path(own.field, ends, budget=self.n_steps, tolerance=TOLERANCE)
+        return paths.straight_path(own.field, ends, *paths.path_nodes(self.n_steps, nodes))
 
 
-def _integrated(job: Job) -> list[Scores]:
-    options = job.options
-    if options.nodes == "adaptive":
-        return paths.adaptive_path(job.field, _ends(job), budget=options.n_steps, tolerance=TOLERANCE)
-    return paths.straight_path(job.field, _ends(job), *paths.path_nodes(options.n_steps, options.nodes))
+@dataclass(frozen=True)
+class SequentialIG(Method):
+    """Sequential integrated gradients (arXiv 2305.15853): one token moves at a time, the others stay real.
+
+    Its limit is leave-one-out with the reference as the mask.
+
+    Attributes:
+        n_steps: gradients per token.
+        reference: as in ``IntegratedGradients``.
+        nodes: ``"gauss_legendre"`` or ``"riemann"``.
+        layer: as in ``IntegratedGradients``.
+
+    Examples:
+        >>> attribute(model, pair, method=SequentialIG(n_steps=8))              # doctest: +SKIP
+    """
+
+    name: ClassVar[str] = "sequential_ig"
+    completes: ClassVar[bool] = True
+    n_steps: int = 32
+    reference: Reference | None = None
+    nodes: Literal["gauss_legendre", "riemann"] | None = None
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reference(self.reference)
+        if self.nodes not in (None, "gauss_legendre", "riemann"):
+            raise OptionError(f"nodes={self.nodes!r}: sequential_ig takes 'gauss_legendre' or 'riemann'")
+
+    @override
+    def n_runs(self, record: TokenizedPair) -> int:
+        return len(record.prompt) * self.n_steps
+
+    @override
+    def scores(self, job: Job) -> list[Scores]:
+        own = job.at(self.layer)
+        # f(x') is not needed: every token has its own
+        ends = Ends(own.x, own.starts(_single(job.model, self.reference)), own.values, own.values)
+        return paths.one_at_a_time(own.field, ends, *paths.path_nodes(self.n_steps, self.nodes or "gauss_legendre"))
 
 
-def _sequential(job: Job) -> list[Scores]:
-    # f(x') is not needed: every token has its own
-    ends = Ends(job.x, _starts(job, job.options.baseline), job.values, job.values)
-    return paths.one_at_a_time(job.field, ends, *paths.path_nodes(job.options.n_steps, job.options.nodes))
+@dataclass(frozen=True)
+class DiscretizedIG(Method):
+    """Discretized integrated gradients (arXiv 2108.13654): along a path close to embeddings of real tokens.
+
+    Attributes:
+        n_steps: points of the path, both ends included.
+        reference: as in ``IntegratedGradients``.
+
+    Examples:
+        >>> attribute(model, pair, method=DiscretizedIG(n_steps=30))            # doctest: +SKIP
+    """
+
+    name: ClassVar[str] = "discretized_ig"
+    completes: ClassVar[bool] = True
+    n_steps: int = 32
+    reference: Reference | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reference(self.reference)
+        if self.n_steps < 2:
+            raise OptionError(f"n_steps={self.n_steps}: discretized_ig needs both ends of its path, n_steps=2 or more")
+
+    @override
+    def scores(self, job: Job) -> list[Scores]:
+        own = job.at(None)
+        ends = own.ends(_single(job.model, self.reference))
+        ids = torch.arange(int(job.model.cfg.d_vocab), device=device_of(job.model))
+        vocabulary = torch.cat([embed_tokens(job.model, part[None])[0].float().cpu() for part in ids.split(8192)])
+        walks = [paths.token_path(a, b, vocabulary, self.n_steps) for a, b in zip(ends.x, ends.start, strict=True)]
+        return paths.along_points(own.field, ends, walks)
 
 
-def _discretized(job: Job) -> list[Scores]:
-    ends = _ends(job)
-    everything = torch.arange(int(job.model.cfg.d_vocab), device=device_of(job.model))
-    vocabulary = torch.cat([embed_tokens(job.model, part[None])[0].float().cpu() for part in everything.split(8192)])
-    steps = job.options.n_steps
-    walks = [paths.token_path(a, b, vocabulary, steps) for a, b in zip(ends.x, ends.start, strict=True)]
-    return paths.along_points(job.field, ends, walks)
+@dataclass(frozen=True)
+class ExpectedGradients(Method):
+    """Expected gradients (arXiv 1906.10670): integrated gradients averaged over several references, by sampling.
+
+    Attributes:
+        n_steps: gradients per record.
+        reference: one or several, as in ``IntegratedGradients``; default three of them.
+        layer: as in ``IntegratedGradients``.
+        seed: of the draws; a record's draws do not depend on its batch.
+
+    Examples:
+        >>> attribute(model, pair, method=ExpectedGradients(n_steps=64))        # doctest: +SKIP
+    """
+
+    name: ClassVar[str] = "expected_gradients"
+    draws: ClassVar[bool] = True
+    completes: ClassVar[bool] = True
+    n_steps: int = 32
+    reference: Reference | None = None
+    layer: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reference(self.reference, several=True)
+
+    @override
+    def scores(self, job: Job) -> list[Scores]:
+        own = job.at(self.layer)
+        given = _several(job.model, self.reference)
+        starts = [list(s) for s in zip(*(own.starts(one) for one in given), strict=True)]
+        draws = job.generators(self.seed)
+        return samples.expected(own.field, own.x, own.values, starts, draws, n_samples=self.n_steps)
 
 
-def _expected(job: Job) -> list[Scores]:
-    given = job.options.baseline
-    several = [given] if isinstance(given, (str, Tensor)) else list(given)
-    per_record = [list(own) for own in zip(*(_starts(job, one) for one in several), strict=True)]
-    draws = _generators(job.records, job.options)
-    return samples.expected(job.field, job.x, job.values, per_record, draws, n_samples=job.options.n_steps)
+@dataclass(frozen=True)
+class SmoothGrad(Method):
+    """SmoothGrad (arXiv 1706.03825) x input: the gradient averaged over noise around the input.
+
+    Attributes:
+        n_steps: draws per record.
+        noise: standard deviation as a fraction of each token's root-mean-square embedding entry.
+        layer: as in ``IntegratedGradients``.
+        seed: of the draws; a record's draws do not depend on its batch.
+
+    Examples:
+        >>> attribute(model, pair, method=SmoothGrad(noise=0.05))               # doctest: +SKIP
+    """
+
+    name: ClassVar[str] = "smoothgrad"
+    draws: ClassVar[bool] = True
+    n_steps: int = 32
+    noise: float = 0.1
+    layer: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if finite("noise", self.noise) < 0:
+            raise OptionError(f"noise={self.noise}: a fraction of 0 or more is needed")
+
+    @override
+    def scores(self, job: Job) -> list[Scores]:
+        own, draws = job.at(self.layer), job.generators(self.seed)
+        return samples.smoothed(own.field, own.x, own.values, draws, n_samples=self.n_steps, noise=self.noise)
 
 
-def _smoothed(job: Job) -> list[Scores]:
-    draws, options = _generators(job.records, job.options), job.options
-    return samples.smoothed(job.field, job.x, job.values, draws, n_samples=options.n_steps, noise=options.noise)
+@dataclass(frozen=True)
+class GradientXInput(Method):
+    """Gradient x input: the first-order effect of each token, for one gradient per record.
+
+    Attributes:
+        layer: as in ``IntegratedGradients``.
+
+    Examples:
+        >>> GradientXInput().options()
+        {'method': 'gradient_x_input', 'n_steps': 32, 'baseline': None}
+    """
+
+    name: ClassVar[str] = "gradient_x_input"
+    layer: int | None = None
+
+    @override
+    def scores(self, job: Job) -> list[Scores]:
+        return samples.at_the_input(job.at(self.layer).field)
 
 
-_WITH_REAL_INPUTS: dict[str, Callable[..., list[Scores]]] = {
-    "integrated_gradients": _integrated,
-    "sequential_ig": _sequential,
-    "discretized_ig": _discretized,
-    "expected_gradients": _expected,
-    "smoothgrad": _smoothed,
+@dataclass(frozen=True)
+class AttentionAware(Method):
+    """Gradient x input of the model made linear, after AttnLRP (arXiv 2402.05602): one gradient per record.
+
+    Attributes:
+        layer: as in ``IntegratedGradients``.
+
+    Examples:
+        >>> attribute(model, pair, method=AttentionAware())                     # doctest: +SKIP
+    """
+
+    name: ClassVar[str] = "attention_aware"
+    layer: int | None = None
+
+    @override
+    def scores(self, job: Job) -> list[Scores]:
+        with checked(frozen_hooks(job.model, from_layer=self.layer or 0)) as hooks:
+            return samples.at_the_input(job.at(self.layer, lambda: hooks).field)
+
+
+#: Every method by its short name.
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        LeaveOneOut,
+        LeaveKOut,
+        IntegratedGradients,
+        SequentialIG,
+        DiscretizedIG,
+        ExpectedGradients,
+        SmoothGrad,
+        GradientXInput,
+        AttentionAware,
+    )
 }
 
 
-def default_baseline(model: HookedModel, method: str) -> Baseline:
-    """What a path starts from unless told otherwise: the one from which integrated gradients converge."""
-    if method not in PATH:
-        return "zero"
-    nearest = Baselines(model).default()
-    return DEFAULT_SET if method == "expected_gradients" and nearest == "neutral" else nearest
+def method_of(method: Method | str, **given: Any) -> Method:
+    """A method from its name and fields.
+
+    ``n_steps`` may be given for any method and is used by those that take steps; fields that are ``None`` keep their
+    defaults.
+
+    Raises:
+        ValueError: an unknown name, a field the method does not have, or fields beside a method that is a value already.
+
+    Examples:
+        >>> method_of("integrated_gradients", n_steps=64)
+        IntegratedGradients(n_steps=64, reference=None, nodes=None, layer=None)
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(method, Method):
+        if given:
+            raise OptionError(f"{', '.join(given)}: set on the method itself, {type(method).__name__}(...)")
+        return method
+    if method not in METHODS:
+        raise OptionError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
+    kind = METHODS[method]
+    known = [f.name for f in fields(kind)]
+    if "n_steps" not in known and "n_steps" in given:
+        whole("n_steps", given.pop("n_steps"), 1)
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise OptionError(f"method {method!r} takes no {', '.join(unknown)}; of its own {has}")
+    return kind(**given)
 
 
-def default_nodes(method: str, n_steps: int) -> Nodes:
-    """Adaptive, where there are enough gradients to refine anything."""
-    return "adaptive" if method == "integrated_gradients" and n_steps >= 9 else "gauss_legendre"
+def _single(model: HookedModel, reference: Reference | None) -> Reference:
+    return References(model).default() if reference is None else reference
 
 
-def _generators(records: Sequence[TokenizedPair], options: Options) -> list[torch.Generator]:
-    return [samples.record_generator(options.seed, r.prompt, r.chosen, r.rejected) for r in records]
-
-
-def _ends(job: Job) -> Ends:
-    return paths.ends_of(job.field, job.x, job.values, _starts(job, job.options.baseline))
-
-
-def _starts(job: Job, baseline: Baseline) -> list[Tensor]:
-    """x' of every record at the field's entry."""
-    if not isinstance(baseline, (str, Tensor)):
-        raise ValueError(f"baseline={baseline!r}; one of them is needed here")
-    make = Baselines(job.model)
-
-    def starts(real: list[Tensor]) -> list[Tensor]:
-        pairs = zip(real, job.records, strict=True)
-        found = [make.of_record(baseline, point, r, job.options.image_masker) for point, r in pairs]
-        if not job.options.content_only:
-            return found
-        kept = [torch.tensor(r.content)[:, None] for r in job.records]
-        return [torch.where(k, f, point) for k, f, point in zip(kept, found, real, strict=True)]
-
-    if job.options.layer is None or isinstance(baseline, Tensor):
-        return starts(job.x)
-    # inside the model the baseline is what the layers below make of a baseline prompt
-    tokens = ModelField(job.model, job.records, job.options.objective)
-    return activations_at(tokens, starts(real_inputs(tokens)[0]), job.field.entry)
-
-
-def activations_at(field: ModelField, points: Sequence[Tensor], name: str) -> list[Tensor]:
-    """``[pos, d_model]`` at the hook point ``name`` when the prompts' embeddings are ``points``."""
-    found: list[Tensor] = []
-    for record, point in zip(field.records, points, strict=True):
-        held: list[Tensor] = []
-
-        def keep(act: Tensor, hook: object, held: list[Tensor] = held) -> None:
-            held.append(act.detach())
-
-        values_at(replace(field, records=[record], extra_hooks=partial(list, [(name, keep)])), [point])
-        found.append(held[0][0, : len(point)].float().cpu())
-    return found
+def _several(model: HookedModel, reference: Reference | None) -> Sequence[str | Tensor]:
+    if reference is None:
+        nearest = References(model).default()
+        return DEFAULT_SET if nearest == "function_words" else [nearest]
+    return [reference] if isinstance(reference, (str, Tensor)) else list(reference)

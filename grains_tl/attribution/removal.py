@@ -13,8 +13,8 @@ from grains_tl._util.progress import progress_bar
 from grains_tl._util.settings import current
 from grains_tl.attribution.field import require_finite, run_batches
 from grains_tl.attribution.sharing import ROW, WORTH, branch, can_share, row_length, rows_of, shared_batches
-from grains_tl.hooks.mask import Masker, mask_hook
-from grains_tl.hooks.stand_ins import ImageMasker, Replacements, hide, replacements
+from grains_tl.hooks.mask import Mask, Masker, mask_hook
+from grains_tl.hooks.stand_ins import Replacements, hide, replacements
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.objectives import Objective
@@ -32,8 +32,7 @@ def values_without(
     removals: Sequence[Removal],
     *,
     objective: Objective = "sum",
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
 ) -> Float[Tensor, "removal"]:
     """f of a record without some of its prompt's tokens, nats; for many such removals in full batches.
 
@@ -42,14 +41,14 @@ def values_without(
         tokenized: the records, tokenized or not.
         removals: ``(record, positions)`` each; no positions give f(x).
         objective: how response tokens are combined.
-        masker: what replaces a token that is taken out.
-        image_masker: what replaces a patch that is taken out.
+        mask: what stands in for a token or patch that is taken out.
 
     Examples:
         >>> values_without(model, tokenized, [(0, ()), (0, (3, 4))])   # doctest: +SKIP
         tensor([ 1.92, -0.35])
     """
-    stand_ins = None if masker == "attention" else replacements(model, tokenized, masker, image_masker)
+    mask = Mask.of(mask)
+    stand_ins = None if mask.text == "attention" else replacements(model, tokenized, mask)
     out = torch.zeros(len(removals))
     with torch.no_grad(), progress_bar(total=len(removals), desc="take out", unit="run") as bar:
         if stand_ins is not None:
@@ -124,8 +123,7 @@ def leave_out_scores(
     groups: Sequence[Sequence[Sequence[int]]],
     *,
     objective: Objective,
-    masker: Masker,
-    image_masker: ImageMasker,
+    mask: Mask | Masker,
 ) -> tuple[list[Tensor], list[float]]:
     """f(x) - f(x without a group), shared equally by the group's tokens (NaN where no group is); and f(x).
 
@@ -134,12 +132,11 @@ def leave_out_scores(
         tokenized: the records.
         groups: for every record, the groups of positions to take out together; single tokens for leave-one-out.
         objective: how response tokens are combined.
-        masker: what replaces a token.
-        image_masker: what replaces a patch.
+        mask: what replaces a token or patch.
     """
     removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
     removals += [(r, group) for r, own in enumerate(groups) for group in own]
-    found = values_without(model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker)
+    found = values_without(model, tokenized, removals, objective=objective, mask=mask)
     values = found[: len(tokenized)].tolist()
     scores = [torch.full((len(t.prompt),), float("nan")) for t in tokenized]
     for (record, group), value in zip(removals[len(tokenized) :], found[len(tokenized) :].tolist(), strict=True):
@@ -156,8 +153,7 @@ def leave_k_out_scores(
     k: int,
     n_draws: int,
     objective: Objective,
-    masker: Masker,
-    image_masker: ImageMasker,
+    mask: Mask | Masker,
 ) -> tuple[list[Tensor], list[float]]:
     """The additive model that fits f best when k units at a time are taken out, by least squares.
 
@@ -172,8 +168,7 @@ def leave_k_out_scores(
         k: units taken out together (at most all but one).
         n_draws: forward passes per record.
         objective: how response tokens are combined.
-        masker: what replaces a token.
-        image_masker: what replaces a patch.
+        mask: what replaces a token or patch.
     """
     removals: list[Removal] = [(r, ()) for r in range(len(tokenized))]
     designs = []
@@ -185,7 +180,7 @@ def leave_k_out_scores(
         removals += [
             (record, [p for u, out in enumerate(row) if out for p in own[u]]) for row in design.bool().tolist()
         ]
-    found = values_without(model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker)
+    found = values_without(model, tokenized, removals, objective=objective, mask=mask)
     values = found[: len(tokenized)].tolist()
     scores, begin = [], len(tokenized)
     for record, (own, design) in enumerate(zip(units, designs, strict=True)):

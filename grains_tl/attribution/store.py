@@ -12,8 +12,10 @@ import torch
 from grains_tl._util.files import cannot_write, sealed_line, short_hash, unsealed
 from grains_tl._util.processes import ALONE, Processes, files
 from grains_tl.attribution.api import attribute_all
-from grains_tl.attribution.methods import REMOVAL
+from grains_tl.attribution.methods import Method
 from grains_tl.attribution.result import Attribution
+from grains_tl.hooks.mask import Mask, Masker
+from grains_tl.inference.objectives import Objective
 from grains_tl.models.identity import model_identity
 from grains_tl.models.precision import autocast_dtype
 from grains_tl.tokens.pairs import TokenizedPair
@@ -23,41 +25,70 @@ from grains_tl.types import HookedModel
 def attribute_records(
     model: HookedModel,
     tokenized: Sequence[TokenizedPair],
-    options: dict[str, Any],
+    method: Method,
     *,
+    objective: Objective = "sum",
+    mask: Mask | Masker = "mean_embedding",
     checkpoint: str | Path | None = None,
     processes: Processes = ALONE,
 ) -> list[Attribution]:
     """``attribute_all`` that keeps finished records in a file and does not compute them again.
 
+    Methods that take tokens out leave template tokens alone: they are never chosen, so their scores are not needed.
+
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         tokenized: the records.
-        options: keyword arguments of ``attribute_all``: method, n_steps, baseline, objective, masker, ...
+        method: the method.
+        objective: as in ``attribute``.
+        mask: as in ``attribute``.
         checkpoint: the ``.jsonl`` file, or ``None``.
         processes: names the part of the checkpoint that this process writes; all parts are read.
+
+    Returns:
+        One ``Attribution`` per record, in their order.
     """
-    # template tokens are never chosen: there is no need to take them out
-    filled = {"content_only": options["method"] in REMOVAL, **options}
+    mask = Mask.of(mask)
+    options: dict[str, Any] = {
+        "method": method,
+        "objective": objective,
+        "mask": mask,
+        "content_only": method.removes,
+    }
     if checkpoint is None:
-        return attribute_all(model, tokenized, **filled)
+        return attribute_all(model, tokenized, **options)
     path = Path(checkpoint)
     own = processes.own_file(path)
-    keys = _keys(model, options, tokenized)
+    keys = _keys(model, recorded_options(method, objective, mask, tokenized), tokenized)
     done, todo = _state(path, keys, tokenized, mend=own)
     path.parent.mkdir(parents=True, exist_ok=True)
     with own.open("a", encoding="utf-8") as file:
-        attribute_all(
-            model, [tokenized[i] for i in todo], on_result=_append_to(file, done, [keys[i] for i in todo]), **filled
-        )
+        append = _append_to(file, done, [keys[i] for i in todo])
+        attribute_all(model, [tokenized[i] for i in todo], on_result=append, **options)
     return [_restore(done[key], t) for key, t in zip(keys, tokenized, strict=True)]
 
 
+def recorded_options(method: Method, objective: str, mask: Mask, tokenized: Sequence[TokenizedPair]) -> dict[str, Any]:
+    """What an attribution depends on besides model and record, as checkpoints and manifests have had it since 0.1."""
+    options = {**method.options(), "objective": objective, "masker": mask.text}
+    group_by = getattr(method, "group_by", None)
+    if group_by is not None:
+        options["group_by"] = group_by
+    if any(t.images is not None for t in tokenized):
+        options["image_masker"] = mask.image
+    return options
+
+
 def seconds_spent(
-    model: HookedModel, tokenized: Sequence[TokenizedPair], options: dict[str, Any], checkpoint: str | Path
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    method: Method,
+    objective: Objective,
+    mask: Mask,
+    checkpoint: str | Path,
 ) -> float:
     """What the records in the file took together, in whichever runs; NaN if one of them is not there."""
-    keys = _keys(model, options, tokenized)
+    keys = _keys(model, recorded_options(method, objective, mask, tokenized), tokenized)
     done, _ = _state(Path(checkpoint), keys, tokenized)
     return sum(float(done.get(key, {}).get("seconds", "nan")) for key in keys)
 

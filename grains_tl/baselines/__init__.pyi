@@ -12,6 +12,5 @@ from .prompting import with_system_prompt as with_system_prompt
 from .recipes import BASELINES as BASELINES
 from .recipes import baseline_draws as baseline_draws
 from .recipes import baseline_vectors as baseline_vectors
-from .records import BuildingRecords as BuildingRecords
 
 __all__: list[str]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from grains_tl._util.progress import progress_bar
 from grains_tl.attribution.selection import Selection, random_selection
-from grains_tl.hooks.mask import Masker
-from grains_tl.hooks.stand_ins import ImageMasker
+from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
 from grains_tl.vectors.differences import Differences
@@ -151,8 +150,7 @@ def random_token_differences(
     resid_norms: Float[Tensor, "layer"],
     n_draws: int = 20,
     seed: int = 0,
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
     readout: Readout = "prompt_end",
     spare_end: bool = False,
 ) -> list[Differences]:
@@ -168,9 +166,8 @@ def random_token_differences(
         resid_norms: ``[layer]``, copied into the results.
         n_draws: number of draws; the whole prompts are run once for all of them.
         seed: of the draws.
-        masker: what replaces a masked token (see ``build_vectors``).
-        image_masker: what replaces a masked patch (see ``build_vectors``).
-        readout: where the residual is read (see ``read_out``).
+        mask: as in ``collect_differences``.
+        readout: as in ``collect_differences``.
         spare_end: as in ``select_tokens``; give it what the selections were made with.
 
     Returns:
@@ -182,11 +179,10 @@ def random_token_differences(
     """
     tokenized = as_tokenized(model, tokenized)
     generator = torch.Generator().manual_seed(seed)
-    whole = read_out(model, tokenized, layers=layers, masker=masker, readout=readout)
+    whole = read_out(model, tokenized, layers=layers, mask=mask, readout=readout)
     common: dict[str, Any] = {
         "layers": layers,
-        "masker": masker,
-        "image_masker": image_masker,
+        "mask": mask,
         "readout": readout,
     }
     return [
@@ -218,7 +214,7 @@ def mask_at_random(
         whole: ``read_out`` of the unmasked prompts with the same ``options``.
         generator: of the draw.
         spare_end: leave the prompt's last token alone.
-        options: passed to ``read_out``: ``layers``, ``masker``, ``readout``.
+        options: passed to ``read_out``: ``layers``, ``mask``, ``readout``.
     """
     contents = [[*t.content[:-1], t.content[-1] and not spare_end] for t in tokenized]
     drawn = [

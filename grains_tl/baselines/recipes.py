@@ -1,46 +1,70 @@
-"""Baselines and controls on the residual stream, all with one signature: ``fn(records, generator) -> [layer, d_model]``."""
+"""Baselines and controls on the residual stream as recipes: other ways to make a vector, and chance."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from grains_tl.attribution.selection import Selection
 from grains_tl.baselines.controls import mask_at_random, orthogonal_directions, shuffle_labels
-from grains_tl.baselines.records import Baseline, BuildingRecords
+from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.models.identity import model_identity
 from grains_tl.models.running import require_layers
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import HookedModel
+from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.differences import Differences
+from grains_tl.vectors.recipes import DirectRecipe, FunctionRecipe, RecipeFunction
 from grains_tl.vectors.reduce import reduce_vectors
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
-def caa(records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
-    """Contrastive activation addition (arXiv 2312.06681): the mean of h(prompt + chosen) - h(prompt + rejected)."""
-    return records.response_differences.mean(0)
+@dataclass(frozen=True)
+class CAA(DirectRecipe):
+    """Contrastive activation addition (arXiv 2312.06681): the mean of h(prompt + chosen) - h(prompt + rejected).
+
+    Examples:
+        >>> build_vectors(model, pairs, recipe="caa", layers=[12])           # doctest: +SKIP
+    """
+
+    name: ClassVar[str] = "caa"
+
+    @override
+    def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+        return records.response_differences.mean(0)
 
 
-def icv(records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+@dataclass(frozen=True)
+class ICV(DirectRecipe):
     """In-context vector (arXiv 2311.06668, section 3): one principal direction for all layers together.
 
     The response-end differences of a record are concatenated over the layers; the direction h that maximises the mean
     of (h . difference)^2 is cut into its layers again. Not centred, so that the mean shift is kept; its arbitrary sign is
     the mean difference's. We differ from the paper in that each layer's part is steered with at unit length, and in that
     the two texts share a prompt here.
+
+    Examples:
+        >>> build_vectors(model, pairs, recipe=ICV())                        # doctest: +SKIP
     """
-    flat = records.response_differences.flatten(1).double()
-    first = torch.linalg.svd(flat, full_matrices=False).Vh[0]
-    return (first * (first @ flat.mean(0))).view(records.response_differences.shape[1:]).float()
+
+    name: ClassVar[str] = "icv"
+
+    @override
+    def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+        flat = records.response_differences.flatten(1).double()
+        first = torch.linalg.svd(flat, full_matrices=False).Vh[0]
+        return (first * (first @ flat.mean(0))).view(records.response_differences.shape[1:]).float()
 
 
-def prompt_mean(records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+@dataclass(frozen=True)
+class PromptMean(DirectRecipe):
     """Difference of means over *prompts*: those after which the model leans to chosen, minus the others.
 
     A mass-mean direction (arXiv 2310.06824, section 5) at the last prompt token, with the label "unsteered margin above
@@ -51,61 +75,126 @@ def prompt_mean(records: BuildingRecords, generator: torch.Generator) -> Float[T
     Raises:
         ValueError: fewer than two records, or all margins equal.
     """
-    high = records.margins > records.margins.median()
-    if not bool(high.any()):
-        raise ValueError(
-            f"prompt_mean splits the records at their median margin, and none of the {len(high)} lies above it; "
-            "give at least two records with different margins"
-        )
-    return records.prompt_ends[high].mean(0) - records.prompt_ends[~high].mean(0)
+
+    name: ClassVar[str] = "prompt_mean"
+
+    @override
+    def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+        high = records.margins > records.margins.median()
+        if not bool(high.any()):
+            raise ValueError(
+                f"prompt_mean splits the records at their median margin, and none of the {len(high)} lies above it; "
+                "give at least two records with different margins"
+            )
+        return records.prompt_ends[high].mean(0) - records.prompt_ends[~high].mean(0)
 
 
-def random_direction(records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+@dataclass(frozen=True)
+class RandomDirection(DirectRecipe):
     """A direction drawn uniformly from the sphere."""
-    return torch.randn(len(records.layers), int(records.model.cfg.d_model), generator=generator)
+
+    name: ClassVar[str] = "random_direction"
+    draws: ClassVar[bool] = True
+
+    @override
+    def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+        return torch.randn(len(records.layers), int(records.model.cfg.d_model), generator=generator)
 
 
-def orthogonal_direction(records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
-    """A direction drawn uniformly from those at right angles to ``records.like`` (arXiv 2602.06801).
+@dataclass(frozen=True)
+class OrthogonalDirection(DirectRecipe):
+    """A direction drawn uniformly from those at right angles to ``like`` (arXiv 2602.06801).
+
+    Attributes:
+        like: the vectors it is to be at right angles to.
 
     Raises:
         ValueError: no ``like``, or not all layers in it.
     """
-    if records.like is None:
-        raise ValueError("orthogonal_direction needs the vectors it is to be orthogonal to: pass like=vectors")
-    return orthogonal_directions(records.like.at(records.layers).directions, generator)
+
+    name: ClassVar[str] = "orthogonal_direction"
+    draws: ClassVar[bool] = True
+    like: SteeringVectors | None = None
+
+    @override
+    def check(self, records: BuildingRecords) -> None:
+        """Refuse to begin without vectors to be orthogonal to (ValueError)."""
+        self.raw(records, torch.Generator())
+
+    @override
+    def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+        if self.like is None:
+            raise ValueError("orthogonal_direction needs the vectors it is to be orthogonal to: pass like=vectors")
+        return orthogonal_directions(self.like.at(records.layers).directions, generator)
 
 
-def shuffled_labels(records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
-    """Chosen and rejected swapped in a random half of the records: of ``records.differences``, or of CAA."""
-    if records.differences is None:
-        up = records.response_differences
-        given = Differences(up, torch.zeros_like(up), records.layers, records.resid_norms)
-    else:
-        given = records.differences.at(records.layers)
-    return reduce_vectors(shuffle_labels(given, generator)).raw
+@dataclass(frozen=True)
+class ShuffledLabels(DirectRecipe):
+    """Chosen and rejected swapped in a random half of the records: of ``differences``, or of CAA.
+
+    Attributes:
+        differences: whose labels are shuffled; default CAA's.
+    """
+
+    name: ClassVar[str] = "shuffled_labels"
+    draws: ClassVar[bool] = True
+    differences: Differences | None = None
+
+    @override
+    def check(self, records: BuildingRecords) -> None:
+        """Refuse differences of other records or layers (ValueError)."""
+        if self.differences is None:
+            return
+        missing = sorted(set(records.layers) - set(self.differences.layers))
+        if missing or len(self.differences.toward_chosen) != len(records.tokenized):
+            raise ValueError(
+                f"differences of {len(self.differences.toward_chosen)} records at layers {list(self.differences.layers)} do "
+                f"not fit {len(records.tokenized)} records at {list(records.layers)}"
+            )
+
+    @override
+    def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+        if self.differences is None:
+            up = records.response_differences
+            given = Differences(up, torch.zeros_like(up), records.layers, records.resid_norms)
+        else:
+            given = self.differences.at(records.layers)
+        return reduce_vectors(shuffle_labels(given, generator)).raw
 
 
-def random_tokens(records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+@dataclass(frozen=True)
+class RandomTokens(DirectRecipe):
     """The method with its attribution replaced by chance: ``top_k`` random content tokens masked on each side.
+
+    Attributes:
+        top_k: tokens masked on each side, or half of a short prompt.
+        mask: what replaces them.
 
     Raises:
         ValueError: a prompt with fewer than two content tokens.
     """
-    short = [number for number, t in enumerate(records.tokenized, start=1) if t.n_content < 2]
-    if short:
-        raise ValueError(f"random_tokens needs two content tokens in each prompt; record {short[0]} has fewer")
-    like = [_as_many(t, records.top_k) for t in records.tokenized]
-    up, down = mask_at_random(
-        records.model,
-        records.tokenized,
-        like,
-        records.prompt_ends,
-        generator,
-        layers=records.layers,
-        masker=records.masker,
-    )
-    return (up - down).mean(0)
+
+    name: ClassVar[str] = "random_tokens"
+    draws: ClassVar[bool] = True
+    top_k: int = 2
+    mask: Mask | Masker = "mean_embedding"
+
+    @override
+    def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
+        short = [number for number, t in enumerate(records.tokenized, start=1) if t.n_content < 2]
+        if short:
+            raise ValueError(f"random_tokens needs two content tokens in each prompt; record {short[0]} has fewer")
+        like = [_as_many(t, self.top_k) for t in records.tokenized]
+        up, down = mask_at_random(
+            records.model,
+            records.tokenized,
+            like,
+            records.prompt_ends,
+            generator,
+            layers=records.layers,
+            mask=self.mask,
+        )
+        return (up - down).mean(0)
 
 
 def _as_many(pair: TokenizedPair, top_k: int) -> Selection:
@@ -114,19 +203,46 @@ def _as_many(pair: TokenizedPair, top_k: int) -> Selection:
     return Selection(k, k)
 
 
-BASELINES: dict[str, Baseline] = {
-    fn.__name__: fn
-    for fn in (caa, icv, prompt_mean, random_direction, orthogonal_direction, shuffled_labels, random_tokens)
+#: Every baseline and control by name.
+BASELINES: dict[str, type[DirectRecipe]] = {
+    kind.name: kind
+    for kind in (CAA, ICV, PromptMean, RandomDirection, OrthogonalDirection, ShuffledLabels, RandomTokens)
 }
 
 #: Those that are drawn at random: one draw says little.
-CONTROLS = ("random_direction", "orthogonal_direction", "shuffled_labels", "random_tokens")
+CONTROLS = tuple(name for name, kind in BASELINES.items() if kind.draws)
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """What some of the baselines need to know.
+
+    Attributes:
+        like: the vectors that ``orthogonal_direction`` is to be orthogonal to.
+        differences: of the method whose labels ``shuffled_labels`` shuffles; without them CAA's.
+        top_k: tokens that ``random_tokens`` masks on each side.
+        mask: what ``random_tokens`` puts in their place.
+    """
+
+    like: SteeringVectors | None = None
+    differences: Differences | None = None
+    top_k: int = 2
+    mask: Mask | Masker = "mean_embedding"
+
+    def recipe(self, name: str) -> DirectRecipe:
+        """The baseline of that name, told what it needs."""
+        own = {
+            "orthogonal_direction": {"like": self.like},
+            "shuffled_labels": {"differences": self.differences},
+            "random_tokens": {"top_k": self.top_k, "mask": self.mask},
+        }
+        return BASELINES[name](**own.get(name, {}))  # type: ignore[arg-type]
 
 
 def baseline_draws(
     model: HookedModel,
     pairs: Iterable[PreferencePair],
-    names: Sequence[str | Baseline] | None = None,
+    names: Sequence[str | RecipeFunction] | None = None,
     *,
     layers: Sequence[int],
     n_draws: int = 20,
@@ -138,13 +254,13 @@ def baseline_draws(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         pairs: the building records.
-        names: keys of ``BASELINES``, or functions of one's own with the same signature; default the ``CONTROLS``,
-            ``"orthogonal_direction"`` only where there is a ``like``.
+        names: keys of ``BASELINES``, or functions of your own, ``fn(records, generator) -> [layer, d_model]``; default the
+            ``CONTROLS``, ``"orthogonal_direction"`` only where there is a ``like``.
         layers: which layers.
         n_draws: draws of each; the read-outs that draws share are run once.
         seed: of the draws; every baseline draws from a generator of its own, so that a result does not depend on its
             neighbours.
-        options: further attributes of ``BuildingRecords``: ``like``, ``differences``, ``top_k``, ``masker``.
+        options: fields of ``ControlOptions``: ``like``, ``differences``, ``top_k``, ``mask``.
 
     Returns:
         name -> vectors of unit length in the same ``alpha`` unit, so that one alpha is a step of one size for all.
@@ -157,21 +273,25 @@ def baseline_draws(
         >>> len(draws["shuffled_labels"])                                              # doctest: +SKIP
         20
     """
+    told = ControlOptions(**options)
     if names is None:
-        names = [name for name in CONTROLS if name != "orthogonal_direction" or options.get("like") is not None]
-    functions = _functions(names)
+        names = [name for name in CONTROLS if name != "orthogonal_direction" or told.like is not None]
+    recipes = _recipes(names, told)
     if n_draws < 1:
         raise ValueError(f"n_draws={n_draws}; at least one draw is needed")
     wanted = tuple(require_layers(model, layers))
-    records = BuildingRecords(model, tokenize_pairs(model, pairs), wanted, **options)
-    _check(records, functions)
+    records = BuildingRecords(model, tokenize_pairs(model, pairs), wanted)
+    for recipe in recipes.values():
+        recipe.check(records)
     made_for = model_identity(model, bare=True)
     drawn: dict[str, list[SteeringVectors]] = {}
-    for name, function in functions.items():
+    for name, recipe in recipes.items():
         generator = torch.Generator().manual_seed(seed)
         info = {"method": name, "seed": seed, "n_records": len(records.tokenized), "model": made_for}
         drawn[name] = [
-            SteeringVectors.from_raw(function(records, generator), wanted, records.resid_norms, {**info, "draw": draw})
+            SteeringVectors.from_raw(
+                recipe.raw(records, generator), wanted, records.resid_norms, {**info, "draw": draw}
+            )
             for draw in range(n_draws)
         ]
     return drawn
@@ -180,7 +300,7 @@ def baseline_draws(
 def baseline_vectors(
     model: HookedModel,
     pairs: Iterable[PreferencePair],
-    names: Sequence[str | Baseline] = ("caa", "icv", "prompt_mean"),
+    names: Sequence[str | RecipeFunction] = ("caa", "icv", "prompt_mean"),
     *,
     layers: Sequence[int],
     seed: int = 0,
@@ -188,7 +308,7 @@ def baseline_vectors(
 ) -> dict[str, SteeringVectors]:
     """Vectors of other recipes from the same records, and one draw of any control that is named.
 
-    ``"caa"`` follows arXiv 2312.06681, ``"icv"`` 2311.06668, ``"prompt_mean"`` 2310.06824; the functions of this room say
+    ``"caa"`` follows arXiv 2312.06681, ``"icv"`` 2311.06668, ``"prompt_mean"`` 2310.06824; the classes of this module say
     where they differ.
 
     Args:
@@ -216,23 +336,11 @@ def baseline_vectors(
     return {name: vectors[0] for name, vectors in drawn.items()}
 
 
-def _functions(names: Sequence[str | Baseline]) -> dict[str, Baseline]:
+def _recipes(names: Sequence[str | RecipeFunction], told: ControlOptions) -> dict[str, DirectRecipe]:
     if isinstance(names, str) or not names:
         raise ValueError(f"names={names!r}; a list of baselines is needed, such as ['caa', 'icv']")
     unknown = [n for n in names if isinstance(n, str) and n not in BASELINES]
     if unknown:
         raise ValueError(f"no baselines called {unknown}; there are {list(BASELINES)}, or pass a function")
-    return {n if isinstance(n, str) else n.__name__: BASELINES[n] if isinstance(n, str) else n for n in names}
-
-
-def _check(records: BuildingRecords, functions: dict[str, Baseline]) -> None:
-    """Refuse what would fail only after long runs (ValueError)."""
-    if "orthogonal_direction" in functions:
-        orthogonal_direction(records, torch.Generator())
-    if "shuffled_labels" in functions and records.differences is not None:
-        missing = sorted(set(records.layers) - set(records.differences.layers))
-        if missing or len(records.differences.toward_chosen) != len(records.tokenized):
-            raise ValueError(
-                f"differences of {len(records.differences.toward_chosen)} records at layers "
-                f"{list(records.differences.layers)} do not fit {len(records.tokenized)} records at {list(records.layers)}"
-            )
+    made = [told.recipe(n) if isinstance(n, str) else FunctionRecipe(function=n) for n in names]
+    return {recipe.name: recipe for recipe in made}

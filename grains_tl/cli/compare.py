@@ -43,7 +43,7 @@ NOTE = (
 
 def add_parser(commands: Any, model_options: Callable[..., None]) -> argparse.ArgumentParser:
     """Add the command to the parser of ``grains-tl``."""
-    from grains_tl.attribution.methods import Method
+    from grains_tl.attribution.methods import METHODS
     from grains_tl.hooks.mask import Masker
 
     parser = commands.add_parser(
@@ -65,7 +65,7 @@ def add_parser(commands: Any, model_options: Callable[..., None]) -> argparse.Ar
     parser.add_argument("--limit", type=int, default=20, help="records of each set (default 20)")
     parser.add_argument("--eval-limit", type=int, default=20, help="further records to steer on (default 20, 0: none)")
     parser.add_argument(
-        "--methods", default=",".join(DEFAULT_METHODS), help=f"comma-separated, of {', '.join(get_args(Method))}"
+        "--methods", default=",".join(DEFAULT_METHODS), help=f"comma-separated, of {', '.join(METHODS)}"
     )
     parser.add_argument("--n-steps", type=int, default=16, help="gradients per record of the path methods (default 16)")
     parser.add_argument("--top-k", type=int, default=2, help="tokens taken out on each side (default 2)")
@@ -91,13 +91,13 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
     """
     import pandas as pd
 
-    from grains_tl.attribution.methods import Method
+    from grains_tl.attribution.methods import METHODS
     from grains_tl.faithfulness.compare import compare_attributions
     from grains_tl.models.identity import model_identity
 
     methods: Sequence[Any] = [name.strip() for name in args.methods.split(",") if name.strip()]
-    if unknown := sorted(set(methods) - set(get_args(Method))):
-        raise ValueError(f"--methods: no method {unknown}; there are {', '.join(get_args(Method))}")
+    if unknown := sorted(set(methods) - set(METHODS)):
+        raise ValueError(f"--methods: no method {unknown}; there are {', '.join(METHODS)}")
     if args.limit < 1 or args.eval_limit < 0:
         raise ValueError(f"--limit {args.limit} --eval-limit {args.eval_limit}: at least one record is needed")
     names = [*args.pairs, *(args.set or ([] if args.pairs else BUNDLED))]
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
             methods=methods,
             top_k=args.top_k,
             n_steps=args.n_steps,
-            masker=args.masker,
+            mask=args.masker,
             n_draws=args.draws,
             eval_pairs=held_out or None,
             layer=args.layer,

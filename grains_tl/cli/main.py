@@ -159,14 +159,19 @@ def _pair_options(parser: argparse.ArgumentParser) -> None:
 def _attribution_options(parser: argparse.ArgumentParser) -> None:
     from typing import get_args
 
-    from grains_tl.attribution.methods import Method, Nodes
-    from grains_tl.attribution.reference import BASELINES
+    from grains_tl.attribution.methods import METHODS, Nodes
+    from grains_tl.attribution.reference import REFERENCES
     from grains_tl.hooks.mask import Masker
     from grains_tl.inference.objectives import Objective
 
-    parser.add_argument("--method", default="leave_one_out", choices=get_args(Method))
+    parser.add_argument("--method", default="leave_one_out", choices=list(METHODS))
     parser.add_argument("--n-steps", type=_positive, default=32, help="gradients or draws per record (default 32)")
-    parser.add_argument("--baseline", choices=BASELINES, help="where a path begins (default neutral; the paper: zero)")
+    parser.add_argument(
+        "--reference",
+        "--baseline",
+        choices=[*REFERENCES, "neutral"],
+        help="where a path begins (default function_words; the paper: zero)",
+    )
     parser.add_argument("--nodes", choices=get_args(Nodes), help="of integrated gradients (default adaptive)")
     parser.add_argument("--objective", default="sum", choices=get_args(Objective))
     parser.add_argument("--masker", default="mean_embedding", choices=get_args(Masker))
@@ -281,6 +286,17 @@ def _vision_demo(args: argparse.Namespace) -> None:
     print(f"\n{results['seconds']:.0f} s; open {Path(args.out) / 'report.html'} (numbers in results.json beside it)")
 
 
+def _method(args: argparse.Namespace) -> Any:
+    """The attribution method; path options go to the methods that have them."""
+    from dataclasses import fields
+
+    from grains_tl.attribution.methods import METHODS, method_of
+
+    known = {f.name for f in fields(METHODS[args.method])}
+    given = {"n_steps": args.n_steps, "reference": args.reference, "nodes": args.nodes}
+    return method_of(args.method, **{name: value for name, value in given.items() if name in known})
+
+
 def _build(args: argparse.Namespace) -> None:
     from grains_tl._util.processes import files, finish, launched
     from grains_tl.vectors.build import build_vectors
@@ -292,16 +308,13 @@ def _build(args: argparse.Namespace) -> None:
         _load(args),
         pairs,
         top_k=args.top_k,
-        method=args.method,
+        method=_method(args),
         reduce=args.reduce,
         layers=args.layers,
         objective=args.objective,
-        n_steps=args.n_steps,
-        baseline=args.baseline,
-        masker=args.masker,
+        mask=args.masker,
         readout=args.readout,
         group_by=args.group_by,
-        method_options={"nodes": args.nodes},
         checkpoint=checkpoint,
         processes=processes,
         progress=processes.rank == 0,
@@ -383,15 +396,10 @@ def _attribute(args: argparse.Namespace) -> None:
 
     pairs = _pairs(args)
     model = _load(args)
-    options = {
-        "method": args.method,
-        "n_steps": args.n_steps,
-        "baseline": args.baseline,
-        "nodes": args.nodes,
-        "objective": args.objective,
-        "masker": args.masker,
-    }
-    for number, a in enumerate(attribute_records(model, tokenize_pairs(model, pairs), options), start=1):
+    found = attribute_records(
+        model, tokenize_pairs(model, pairs), _method(args), objective=args.objective, mask=args.masker
+    )
+    for number, a in enumerate(found, start=1):
         print(f"record {number}: {a}")
 
 

@@ -14,10 +14,11 @@ import torch
 
 from grains_tl._util.settings import current
 from grains_tl._util.stats import mean_and_se
-from grains_tl.attribution.methods import Method
+from grains_tl.attribution.methods import method_of
 from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import Selection, select_tokens
 from grains_tl.attribution.store import attribute_records
+from grains_tl.attribution.top_k import TopK
 from grains_tl.baselines.controls import (
     bootstrap_vectors,
     caa_differences,
@@ -38,7 +39,6 @@ from grains_tl.records.loading import load_bundled
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import HookedModel
-from grains_tl.vectors.build import check_top_k
 from grains_tl.vectors.differences import Differences, collect_differences
 from grains_tl.vectors.reduce import reduce_vectors
 from grains_tl.vectors.steering_vectors import SteeringVectors
@@ -103,7 +103,7 @@ class DemoSettings:
     n_cost: int = 16
     n_neutral: int = 8
     kl: float = 0.05
-    methods: tuple[tuple[Method, int], ...] = (
+    methods: tuple[tuple[str, int], ...] = (
         ("leave_one_out", 1),
         ("integrated_gradients", 16),
         ("gradient_x_input", 1),
@@ -132,7 +132,7 @@ def run_set(
         for split, n in (("build", settings.n_build), ("choose", settings.n_choose), ("test", settings.n_test))
     )
     tokens = [tokenize_pairs(model, part) for part in (build, choose, test)]
-    check_top_k(tokens[0], settings.top_k)
+    TopK(settings.top_k).check(tokens[0])
     _say(f"{name}: attribution of {len(build)} records")
     attributions, seconds = _attribute(model, tokens[0], settings, checkpoint)
     selections = {
@@ -141,7 +141,7 @@ def run_set(
     }
     layers = _layers(model, settings)
     differences = {
-        method: collect_differences(model, tokens[0], chosen, layers=layers, masker=settings.masker)
+        method: collect_differences(model, tokens[0], chosen, layers=layers, mask=settings.masker)
         for method, chosen in selections.items()
     }
     norms = next(iter(differences.values())).resid_norms
@@ -222,13 +222,8 @@ def _attribute(
     seconds: dict[str, float] = {}
     for method, n_steps in settings.methods:
         started = time.perf_counter()
-        options = {
-            "method": method,
-            "n_steps": n_steps,
-            "objective": "sum",
-            "masker": settings.masker,
-        }
-        found[method] = attribute_records(model, tokenized, options, checkpoint=checkpoint)
+        way = method_of(method, n_steps=n_steps)
+        found[method] = attribute_records(model, tokenized, way, mask=settings.masker, checkpoint=checkpoint)
         seconds[method] = round(time.perf_counter() - started, 1)
     return found, seconds
 
@@ -291,7 +286,7 @@ def _draws(
         selections,
         layers=[layer],
         resid_norms=own.resid_norms,
-        masker=settings.masker,
+        mask=settings.masker,
         spare_end=settings.spare_end,
         n_draws=n_draws,
         seed=seed,

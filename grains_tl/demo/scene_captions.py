@@ -17,14 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl.attribution.api import attribute_all
-from grains_tl.attribution.methods import Method
 from grains_tl.attribution.selection import select_tokens
 from grains_tl.baselines.controls import caa_differences, random_token_differences
 from grains_tl.demo.scene_records import CAPTION_PROMPT, Part, caption_pair, scenes_for
 from grains_tl.demo.scene_skills import describe
 from grains_tl.hallucination.captions import CaptionScores, caption_hallucination
-from grains_tl.hooks.mask import Masker
-from grains_tl.hooks.stand_ins import ImageMasker
+from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.models._scenes import Scene, mentioned
 from grains_tl.models.running import hooked
 from grains_tl.records.pairs import PreferencePair
@@ -100,10 +98,9 @@ def candidates(
     pairs: Sequence[PreferencePair],
     *,
     layers: Sequence[int],
-    methods: Sequence[tuple[Method, int]] = (("leave_one_out", 1), ("integrated_gradients", 32)),
+    methods: Sequence[tuple[str, int]] = (("leave_one_out", 1), ("integrated_gradients", 32)),
     top_k: int = 5,
-    masker: Masker = "zero",
-    image_masker: ImageMasker = "zero",
+    mask: Mask | Masker = Mask("zero", "zero"),
     n_random_tokens: int = 2,
     seed: int = 0,
 ) -> tuple[dict[str, SteeringVectors], list[dict[str, Any]]]:
@@ -117,8 +114,7 @@ def candidates(
         layers: where vectors are wanted.
         methods: attributions, with their number of path steps.
         top_k: tokens masked on each side, words and patches together.
-        masker: what replaces a masked token.
-        image_masker: what replaces a masked patch.
+        mask: what replaces them.
         n_random_tokens: draws of as many random tokens, imitating the first method.
         seed: of the draws.
 
@@ -127,7 +123,7 @@ def candidates(
         of the masked tokens that are patches.
     """
     tokenized, layers = tokenize_pairs(model, pairs), sorted(set(layers))
-    common: dict[str, Any] = {"masker": masker, "image_masker": image_masker}
+    common: dict[str, Any] = {"mask": mask}
     found, about, first = {}, [], None
     for method, n_steps in methods:
         attributions = attribute_all(

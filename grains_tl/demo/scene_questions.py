@@ -12,12 +12,12 @@ from torch import Tensor
 
 from grains_tl._util.stats import standard_error
 from grains_tl.attribution.api import attribute_all
-from grains_tl.attribution.methods import Method
 from grains_tl.attribution.result import Attribution
 from grains_tl.demo.scene_records import yes_no_questions
 from grains_tl.demo.scene_skills import answer_logprobs, yes_margins
 from grains_tl.hallucination.datasets import YesNoQuestion
-from grains_tl.hooks.stand_ins import ImageMasker, hide, replacements
+from grains_tl.hooks.mask import Mask, Masker
+from grains_tl.hooks.stand_ins import hide, replacements
 from grains_tl.inference.logprobs import batch_logprobs, score_batches
 from grains_tl.inference.objectives import margins
 from grains_tl.models._scenes import partner, patches_of
@@ -54,14 +54,18 @@ def false_yes_questions(model: HookedModel, n: int, *, seed: int = 0) -> list[Ye
 def yes_attributions(
     model: HookedModel,
     questions: Sequence[YesNoQuestion],
-    method: Method = "leave_one_out",
+    method: str = "leave_one_out",
     *,
     n_steps: int = 32,
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
 ) -> list[Attribution]:
     """Attribution of log p(yes) - log p(no): positive scores speak for yes."""
     return attribute_all(
-        model, tokenize_pairs(model, _yes_pairs(questions)), method=method, n_steps=n_steps, image_masker=image_masker
+        model,
+        tokenize_pairs(model, _yes_pairs(questions)),
+        method=method,
+        n_steps=n_steps,
+        mask=mask,
     )
 
 
@@ -77,11 +81,11 @@ def cell_scores(attributions: Sequence[Attribution], *, positive: bool) -> Float
 
 
 def occlusion(
-    model: HookedModel, questions: Sequence[YesNoQuestion], *, image_masker: ImageMasker = "mean_patch"
+    model: HookedModel, questions: Sequence[YesNoQuestion], *, mask: Mask | Masker = "mean_embedding"
 ) -> Float[Tensor, "question cell"]:
     """How far log p(yes) - log p(no) falls when a cell's four patches are taken out together, nats."""
     tokenized = tokenize_pairs(model, _yes_pairs(questions))
-    stand_ins = replacements(model, tokenized, "mean_embedding", image_masker)
+    stand_ins = replacements(model, tokenized, mask)
     out = torch.zeros(len(questions), 4)
     with torch.no_grad():
         for group, batch in score_batches(model, tokenized):

@@ -16,6 +16,7 @@ from grains_tl.demo.scene_questions import question_margins
 from grains_tl.demo.scene_records import yes_no_pairs, yes_no_questions
 from grains_tl.hallucination.datasets import YesNoQuestion
 from grains_tl.hallucination.yes_no import yes_no_scores
+from grains_tl.hooks.mask import Mask
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.differences import collect_differences
@@ -38,7 +39,7 @@ def yes_no_vectors(
     if len(wrong) < n:
         raise ValueError(f"{len(asked)} questions gave {len(wrong)} false yes, {n} are wanted")
     tokenized = tokenize_pairs(model, yes_no_pairs(wrong))
-    options: dict[str, Any] = {"masker": "zero", "image_masker": "zero"}
+    options: dict[str, Any] = {"mask": Mask("zero", "zero")}
     attributions = attribute_all(model, tokenized, content_only=True, **options)
     selections = [select_tokens(a, top_k) for a in attributions]
     differences = collect_differences(model, tokenized, selections, layers=layers, **options)

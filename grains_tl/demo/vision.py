@@ -16,7 +16,6 @@ import torch
 from grains_tl._util.files import write_atomically
 from grains_tl._util.settings import current
 from grains_tl._util.stats import compare, resampled_means
-from grains_tl.attribution.methods import Method
 from grains_tl.attribution.result import Attribution
 from grains_tl.baselines.controls import random_direction_vectors
 from grains_tl.demo.scene_captions import (
@@ -66,7 +65,7 @@ class VisionDemoSettings:
     n_questions: int = 40
     seeds: tuple[int, ...] = (0, 1, 2)
     n_random: int = 3
-    methods: tuple[tuple[Method, int], ...] = (("leave_one_out", 1), ("integrated_gradients", 16))
+    methods: tuple[tuple[str, int], ...] = (("leave_one_out", 1), ("integrated_gradients", 16))
     layers: tuple[int, ...] = (1, 2)
     kl: float = 0.05
     top_k: int = 5

@@ -60,7 +60,7 @@ def check_model(model: HookedModel) -> pd.DataFrame:
         ("left padding equals right padding", "batches", lambda: _padding(model)),
         ("cached decoding equals uncached", "generation", lambda: _decoding(model)),
         ("restart from a cached residual", "fast sweeps", lambda: _restart(model)),
-        ("attention knock-out", 'masker="attention"', lambda: _knock_out(model)),
+        ("attention knock-out", 'mask="attention"', lambda: _knock_out(model)),
     ]
     rows = []
     for name, needed_for, check in checks:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grains_tl.attribution.api import attribute_all
-from grains_tl.attribution.methods import Method
+from grains_tl.attribution.methods import METHODS
 from grains_tl.attribution.result import Attribution
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
@@ -92,7 +92,7 @@ def seed_agreement(
     model: HookedModel,
     pairs: Sequence[PreferencePair],
     *,
-    method: Method,
+    method: str,
     seeds: Sequence[int] = (0, 1, 2),
     **options: Any,
 ) -> pd.DataFrame:
@@ -117,7 +117,12 @@ def seed_agreement(
     if len(set(seeds)) < 2:
         raise ValueError(f"seeds={tuple(seeds)}; at least two different ones are needed")
     tokenized = tokenize_pairs(model, pairs)
-    found = {f"seed {s}": attribute_all(model, tokenized, method=method, seed=s, **options) for s in seeds}
+    draws = method in METHODS and METHODS[method].draws
+    own: list[dict[str, Any]] = [{"seed": s, **options} if draws else options for s in seeds]
+    found = {
+        f"seed {s}": attribute_all(model, tokenized, method=method, **given)
+        for s, given in zip(seeds, own, strict=True)
+    }
     return rank_agreement(found)
 
 
@@ -125,7 +130,7 @@ def random_weights_check(
     model: HookedModel,
     pairs: Sequence[PreferencePair],
     *,
-    methods: Sequence[Method] = ("leave_one_out", "gradient_x_input"),
+    methods: Sequence[str] = ("leave_one_out", "gradient_x_input"),
     layers: Sequence[int] | None = None,
     seed: int = 0,
     **options: Any,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.progress import progress_bar
+from grains_tl._util.renamed import current_names
 from grains_tl._util.settings import with_settings
 from grains_tl._util.stats import mean_and_se
-from grains_tl.attribution.methods import Method, check_attribution_options
-from grains_tl.attribution.reference import Baseline
+from grains_tl.attribution.api import check_method
+from grains_tl.attribution.methods import METHODS, Method, method_of
+from grains_tl.attribution.reference import Reference
 from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import Selection, random_selection, select_tokens
 from grains_tl.attribution.store import attribute_records, seconds_spent
+from grains_tl.attribution.top_k import TopK
 from grains_tl.baselines.controls import random_token_differences
 from grains_tl.evaluate.measuring import effects, next_token_kl
 from grains_tl.faithfulness.agreement import mean_agreement, random_attributions
 from grains_tl.faithfulness.deletion import SHARES, curves, removal_table
-from grains_tl.hooks.mask import Masker, replacement_embedding
-from grains_tl.hooks.stand_ins import ImageMasker, check_image_masker
+from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import require_layers
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import HookedModel
-from grains_tl.vectors.build import check_top_k
 from grains_tl.vectors.differences import Differences, collect_differences
 from grains_tl.vectors.reduce import reduce_vectors
 
@@ -41,23 +43,25 @@ RANDOM = "random_tokens"
 #: Columns with a standard error over records beside them.
 MEASURES = ("removed_chosen", "removed_rejected", "sufficiency", "deletion_area", "insertion_area")
 
+#: Methods by name or as values; or label -> a method, or the fields of one.
+Methods = Sequence[Method | str] | Mapping[str, Method | Mapping[str, Any]]
+
 
 @with_settings
 def compare_attributions(
     model: HookedModel,
     pairs: Iterable[PreferencePair],
     *,
-    methods: Sequence[Method] | Mapping[str, Mapping[str, Any]] = (
+    methods: Methods = (
         "leave_one_out",
         "integrated_gradients",
         "gradient_x_input",
     ),
     top_k: int = 2,
     n_steps: int = 16,
-    baseline: Baseline | None = None,
+    reference: Reference | None = None,
     objective: Objective = "sum",
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
     shares: Sequence[float] = SHARES,
     n_draws: int = 5,
     seed: int = 0,
@@ -77,10 +81,9 @@ def compare_attributions(
             ``{"IG, 64": {"method": "integrated_gradients", "n_steps": 64}}``.
         top_k: tokens taken out together on each side.
         n_steps: steps of path methods (see ``attribute``).
-        baseline: where a path starts (see ``attribute``).
+        reference: where a path starts (see ``attribute``).
         objective: how response tokens are combined: ``"sum"``, ``"mean"`` or ``"single"`` (see ``attribute``).
-        masker: what replaces a removed token (see ``attribute``).
-        image_masker: what replaces a removed patch (see ``attribute``).
+        mask: what replaces a removed token or patch (see ``attribute``).
         shares: where the deletion and insertion curves are read.
         n_draws: draws of the last row, ``random_tokens``: as many content tokens, chosen by chance.
         seed: of these draws, and of the methods that draw.
@@ -115,26 +118,23 @@ def compare_attributions(
     evaluated = None if eval_pairs is None else tokenize_pairs(model, eval_pairs)
     plans = _plans(
         methods,
-        {"n_steps": n_steps, "baseline": baseline, "masker": masker, "image_masker": image_masker, "seed": seed},
+        {"n_steps": n_steps, "reference": reference, "seed": seed},
     )
+    mask = Mask.of(mask)
     for plan in plans.values():
-        _check(model, plan, objective)
-    check_top_k(tokenized, top_k)
-    check_image_masker(image_masker)
-    if masker != "attention":
-        replacement_embedding(model, masker)
+        check_method(model, plan, objective, mask)
+    TopK(top_k).check(tokenized)
     (at,) = require_layers(model, [int(model.cfg.n_layers) * 2 // 3 if layer is None else layer])
-    shared: dict[str, Any] = {"objective": objective, "masker": masker, "image_masker": image_masker}
+    shared: dict[str, Any] = {"objective": objective, "mask": mask}
 
     found: dict[str, list[Attribution]] = {}
     seconds: dict[str, float] = {}
     for name, plan in plans.items():
-        options = {"objective": objective, **plan}
         started = time.perf_counter()
-        found[name] = attribute_records(model, tokenized, options, checkpoint=checkpoint)
+        found[name] = attribute_records(model, tokenized, plan, objective=objective, mask=mask, checkpoint=checkpoint)
         spent = time.perf_counter() - started
         if checkpoint is not None:  # some of it in an earlier run
-            spent = seconds_spent(model, tokenized, options, checkpoint)
+            spent = seconds_spent(model, tokenized, plan, objective, mask, checkpoint)
         seconds[name] = spent / len(tokenized)
     selected = {name: [select_tokens(a, top_k) for a in own] for name, own in found.items()}
     first = next(iter(found.values()))
@@ -176,18 +176,22 @@ def compare_attributions(
     return frame.assign(**_effect_columns(effect, len(plans)), **_effect_columns(kl, len(plans), "kl"))
 
 
-def _plans(
-    methods: Sequence[Method] | Mapping[str, Mapping[str, Any]], defaults: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def _plans(methods: Methods, defaults: dict[str, Any]) -> dict[str, Method]:
+    """Methods by label; what is given for all of them goes to those that have such a field."""
     if not methods:
         raise ValueError("no methods given; for example methods=['leave_one_out', 'gradient_x_input']")
-    named = dict(methods) if isinstance(methods, Mapping) else {m: {"method": m} for m in methods}
-    return {name: {**defaults, "method": name, **own} for name, own in named.items()}
-
-
-def _check(model: HookedModel, plan: Mapping[str, Any], objective: str) -> None:
-    own = {key: plan[key] for key in ("nodes", "layer", "k", "noise") if key in plan}
-    check_attribution_options(plan["method"], plan["n_steps"], plan["baseline"], objective, model=model, **own)
+    plans: dict[str, Method] = {}
+    for label, given in methods.items() if isinstance(methods, Mapping) else [(None, m) for m in methods]:
+        if isinstance(given, Method):
+            plans[label or given.name] = given
+            continue
+        own = current_names({"method": given} if isinstance(given, str) else {"method": label, **given})
+        name = own.pop("method")
+        if name not in METHODS:
+            raise ValueError(f"method={name!r} is not known; choose one of {', '.join(METHODS)}")
+        known = {f.name for f in fields(METHODS[name])}
+        plans[label or name] = method_of(name, **{**{k: v for k, v in defaults.items() if k in known}, **own})
+    return plans
 
 
 def _judge(
@@ -258,8 +262,7 @@ def effect_of_selections(
     alpha: float = 0.2,
     n_draws: int = 0,
     seed: int = 0,
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
     objective: Objective = "sum",
 ) -> tuple[Float[Tensor, "selection record"], Float[Tensor, "selection record"]]:
     """Steering by the mean-reduced vector of each selection, on other records.
@@ -273,15 +276,14 @@ def effect_of_selections(
         alpha: step size, a fraction of the layer's typical residual norm.
         n_draws: random choices of as many tokens as in the first selection, appended to the results.
         seed: of these draws.
-        masker: what replaces a masked token (see ``build_vectors``).
-        image_masker: what replaces a masked patch (see ``build_vectors``).
+        mask: what replaces a masked token or patch (see ``build_vectors``).
         objective: how response tokens are combined: ``"sum"``, ``"mean"`` or ``"single"`` (see ``attribute``).
 
     Returns:
         ``(effect, kl)``, each ``[selection + draw, record]`` in nats: half the change of the margin between +alpha and
         -alpha, and the mean over both signs of KL(steered || base) of the next token.
     """
-    shared: dict[str, Any] = {"layers": [layer], "masker": masker, "image_masker": image_masker}
+    shared: dict[str, Any] = {"layers": [layer], "mask": mask}
     differences: list[Differences] = [collect_differences(model, tokenized, own, **shared) for own in selections]
     if n_draws:
         differences += random_token_differences(

@@ -13,8 +13,7 @@ from grains_tl._util.checks import finite, listed
 from grains_tl.attribution.removal import Removal, values_without
 from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import Selection
-from grains_tl.hooks.mask import Masker
-from grains_tl.hooks.stand_ins import ImageMasker
+from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.inference.objectives import Objective
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
@@ -62,8 +61,7 @@ def curves(
     *,
     shares: Sequence[float] = SHARES,
     objective: Objective = "sum",
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
 ) -> Curves:
     """Deletion and insertion curves (arXiv 1806.07421) of one method's scores.
 
@@ -75,8 +73,7 @@ def curves(
         attributions: one per record; tokens without a score (NaN) count as 0.
         shares: where to read the curves, besides 0 and 1.
         objective: as in ``attribute``.
-        masker: what replaces a deleted token; areas of different maskers cannot be compared.
-        image_masker: what replaces a deleted patch.
+        mask: what stands in for a deleted token or patch; areas of different masks are not comparable.
 
     Returns:
         ``Curves``: ``[record, step]``, nats.
@@ -101,9 +98,7 @@ def curves(
         counts = [round(s * len(order)) for s in steps]
         removals += [(record, order[:n]) for n in counts] + [(record, order[n:]) for n in counts]
     unique = sorted({(r, tuple(sorted(gone))) for r, gone in removals})
-    found = values_without(
-        model, tokenized, unique, objective=objective, masker=masker, image_masker=image_masker
-    ).tolist()
+    found = values_without(model, tokenized, unique, objective=objective, mask=mask).tolist()
     value = dict(zip(unique, found, strict=True))
     table = torch.tensor([value[r, tuple(sorted(gone))] for r, gone in removals]).view(len(tokenized), 2, len(steps))
     return Curves(torch.tensor(steps), table[:, 0], table[:, 1])
@@ -115,8 +110,7 @@ def removal_table(
     selections: Sequence[Selection],
     *,
     objective: Objective = "sum",
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
 ) -> Float[Tensor, "3 record"]:
     """What the chosen tokens do to f, nats (ERASER's terms, arXiv 1911.03429).
 
@@ -129,7 +123,7 @@ def removal_table(
     removals += [(r, s.toward_rejected) for r, s in enumerate(selections)]
     for r, (t, s) in enumerate(zip(tokenized, selections, strict=True)):
         removals.append((r, [p for p, content in enumerate(t.content) if content and p not in s.toward_chosen]))
-    f = values_without(model, tokenized, removals, objective=objective, masker=masker, image_masker=image_masker)
+    f = values_without(model, tokenized, removals, objective=objective, mask=mask)
     whole, no_up, no_down, only_up = f.view(4, len(tokenized))
     return torch.stack([whole - no_up, no_down - whole, whole - only_up])
 

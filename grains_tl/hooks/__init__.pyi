@@ -1,5 +1,6 @@
 from .cache import cache_hook as cache_hook
 from .interpolate import interpolate_hook as interpolate_hook
+from .mask import Mask as Mask
 from .mask import mask_hook as mask_hook
 from .steer import steer_hook as steer_hook
 

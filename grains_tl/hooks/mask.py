@@ -1,13 +1,15 @@
-"""Choosing tokens by their scores, and taking tokens out of the model's input. Both as plain data and plain hooks."""
+"""Taking tokens out of the model's input: what replaces a masked token, and the hooks that put it there."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from grains_tl._util.errors import OptionError
 from grains_tl.models.running import attribution_point, device_of, embed_tokens
 from grains_tl.tokens.rules import token_rules
 from grains_tl.types import FwdHooks, HookedModel
@@ -17,12 +19,52 @@ from grains_tl.types import FwdHooks, HookedModel
 #: end-of-text token disturbs SmolLM2 as such, and vectors built with it are about half as strong.
 Masker = Literal["eos", "pad", "mask", "mean_embedding", "zero", "attention"]
 
+#: What stands in for a patch: the mean of its image's patches (colour and brightness stay, the place says nothing),
+#: zeros, the same patch of the blurred image, or the nearest patches that are not masked themselves.
+ImageMasker = Literal["mean_patch", "zero", "blurred_image", "neighbour_patch"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What replaces a token or an image patch that is taken out of the prompt.
+
+    Attributes:
+        text: ``"mean_embedding"`` (of the vocabulary), ``"eos"`` (the paper's), ``"pad"``, ``"mask"``, ``"zero"``, or
+            ``"attention"``, which leaves the token in place and lets no other position attend to it.
+        image: ``"mean_patch"`` (of the same image), ``"zero"``, ``"blurred_image"`` or ``"neighbour_patch"``.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Examples:
+        >>> Mask("eos")
+        Mask(text='eos', image='mean_patch')
+    """
+
+    text: Masker = "mean_embedding"
+    image: ImageMasker = "mean_patch"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("text", self.text, get_args(Masker)), ("image", self.image, get_args(ImageMasker))):
+            if value not in known:
+                raise OptionError(f"mask: {name}={value!r} is not known; choose one of {', '.join(known)}")
+
+    @classmethod
+    def of(cls, mask: Mask | Masker) -> Mask:
+        """A mask, or the name of what replaces text tokens, as a ``Mask``."""
+        return mask if isinstance(mask, Mask) else cls(text=mask)
+
+    def check(self, model: HookedModel) -> None:
+        """Refuse a mask that this model's tokenizer cannot give (ValueError), before anything long runs."""
+        if self.text == "mask":
+            replacement_embedding(model, self.text)
+
 
 def replacement_embedding(model: HookedModel, how: str) -> Float[Tensor, "d_model"]:
     """The vector that stands in for a masked token, in the space of the attribution point.
 
     Raises:
-        ValueError: an unknown masker, or ``"mask"`` for a tokenizer without a mask token.
+        ValueError: an unknown mask, or ``"mask"`` for a tokenizer without a mask token.
     """
     if how == "zero":
         return torch.zeros(int(model.cfg.d_model), device=device_of(model))
@@ -36,9 +78,9 @@ def replacement_embedding(model: HookedModel, how: str) -> Float[Tensor, "d_mode
     rules = token_rules(model)
     token = {"eos": rules.eos, "pad": rules.pad, "mask": getattr(model.tokenizer, "mask_token_id", None)}
     if how not in token:
-        raise ValueError(f"masker {how!r}; it is one of {get_args(Masker)}")
+        raise ValueError(f"mask {how!r}; it is one of {get_args(Masker)}")
     if token[how] is None:
-        raise ValueError("masker 'mask': the tokenizer has no mask token; use 'eos', 'mean_embedding' or 'attention'")
+        raise ValueError("mask 'mask': the tokenizer has no mask token; use 'eos', 'mean_embedding' or 'attention'")
     return embed_tokens(model, torch.tensor([[token[how]]], device=device_of(model)))[0, 0]
 
 
@@ -81,8 +123,8 @@ def _require_knock_out(model: HookedModel) -> None:
     kind = type(getattr(model.blocks[0], "attn", None)).__name__
     if getattr(model.cfg, "is_multimodal", False) and kind == "AttentionBridge":
         raise ValueError(
-            "masker='attention' would change nothing on this model: TransformerLens shows its attention scores but does "
-            "not take them back; use another masker, 'mean_embedding' for instance"
+            "mask='attention' would change nothing on this model: TransformerLens shows its attention scores but does "
+            "not take them back; use another mask, 'mean_embedding' for instance"
         )
 
 

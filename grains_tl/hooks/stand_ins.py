@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from grains_tl.hooks.mask import mask_hook, replacement_embedding
+from grains_tl.hooks.mask import ImageMasker, Mask, Masker, mask_hook, replacement_embedding
 from grains_tl.inference.batches import image_inputs, pad_rows
 from grains_tl.models.running import attribution_point, embed_tokens, hooked, run_blocks
 from grains_tl.tokens.images import ImageInputs, blurred
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.tokens.patches import ImageSpan
 from grains_tl.types import FwdHooks, HookedModel
-
-#: What stands in for a patch: the mean of its image's patches (colour and brightness stay, the place says nothing),
-#: zeros, the same patch of the blurred image, or the nearest patches that are not masked themselves.
-ImageMasker = Literal["mean_patch", "zero", "blurred_image", "neighbour_patch"]
 
 
 @dataclass(frozen=True)
@@ -93,22 +89,20 @@ class Replacements:
 def replacements(
     model: HookedModel,
     tokenized: Sequence[TokenizedPair],
-    masker: str,
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
 ) -> Replacements:
     """Stand-ins for all prompt tokens of some records.
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         tokenized: the records.
-        masker: for text tokens, see ``masking.Masker`` (all but ``"attention"``).
-        image_masker: for patches, see ``ImageMasker``. Row separators and other image tokens outside the grids get zeros.
+        mask: what stands in (any but ``"attention"``). Row separators and other image tokens outside the grids get zeros.
 
     Raises:
-        ValueError: an unknown masker.
+        ValueError: an unknown mask.
     """
-    check_image_masker(image_masker)
-    text = replacement_embedding(model, masker)
+    mask = Mask.of(mask)
+    text = replacement_embedding(model, mask.text)
     prompts: list[tuple[Tensor, Tensor] | None] = []
     originals: list[Tensor | None] = []
     for pair in tokenized:
@@ -117,8 +111,8 @@ def replacements(
             originals.append(None)
             continue
         found = prompt_embeddings(model, pair)
-        prompts.append(_stand_ins(model, pair, pair.images, found, text.cpu(), image_masker))
-        originals.append(found if image_masker == "neighbour_patch" else None)
+        prompts.append(_stand_ins(model, pair, pair.images, found, text.cpu(), mask.image))
+        originals.append(found if mask.image == "neighbour_patch" else None)
     spans = tuple(() if pair.images is None else pair.images.spans for pair in tokenized)
     return Replacements(text, tuple(prompts), tuple(originals), spans)
 
@@ -150,12 +144,6 @@ def hide(
     if stand_ins is None:
         return mask_hook(model, hidden, "attention")
     return mask_hook(model, hidden, replacement=stand_ins.rows(owner, offset, like, masked))
-
-
-def check_image_masker(image_masker: str) -> None:
-    """Refuse an unknown image masker (ValueError)."""
-    if image_masker not in get_args(ImageMasker):
-        raise ValueError(f"image_masker={image_masker!r}; it is one of {get_args(ImageMasker)}")
 
 
 def prompt_embeddings(

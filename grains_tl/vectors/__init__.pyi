@@ -1,8 +1,12 @@
 from . import export as export
 from .build import build_vectors as build_vectors
+from .building import BuildingRecords as BuildingRecords
 from .differences import Differences as Differences
 from .differences import collect_differences as collect_differences
+from .grains import Grains as Grains
 from .readout import read_out as read_out
+from .recipes import RECIPES as RECIPES
+from .recipes import Recipe as Recipe
 from .reduce import reduce_vectors as reduce_vectors
 from .steering_vectors import SteeringVectors as SteeringVectors
 from .steering_vectors import load_vectors as load_vectors

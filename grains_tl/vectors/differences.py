@@ -12,8 +12,7 @@ from torch import Tensor
 
 from grains_tl._util.processes import ALONE, Processes
 from grains_tl.attribution.selection import Selection
-from grains_tl.hooks.mask import Masker
-from grains_tl.hooks.stand_ins import ImageMasker
+from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.models.running import require_layers
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
@@ -63,8 +62,7 @@ def collect_differences(
     selections: Sequence[Selection],
     *,
     layers: Sequence[int] | None = None,
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
     readout: Readout = "prompt_end",
 ) -> Differences:
     """The three activations of the paper (arXiv 2507.18043, section 3.2) for every record, as differences per layer.
@@ -77,9 +75,8 @@ def collect_differences(
         tokenized: the records, tokenized or not.
         selections: which tokens to mask, one per record.
         layers: default all.
-        masker: what replaces a masked token (see ``read_out``).
-        image_masker: what replaces a masked patch (see ``read_out``).
-        readout: where the residual is read (see ``read_out``).
+        mask: as in ``read_out``.
+        readout: as in ``read_out``.
 
     Returns:
         ``Differences``, both sides ``[record, layer, d_model]``, residual units.
@@ -95,9 +92,7 @@ def collect_differences(
     layers = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
     if len(selections) != len(tokenized):
         raise ValueError(f"{len(selections)} selections for {len(tokenized)} records; give one per record")
-    up, down, norms = collect_with_norms(
-        model, tokenized, selections, layers=layers, masker=masker, image_masker=image_masker, readout=readout
-    )
+    up, down, norms = collect_with_norms(model, tokenized, selections, layers=layers, mask=mask, readout=readout)
     if not norms.shape[1]:
         raise ValueError("no prompt has a content token, so there is no residual norm to measure steps in")
     return Differences(up, down, tuple(layers), norms.median(dim=1).values)
@@ -109,16 +104,14 @@ def collect_with_norms(
     selections: Sequence[Selection],
     *,
     layers: Sequence[int],
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
     readout: Readout = "prompt_end",
 ) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "record layer d_model"], Float[Tensor, "layer token"]]:
     """``collect_differences`` in parts that can be joined: d+, d-, and the residual norm of every content token."""
     norms: list[Tensor] = []
     common: dict[str, Any] = {
         "layers": layers,
-        "masker": masker,
-        "image_masker": image_masker,
+        "mask": mask,
         "readout": readout,
     }
     whole = read_out(model, tokenized, norms=norms, **common)
@@ -162,7 +155,7 @@ def shared_differences(
         mean_only: hold and hand over sums instead of records. The result then has one row per chunk of records, weighted
             so that the mean over its rows is the mean over the records: enough for ``reduce="mean"``, and a build of any
             number of records needs the memory of ``CHUNK`` of them.
-        options: layers, masker, readout of ``collect_differences``.
+        options: layers, mask, readout of ``collect_differences``.
 
     Raises:
         ValueError: fewer records than processes.

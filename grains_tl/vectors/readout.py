@@ -14,8 +14,8 @@ from grains_tl._util.progress import progress_bar
 from grains_tl.attribution.field import run_batches
 from grains_tl.attribution.sharing import can_share, prompt_batches
 from grains_tl.hooks.cache import _norm_hooks, cache_hook, place_hook
-from grains_tl.hooks.mask import Masker
-from grains_tl.hooks.stand_ins import ImageMasker, Replacements, hide, replacements
+from grains_tl.hooks.mask import Mask, Masker
+from grains_tl.hooks.stand_ins import Replacements, hide, replacements
 from grains_tl.inference.batches import Batch, by_token_budget, image_inputs, pad_rows
 from grains_tl.models.precision import residual_exactness
 from grains_tl.models.running import existing_layers, hooked, run_blocks
@@ -33,8 +33,7 @@ def read_out(
     masked: Sequence[Sequence[int]] | None = None,
     *,
     layers: Sequence[int],
-    masker: Masker = "mean_embedding",
-    image_masker: ImageMasker = "mean_patch",
+    mask: Mask | Masker = "mean_embedding",
     readout: Readout = "prompt_end",
     norms: list[Float[Tensor, "layer _"]] | None = None,
 ) -> Float[Tensor, "record layer d_model"]:
@@ -45,8 +44,7 @@ def read_out(
         tokenized: the records, tokenized or not.
         masked: for every record the prompt positions to take out; ``None`` or empty for none.
         layers: which layers to keep; the result has them in this order.
-        masker: how tokens are taken out.
-        image_masker: what stands in for a patch (with the masker ``"attention"`` patches are knocked out too).
+        mask: what stands in for tokens and patches (``"attention"`` knocks both out).
         readout: where to read.
         norms: a list that receives the residual norms of the content tokens, ``[layer, token]`` per batch.
 
@@ -66,8 +64,9 @@ def read_out(
     masked = [()] * len(tokenized) if masked is None else masked
     _require_places(tokenized, masked)
     owner, rows = zip(*((i, row) for i, t in enumerate(tokenized) for row in _rows(t, readout)), strict=True)
-    needed = masker != "attention" and any(masked)
-    stand_ins = replacements(model, tokenized, masker, image_masker) if needed else None
+    mask = Mask.of(mask)
+    needed = mask.text != "attention" and any(masked)
+    stand_ins = replacements(model, tokenized, mask) if needed else None
     found = _run_rows(
         model,
         rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from captum.attr import IntegratedGradients
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.attribution.methods import Method
+from grains_tl.attribution.methods import METHODS
 from grains_tl.attribution.paths import path_nodes
 from tests.conftest import KINDS, TL_MAJOR, tiny_hf, tiny_model, tiny_tokenizer
 from tests.helpers.fakes import FakeModel
@@ -23,9 +23,8 @@ from tests.helpers.oracles import embeddings, margin, relative_error
 EXACT_ATOL = 1e-6  # closed forms of size 1 in float32: a few units of 1.2e-7
 GRADIENT_RTOL = 1e-3  # float32 gradients near the zero embedding, where RMSNorm blows round-off up
 SCORE_ATOL = 1e-4  # differences of float32 log-probabilities of some nats
-METHODS = list(get_args(Method))
 GL: Any = "gauss_legendre"
-PAPER: dict[str, Any] = {"method": "integrated_gradients", "baseline": "zero", "nodes": GL}
+PAPER: dict[str, Any] = {"method": "integrated_gradients", "reference": "zero", "nodes": GL}
 RECORD = gr.PreferencePair("this food was cold but", " good", " bad")
 
 
@@ -102,7 +101,7 @@ class PolynomialModel(FakeModel):
 def test_polynomial_margins_are_attributed_exactly(power: int, n_steps: int, baseline: str) -> None:
     """Gradients of degree p - 1 need p / 2 nodes; then scores are exact and complete."""
     model = PolynomialModel(power)
-    a = gr.attribute(model, RECORD, method="integrated_gradients", n_steps=n_steps, baseline=baseline, nodes=GL)
+    a = gr.attribute(model, RECORD, method="integrated_gradients", n_steps=n_steps, reference=baseline, nodes=GL)
     x = model.table[model.tokenizer(RECORD.prompt)["input_ids"]]
     start = {"zero": torch.zeros(6), "eos": model.table[2], "mean_embedding": model.table.mean(0)}[baseline]
     scale = max(1.0, float(model.f(x[None]).abs()))
@@ -113,7 +112,7 @@ def test_polynomial_margins_are_attributed_exactly(power: int, n_steps: int, bas
 
 
 def test_too_few_nodes_show_in_the_gap() -> None:
-    a = gr.attribute(PolynomialModel(6), RECORD, method="integrated_gradients", n_steps=1, baseline="zero")
+    a = gr.attribute(PolynomialModel(6), RECORD, method="integrated_gradients", n_steps=1, reference="zero")
     assert a.gap is not None and abs(a.gap) > 1000 * EXACT_ATOL
     assert a.relative_gap == pytest.approx(abs(a.gap) / abs(a.objective - (a.baseline_objective or 0)))
 
@@ -123,7 +122,7 @@ def test_leave_one_out_and_gradient_x_input_on_a_polynomial() -> None:
     x = model.table[model.tokenizer(RECORD.prompt)["input_ids"]]
     without = x.repeat(len(x), 1, 1)
     without[torch.arange(len(x)), torch.arange(len(x))] = 0
-    a = gr.attribute(model, RECORD, method="leave_one_out", masker="zero")
+    a = gr.attribute(model, RECORD, method="leave_one_out", mask="zero")
     torch.testing.assert_close(a.scores, model.f(x[None]) - model.f(without), atol=EXACT_ATOL, rtol=0)
     a = gr.attribute(model, RECORD, method="gradient_x_input")
     point = x[None].clone().requires_grad_()
@@ -178,7 +177,7 @@ def test_baselines(both: Any, pairs: list[gr.PreferencePair], baseline: str) -> 
     ]
     tokenized = gr.tokens.tokenize_pairs(both.model, pairs[1:2])[0]
     given: Any = start if baseline == "vector" else baseline
-    found = gr.attribute(both.model, pairs[1], method="integrated_gradients", n_steps=4, baseline=given)
+    found = gr.attribute(both.model, pairs[1], method="integrated_gradients", n_steps=4, reference=given)
     assert relative_error(found.scores, captum_scores(both.hf, tokenized, 4, start)) < GRADIENT_RTOL
 
 
@@ -189,7 +188,7 @@ def test_gap_is_what_completeness_lacks(both: Any, pairs: list[gr.PreferencePair
         x = embeddings(both.hf, tokenized.prompt)
         start = torch.zeros_like(x) if baseline == "zero" else embeddings(both.hf, [2] * x.shape[1])
         real, base = float(margin(both.hf, tokenized)), float(margin(both.hf, tokenized, prompt_embeds=start))
-        a = gr.attribute(both.model, pair, method="integrated_gradients", n_steps=3, baseline=baseline)
+        a = gr.attribute(both.model, pair, method="integrated_gradients", n_steps=3, reference=baseline)
         assert a.objective == pytest.approx(real, abs=SCORE_ATOL)
         assert a.baseline_objective == pytest.approx(base, abs=SCORE_ATOL)
         assert a.gap == pytest.approx(float(a.scores.sum()) - (real - base), abs=10 * SCORE_ATOL)
@@ -211,7 +210,7 @@ def test_leave_one_out_equals_another_prompt(both: Any, pairs: list[gr.Preferenc
         tokenized = gr.tokens.tokenize_pairs(both.model, [pair])[0]
         prompts = torch.tensor([tokenized.prompt]).repeat(len(tokenized.prompt), 1).fill_diagonal_(2)
         without = margin(both.hf, tokenized, prompt_embeds=both.hf.get_input_embeddings()(prompts))
-        a = gr.attribute(both.model, pair, method="leave_one_out", masker="eos")
+        a = gr.attribute(both.model, pair, method="leave_one_out", mask="eos")
         torch.testing.assert_close(a.scores, margin(both.hf, tokenized) - without, atol=SCORE_ATOL, rtol=0)
         assert a.objective == pytest.approx(float(margin(both.hf, tokenized)), abs=SCORE_ATOL)
 
@@ -291,11 +290,11 @@ def test_interpolation_hook_by_itself(model: Any, hf: Any, pairs: list[gr.Prefer
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"method": "shapley"}, "shapley"),
     ({"method": "integrated_gradients", "n_steps": 0}, "n_steps=0"),
-    ({"method": "integrated_gradients", "baseline": "ones"}, "ones"),
-    ({"method": "integrated_gradients", "baseline": "mask"}, "no mask token"),
+    ({"method": "integrated_gradients", "reference": "ones"}, "ones"),
+    ({"method": "integrated_gradients", "reference": "mask"}, "no mask token"),
     ({"objective": "product"}, "product"),
-    ({"method": "leave_one_out", "masker": "noise"}, "noise"),
-    ({"method": "leave_one_out", "masker": "mask"}, "no mask token"),
+    ({"method": "leave_one_out", "mask": "noise"}, "noise"),
+    ({"method": "leave_one_out", "mask": "mask"}, "no mask token"),
 ]
 
 

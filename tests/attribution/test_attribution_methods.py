@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import captum.attr as captum
 import pytest
@@ -14,9 +14,9 @@ from torch import Tensor
 import grains_tl as gr
 from grains_tl.attribution import paths, samples
 from grains_tl.attribution.field import Run, Sample, in_order, real_inputs
-from grains_tl.attribution.methods import Method
+from grains_tl.attribution.methods import METHODS
 from grains_tl.attribution.paths import Ends, Scores
-from grains_tl.attribution.reference import Baselines, neutral_tokens
+from grains_tl.attribution.reference import References, neutral_tokens
 from grains_tl.attribution.removal import values_without
 from grains_tl.tokens.pairs import TokenizedPair
 from tests.conftest import KINDS, TL_MAJOR, tiny_hf, tiny_model
@@ -219,7 +219,7 @@ def test_riemann_equals_captum(both: Any, pairs: list[gr.PreferencePair]) -> Non
     ig = captum.IntegratedGradients(lambda e: margin(both.hf, t, prompt_embeds=e))
     wanted = ig.attribute(x, torch.zeros_like(x), n_steps=6, method="riemann_middle")[0].sum(-1)
     found = gr.attribute(
-        both.model, pairs[1], method="integrated_gradients", baseline="zero", nodes="riemann", n_steps=6
+        both.model, pairs[1], method="integrated_gradients", reference="zero", nodes="riemann", n_steps=6
     )
     assert relative_error(found.scores, wanted) < GRADIENT_RTOL
 
@@ -228,7 +228,7 @@ def test_adaptive_converges_to_captum(both: Any, pairs: list[gr.PreferencePair])
     """Against 400 Gauss-Legendre nodes from the same baseline."""
     t = first(both.model, pairs)
     x = embeddings(both.hf, t.prompt)
-    start = Baselines(both.model).point("neutral", x[0])[None]
+    start = References(both.model).point("neutral", x[0])[None]
     ig = captum.IntegratedGradients(lambda e: margin(both.hf, t, prompt_embeds=e))
     wanted = ig.attribute(x, start, n_steps=400, method="gausslegendre", internal_batch_size=50)[0].sum(-1)
     found = gr.attribute(both.model, pairs[1], method="integrated_gradients", n_steps=64)
@@ -252,7 +252,7 @@ def test_leave_one_out_equals_captum_ablation(both: Any, pairs: list[gr.Preferen
     positions = torch.arange(len(t.prompt))[None, :, None].expand_as(x)
     ablation = captum.FeatureAblation(lambda e: margin(both.hf, t, prompt_embeds=e))
     wanted = ablation.attribute(x, baselines=torch.zeros_like(x), feature_mask=positions)[0, :, 0]
-    found = gr.attribute(both.model, pairs[1], method="leave_one_out", masker="zero")
+    found = gr.attribute(both.model, pairs[1], method="leave_one_out", mask="zero")
     torch.testing.assert_close(found.scores, wanted.float(), atol=1e-4, rtol=0)
 
 
@@ -284,7 +284,7 @@ def test_expected_gradients_equal_captum_up_to_their_draws(
 ) -> None:
     t = first(bridge, pairs)
     x = embeddings(hf, t.prompt)
-    starts = torch.cat([Baselines(bridge).point(b, x[0])[None] for b in ("neutral", "uniform_prompt")])
+    starts = torch.cat([References(bridge).point(b, x[0])[None] for b in ("neutral", "uniform_prompt")])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         import numpy as np
@@ -295,7 +295,7 @@ def test_expected_gradients_equal_captum_up_to_their_draws(
         wanted = shap.attribute(x, starts, n_samples=1500, stdevs=0.0)[0].sum(-1)
         np.random.set_state(np_state)  # noqa: NPY002
     found = gr.attribute(
-        bridge, pairs[1], method="expected_gradients", n_steps=200, baseline=["neutral", "uniform_prompt"]
+        bridge, pairs[1], method="expected_gradients", n_steps=200, reference=["neutral", "uniform_prompt"]
     )
     assert relative_error(found.scores, wanted.float()) < 0.15  # 1500 free draws: about 5 % standard error
     assert found.relative_gap is not None and found.relative_gap < 0.1
@@ -351,7 +351,7 @@ def test_a_layer_starts_from_what_the_baseline_prompt_gives_there(
     held: list[Tensor] = []
     handle = block(hf, 0).register_forward_hook(lambda m, a, o: held.append(first_tensor(o).detach()))
     hf(inputs_embeds=x)
-    hf(inputs_embeds=Baselines(bridge).point("neutral", x[0])[None])
+    hf(inputs_embeds=References(bridge).point("neutral", x[0])[None])
     handle.remove()
     real, start = held
     n, steps = len(t.prompt), 5
@@ -398,7 +398,7 @@ def test_groups_are_taken_out_whole_and_cost_fewer_passes(bridge: Any, pairs: li
     assert found.scores[0] == pytest.approx(f[0] - f[1], abs=1e-4)
     assert found.scores[found.positions.index((5, 6, 7, 8))] == pytest.approx(f[0] - f[2], abs=1e-4)
     assert a.steps == len(t.prompt) - 5 == len(found.texts)
-    with pytest.raises(ValueError, match="group_by is for"):
+    with pytest.raises(ValueError, match="takes no group_by"):
         gr.attribute(bridge, pairs[0], method="gradient_x_input", group_by="word")
 
 
@@ -428,7 +428,7 @@ def test_bfloat16_keeps_the_ranks(pairs: list[gr.PreferencePair], method: Any) -
         "the soup was cold but the room was warm and the film was great . the hotel was", " good", " bad"
     )
     options: dict[str, Any] = (
-        {"nodes": "gauss_legendre", "baseline": "neutral"} if method == "integrated_gradients" else {}
+        {"nodes": "gauss_legendre", "reference": "neutral"} if method == "integrated_gradients" else {}
     )
     a, b = (gr.attribute(m, long, method=method, n_steps=8, **options) for m in (full, half))
     assert gr.faithfulness.rank_agreement({"float32": [a], "bfloat16": [b]})["spearman"][0] > 0.95
@@ -455,7 +455,7 @@ def llava() -> Any:
 
 
 @pytest.mark.skipif(TL_MAJOR < 4, reason="vision-language models are exact on TransformerLens 4 only")
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_scores_text_and_patches(llava: Any, method: Any) -> None:
     """A record with an image and one without, in one batch and alone; path methods start from the image's own mean patch."""
     from tests.helpers.vision_families import picture
@@ -483,7 +483,7 @@ def test_baseline_points(bridge: Any) -> None:
     ids = bridge.tokenizer("the soup was great and")["input_ids"]
     table = bridge.embed.weight if hasattr(bridge.embed, "weight") else bridge.W_E
     x = table[ids].detach().float()
-    make = Baselines(bridge)
+    make = References(bridge)
     torch.testing.assert_close(make.point("uniform_prompt", x), x.mean(0).expand(5, -1))
     neutral = make.point("neutral", x)
     words = table[neutral_tokens(bridge)].detach()
@@ -500,23 +500,23 @@ def test_a_model_without_neutral_words_starts_from_the_mean(
     monkeypatch.setattr("grains_tl.attribution.reference.NEUTRAL", "")
     monkeypatch.setattr("grains_tl.attribution.reference.PUNCTUATION", ())
     by_default = gr.attribute(model, pairs[1], method="integrated_gradients", n_steps=4)
-    from_mean = gr.attribute(model, pairs[1], method="integrated_gradients", n_steps=4, baseline="mean_embedding")
+    from_mean = gr.attribute(model, pairs[1], method="integrated_gradients", n_steps=4, reference="mean_embedding")
     assert torch.equal(by_default.scores, from_mean.scores)
     with pytest.raises(ValueError, match="no English function word"):
-        gr.attribute(model, pairs[1], method="integrated_gradients", baseline="neutral")
+        gr.attribute(model, pairs[1], method="integrated_gradients", reference="neutral")
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"nodes": "simpson", "method": "integrated_gradients"}, "simpson"),
     ({"nodes": "adaptive", "n_steps": 2, "method": "integrated_gradients"}, "at least 3"),
     ({"nodes": "adaptive", "method": "sequential_ig"}, "sequential_ig takes"),
-    ({"layer": 1}, "leave_one_out works on tokens"),
+    ({"layer": 1}, "takes no layer"),
     ({"layer": 3, "method": "gradient_x_input"}, "layers 0 to 2"),
     ({"k": 0, "method": "leave_k_out"}, "k=0"),
     ({"noise": -1.0, "method": "smoothgrad"}, "noise=-1"),
     ({"n_steps": 1, "method": "discretized_ig"}, "both ends"),
-    ({"baseline": ["zero"], "method": "integrated_gradients"}, "several baselines"),
-    ({"baseline": torch.zeros(5), "method": "integrated_gradients"}, r"shape \(5,\)"),
+    ({"reference": ["zero"], "method": "integrated_gradients"}, "several references"),
+    ({"reference": torch.zeros(5), "method": "integrated_gradients"}, r"shape \(5,\)"),
     ({"group_by": "paragraph"}, "paragraph"),
 ]
 

@@ -25,7 +25,7 @@ def test_integrated_gradients_converge_by_default_and_not_from_zero(smollm2: Sim
     found = gr.attribution.attribute_all(smollm2.bridge, records, method="integrated_gradients", n_steps=64)
     assert np.median([a.relative_gap for a in found]) < 0.05 and max(a.steps or 0 for a in found) <= 64
     zero = gr.attribution.attribute_all(
-        smollm2.bridge, records[:2], method="integrated_gradients", baseline="zero", nodes="gauss_legendre", n_steps=8
+        smollm2.bridge, records[:2], method="integrated_gradients", reference="zero", nodes="gauss_legendre", n_steps=8
     )
     assert not any(a.converged for a in zero)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import grains_tl as gr
 from benchmarks.common import count_operations
-from grains_tl.attribution import methods, removal, sharing
+from grains_tl.attribution import job, removal, sharing
 from grains_tl.attribution.field import ModelField, Run
 from grains_tl.attribution.removal import Removal, values_without
 from grains_tl.attribution.sharing import branch, row_length, rows_of, shared_batches
@@ -85,7 +85,7 @@ def test_values_do_not_depend_on_sharing(
 ) -> None:
     """Both model classes; knocked-out attention is never shared."""
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
-    args, how = (model, tokenized, removals_of(tokenized)), {"masker": masker, "objective": objective}
+    args, how = (model, tokenized, removals_of(tokenized)), {"mask": masker, "objective": objective}
     torch.testing.assert_close(values_without(*args, **how), plain(*args, **how), atol=VALUE_ATOL, rtol=0)
 
 
@@ -162,7 +162,7 @@ def test_gradients_do_not_depend_on_sharing(
     how: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 4, "objective": objective}
     with count_operations(bridge) as few:
         found = gr.attribution.attribute_all(bridge, tokenized, **how)
-    monkeypatch.setattr(methods, "shares_prompts", lambda *_: False)
+    monkeypatch.setattr(job, "shares_prompts", lambda *_: False)
     with count_operations(bridge) as many:
         wanted = gr.attribution.attribute_all(bridge, tokenized, **how)
     assert few.backward < 0.8 * many.backward

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import grains_tl as gr
 from grains_tl.baselines import heads as heads_room
-from grains_tl.baselines import records as records_room
 from grains_tl.baselines.controls import random_token_differences, shuffle_labels
 from grains_tl.inference.objectives import margins
+from grains_tl.vectors import building as records_room
 from tests.conftest import TL_MAJOR, tiny_hf, tiny_model
 from tests.helpers.oracles import block, margin, pair_logprobs, residuals
 from tests.helpers.vision_families import FAMILIES, build, picture
@@ -564,7 +564,7 @@ def test_every_control_is_compared(bridge: Any, pairs: list[gr.PreferencePair]) 
 
 
 @pytest.mark.parametrize(
-    "room", ["baselines.records", "baselines.recipes", "baselines.heads", "baselines.prompting", "baselines.lora"]
+    "room", ["vectors.building", "baselines.recipes", "baselines.heads", "baselines.prompting", "baselines.lora"]
 )
 def test_docstring_examples_run(room: str) -> None:
     found = doctest.testmod(importlib.import_module(f"grains_tl.{room}"), optionflags=doctest.NORMALIZE_WHITESPACE)

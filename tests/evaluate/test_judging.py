@@ -122,13 +122,13 @@ def additive() -> SimpleNamespace:
         gr.PreferencePair(p, " good", " bad") for p in ("film was cold but room warm", "we liked this hotel and food")
     ]
     tokenized = gr.tokens.tokenize_pairs(model, records)
-    true = [gr.attribute(model, r, method="leave_one_out", masker="zero") for r in records]
+    true = [gr.attribute(model, r, method="leave_one_out", mask="zero") for r in records]
     assert len({len(t.prompt) for t in tokenized}) == 1  # this model reads f at the last place of a batch
     return SimpleNamespace(model=model, tokenized=tokenized, true=true)
 
 
 def test_curves_of_an_additive_function_are_cumulative_sums(additive: Any) -> None:
-    found = gr.faithfulness.curves(additive.model, additive.tokenized, additive.true, shares=[0.5], masker="zero")
+    found = gr.faithfulness.curves(additive.model, additive.tokenized, additive.true, shares=[0.5], mask="zero")
     for r, a in enumerate(additive.true):
         scores = a.scores.sort(descending=True).values
         half = round(0.5 * len(scores))
@@ -142,7 +142,7 @@ def test_curves_of_an_additive_function_are_cumulative_sums(additive: Any) -> No
 
 def test_no_order_beats_the_true_one_on_an_additive_function(additive: Any) -> None:
     def areas(found: list[gr.Attribution]) -> Tensor:
-        return gr.faithfulness.curves(additive.model, additive.tokenized, found, masker="zero").deletion_area
+        return gr.faithfulness.curves(additive.model, additive.tokenized, found, mask="zero").deletion_area
 
     best = areas(additive.true)
     for seed in range(10):
@@ -152,7 +152,7 @@ def test_no_order_beats_the_true_one_on_an_additive_function(additive: Any) -> N
 
 def test_removal_table_against_explicit_sums(additive: Any) -> None:
     selections = [gr.attribution.select_tokens(a, 2) for a in additive.true]
-    found = removal_table(additive.model, additive.tokenized, selections, masker="zero")
+    found = removal_table(additive.model, additive.tokenized, selections, mask="zero")
     for r, (a, s) in enumerate(zip(additive.true, selections, strict=True)):
         up, down = (float(a.scores[list(side)].sum()) for side in (s.toward_chosen, s.toward_rejected))
         assert found[:, r].tolist() == pytest.approx([up, -down, float(a.scores.sum()) - up], abs=ATOL)
@@ -162,10 +162,10 @@ def test_removal_table_against_explicit_sums(additive: Any) -> None:
 def test_values_without_in_any_batching(bridge: Any, pairs: list[gr.PreferencePair], masker: Any) -> None:
     t = gr.tokens.tokenize_pairs(bridge, pairs)
     removals: list[Any] = [(0, ()), (1, (1, 2)), (0, (3,)), (3, (0,))]
-    alone = [float(values_without(bridge, t, [one], masker=masker)) for one in removals]
-    assert values_without(bridge, t, removals, masker=masker).tolist() == pytest.approx(alone, abs=1e-4)
+    alone = [float(values_without(bridge, t, [one], mask=masker)) for one in removals]
+    assert values_without(bridge, t, removals, mask=masker).tolist() == pytest.approx(alone, abs=1e-4)
     with gr.settings(max_tokens=1):
-        assert values_without(bridge, t, removals, masker=masker).tolist() == pytest.approx(alone, abs=1e-4)
+        assert values_without(bridge, t, removals, mask=masker).tolist() == pytest.approx(alone, abs=1e-4)
     assert alone[0] == pytest.approx(gr.attribute(bridge, pairs[0], method="gradient_x_input").objective, abs=1e-4)
 
 
@@ -348,7 +348,7 @@ def test_comparison_tells_the_right_method_from_chance(planted: Any) -> None:
 def test_vectors_from_scores_that_did_not_converge_say_so(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     options: dict[str, Any] = {"top_k": 2, "method": "integrated_gradients", "progress": False}
     with pytest.warns(UserWarning, match="4 of 4 records: the integrated_gradients scores miss completeness"):
-        poor = gr.build_vectors(bridge, pairs, n_steps=1, baseline="zero", **options)
+        poor = gr.build_vectors(bridge, pairs, n_steps=1, reference="zero", **options)
     assert poor.info["converged_share"] == 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -356,12 +356,12 @@ def test_vectors_from_scores_that_did_not_converge_say_so(bridge: Any, pairs: li
         none = gr.build_vectors(bridge, pairs, top_k=2, progress=False)
     assert good.info["converged_share"] == 1.0 and good.info["median_relative_gap"] < 0.05
     assert none.info["converged_share"] is None
-    with pytest.raises(ValueError, match=r"method_options has \['steps'\]"):
-        gr.build_vectors(bridge, pairs, method_options={"steps": 3}, **options)
+    with pytest.raises(ValueError, match="takes no steps"):
+        gr.build_vectors(bridge, pairs, steps=3, **options)
 
 
 def test_checkpoint_keeps_steps(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
-    from grains_tl.attribution.store import attribute_records
+    from tests.helpers.attributing import attribute_records
 
     t = gr.tokens.tokenize_pairs(bridge, pairs)
     options = {"method": "integrated_gradients", "n_steps": 16}

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 import grains_tl as gr
 from grains_tl._util.processes import Processes, files, launched
-from grains_tl.attribution.store import attribute_records
 from grains_tl.cli.main import main
 from grains_tl.evaluate.parallel import shared_sweep
 from grains_tl.vectors.differences import CHUNK, shared_differences
 from tests.conftest import tiny_hf, tiny_tokenizer
+from tests.helpers.attributing import attribute_records
 
 ATOL = 1e-5  # float32 sums over the records in another order
-OPTIONS = {"method": "leave_one_out", "n_steps": 1, "baseline": "zero", "objective": "sum", "masker": "zero"}
+OPTIONS = {"method": "leave_one_out", "n_steps": 1, "objective": "sum", "mask": "zero"}
 SELECTIONS = [
     gr.attribution.Selection((3,), (1, 2)),
     gr.attribution.Selection((1,), (2,)),

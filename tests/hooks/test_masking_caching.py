@@ -175,7 +175,7 @@ def test_leave_one_out_with_any_masker_in_padded_batches(
 ) -> None:
     """Attention masks and padding together; the first record has single-token responses, so one row is enough."""
     tokenized = gr.tokens.tokenize_pairs(model, [pairs[0], gr.PreferencePair("film was very", " good", " bad")])
-    found = gr.attribution.attribute_all(model, tokenized, method="leave_one_out", masker=masker)
+    found = gr.attribution.attribute_all(model, tokenized, method="leave_one_out", mask=masker)
     for a, pair in zip(found, tokenized, strict=True):
         ids, n = torch.tensor([pair.prompt]), len(pair.prompt)
         for position in range(n):
@@ -257,7 +257,7 @@ def test_readouts(model: Any, hf: Any, pairs: list[gr.PreferencePair], readout: 
 def test_readout_of_masked_prompts(model: Any, hf: Any, pairs: list[gr.PreferencePair], masker: Any) -> None:
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
     masked = [[1, 4], [3], [], [0, 2, 5]]
-    found = gr.vectors.read_out(model, tokenized, masked, layers=[0, 2], masker=masker)
+    found = gr.vectors.read_out(model, tokenized, masked, layers=[0, 2], mask=masker)
     for row, pair, positions in zip(found, tokenized, masked, strict=True):
         if masker == "attention":
             wanted = knocked_out_residuals(hf, pair.prompt, positions)
@@ -302,7 +302,7 @@ def test_cache_hook_by_itself(model: Any, hf: Any) -> None:
 @pytest.mark.parametrize("readout", READOUTS)
 def test_differences_by_hand(model: Any, hf: Any, pairs: list[gr.PreferencePair], readout: Readout) -> None:
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
-    found = gr.vectors.collect_differences(model, tokenized, SELECTIONS, layers=[0, 2], readout=readout, masker="eos")
+    found = gr.vectors.collect_differences(model, tokenized, SELECTIONS, layers=[0, 2], readout=readout, mask="eos")
     assert found.layers == (0, 2)
 
     def read(pair: gr.tokens.TokenizedPair, positions: Sequence[int]) -> Tensor:

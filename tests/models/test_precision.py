@@ -89,7 +89,7 @@ def test_hooks_are_exact(operator: Any) -> None:
 
 @pytest.mark.parametrize("method", ["leave_one_out", "integrated_gradients", "attention_aware"])
 def test_scores_keep_their_ranks(model: Any, pairs: list[gr.PreferencePair], method: Any) -> None:
-    options: dict[str, Any] = {"method": method, "baseline": "zero" if method == "integrated_gradients" else None}
+    options: dict[str, Any] = {"method": method, "reference": "zero" if method == "integrated_gradients" else None}
     full = [gr.attribute(model, pair, **options) for pair in pairs]
     with bfloat16():
         half = [gr.attribute(model, pair, **options) for pair in pairs]

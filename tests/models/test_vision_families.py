@@ -218,7 +218,7 @@ def test_a_masked_patch_equals_the_plain_model_without_it(family: SimpleNamespac
     assert record.images is not None
     span = record.images.spans[-1]
     place = int(span.positions[1, 0])
-    found = gr.attribute(family.model, family.pair, image_masker=image_masker).scores[place]
+    found = gr.attribute(family.model, family.pair, mask=gr.hooks.Mask(image=image_masker)).scores[place]
     patches = [p for s in record.images.spans for p in s.positions.flatten().tolist()]
     entry: list[Tensor] = []
     with at_entry(family.hf, lambda act: entry.append(act) or act), torch.no_grad():  # type: ignore[func-returns-value]

@@ -25,20 +25,20 @@ ROWS = [
 ]
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
-    "top_k_1_eos": {"top_k": 1, "masker": "eos"},
+    "top_k_1_eos": {"top_k": 1, "mask": "eos"},
     "words": {"top_k": 1, "group_by": "word"},
     "mean_objective": {"objective": "mean"},
-    "attention_mask": {"masker": "attention"},
-    "leave_k_out": {"method": "leave_k_out", "n_steps": 16, "method_options": {"k": 2, "seed": 3}},
+    "attention_mask": {"mask": "attention"},
+    "leave_k_out": {"method": "leave_k_out", "n_steps": 16, "k": 2, "seed": 3},
     "ig_adaptive": {"method": "integrated_gradients", "n_steps": 16},
     "ig_paper": {
         "method": "integrated_gradients",
         "n_steps": 8,
-        "baseline": "zero",
-        "method_options": {"nodes": "gauss_legendre"},
+        "reference": "zero",
+        "nodes": "gauss_legendre",
     },
-    "expected_gradients": {"method": "expected_gradients", "n_steps": 6, "method_options": {"seed": 1}},
-    "gradient_x_input_layer": {"method": "gradient_x_input", "method_options": {"layer": 1}},
+    "expected_gradients": {"method": "expected_gradients", "n_steps": 6, "seed": 1},
+    "gradient_x_input_layer": {"method": "gradient_x_input", "layer": 1},
 }
 
 
@@ -63,6 +63,25 @@ def test_checkpoint_keys_and_numbers(bridge: Any, records: list[gr.PreferencePai
     close(rows[0]["scores"], GOLDEN["scores"][name])
     for part, numbers in GOLDEN["vectors"][name].items():
         close(getattr(vectors, part), numbers)
+
+
+OLD: dict[str, Any] = {
+    "top_k": 1,
+    "masker": "eos",
+    "n_steps": 8,
+    "baseline": "zero",
+    "method_options": {"nodes": "riemann"},
+}
+
+
+def test_keywords_of_release_0_1_still_work(bridge: Any, records: list[gr.PreferencePair]) -> None:
+    names: Any = {"method": "integrated_gradients", "progress": False}
+    now = gr.build_vectors(bridge, records, top_k=1, mask="eos", n_steps=8, reference="zero", nodes="riemann", **names)
+    with pytest.warns(DeprecationWarning, match="next release; write") as said:
+        before = gr.build_vectors(bridge, records, **OLD, **names)
+    assert torch.equal(before.directions, now.directions)
+    old = {str(w.message).partition("=")[0] for w in said if w.category is DeprecationWarning}
+    assert old == {"masker", "baseline", "method_options"}
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -131,7 +131,7 @@ def test_integrated_gradients_equal_captum(real: Any, plain: Any, bundled: bool)
     (pair,) = gr.tokens.tokenize_pairs(real, [record])
     assert bundled or min(len(pair.chosen), len(pair.rejected)) > 1
     found = gr.attribute(
-        real, record, method="integrated_gradients", n_steps=8, baseline="zero", nodes="gauss_legendre"
+        real, record, method="integrated_gradients", n_steps=8, reference="zero", nodes="gauss_legendre"
     )
     embeds = plain.get_input_embeddings()(torch.tensor([pair.prompt]))
     captum = IntegratedGradients(lambda x: margin(plain, pair, prompt_embeds=x))

@@ -16,10 +16,10 @@ from safetensors.torch import save
 
 import grains_tl as gr
 from grains_tl._util.files import sealed_line, unsealed
-from grains_tl.attribution.store import attribute_records
 from grains_tl.evaluate.store import open_checkpoint
 from grains_tl.vectors.steering_vectors import FORMAT
 from studies.tiny_vlm.state_file import load_state, save_state
+from tests.helpers.attributing import attribute_records
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # our own messages, not the run-time shape checks
 MANY = settings(
@@ -209,9 +209,9 @@ def test_damaged_checkpoints_of_builds(
     options = {
         "method": "leave_one_out",
         "n_steps": 1,
-        "baseline": None,
+        "reference": None,
         "objective": "sum",
-        "masker": "mean_embedding",
+        "mask": "mean_embedding",
     }
     path, tokenized = tmp_path / "c.jsonl", gr.tokens.tokenize_pairs(bridge, pairs[:2])
     path.unlink(missing_ok=True)

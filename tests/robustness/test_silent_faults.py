@@ -158,11 +158,9 @@ def test_vectors_with_one_tensor_for_both_norms_can_be_saved(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("method", "given", "wanted"), [("leave_k_out", {"seed": 5}, 5), ("smoothgrad", {}, 0)])
 def test_the_manifest_has_the_seed_of_methods_that_draw(
-    bridge: Any, pairs: list[gr.PreferencePair], method: Any, given: dict[str, int], wanted: int
+    bridge: Any, pairs: list[gr.PreferencePair], method: Any, given: dict[str, Any], wanted: int
 ) -> None:
-    vectors = gr.build_vectors(
-        bridge, pairs, top_k=1, method=method, n_steps=4, method_options=given, layers=[1], progress=False
-    )
+    vectors = gr.build_vectors(bridge, pairs, top_k=1, method=method, n_steps=4, **given, layers=[1], progress=False)
     assert vectors.info["seed"] == wanted
 
 
@@ -271,7 +269,7 @@ def test_a_prompt_without_content(bridge: Any, pairs: list[gr.PreferencePair]) -
 
 def test_no_units_no_draws(bridge: Any) -> None:
     tokenized = gr.tokens.tokenize_pairs(bridge, [gr.PreferencePair(*STRANGE)])
-    shared: Any = {"objective": "sum", "masker": "zero", "image_masker": "mean_patch"}
+    shared: Any = {"objective": "sum", "mask": "zero"}
     scores, values = leave_k_out_scores(bridge, tokenized, [[]], [torch.Generator()], k=3, n_draws=4, **shared)
     whole = gr.score_pairs(bridge, tokenized)
     assert scores[0].isnan().all() and values[0] == pytest.approx(float(whole[0, 0] - whole[0, 1]), abs=1e-5)

@@ -85,7 +85,7 @@ def test_sweep_over_arrays(bridge: Any) -> None:
 def test_what_was_built_with_numpy_numbers_can_be_kept(bridge: Any, tmp_path: Path) -> None:
     """It was lost at the very end: JSON holds no numpy numbers and no tensors."""
     baseline = torch.linspace(-1, 1, 32)
-    options = {"method": "integrated_gradients", "baseline": baseline}
+    options = {"method": "integrated_gradients", "reference": baseline}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # eight steps are few; not what is asked here
         made = build(
@@ -136,8 +136,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a layer between two": (lambda m: build(m, layers=[1.5]), "layer=1.5; a whole number"),
     "a layer called True": (lambda m: build(m, layers=[True]), "layer=True; a whole number"),
     "noise NaN": (
-        lambda m: build(m, method="smoothgrad", method_options={"noise": math.nan}),
-        "noise=nan; .*noise is finite",
+        lambda m: build(m, method="smoothgrad", noise=math.nan),
+        "noise=nan; a finite number",
     ),
     "no layer to steer": (lambda m: VECTORS.hooks(0.2, []), "no layers given, so nothing would be steered"),
     "alpha as text": (lambda m: VECTORS.hooks("0.3", [1]), "alpha='0.3'; one number"),

@@ -170,7 +170,7 @@ def test_chance_draws_as_many_patches_and_words() -> None:
 def test_neighbours_are_taken_among_what_is_left(llava: Any) -> None:
     record = gr.tokens.tokenize_pairs(llava, [pair(picture(0))])[0]
     x = prompt_embeddings(llava, record)
-    stand_ins = replacements(llava, [record], "zero", "neighbour_patch")
+    stand_ins = replacements(llava, [record], gr.hooks.Mask("zero", "neighbour_patch"))
     ids, offset = torch.tensor([record.prompt]), torch.zeros(1, dtype=torch.long)
 
     def at(place: int, masked: list[int]) -> torch.Tensor:
@@ -184,10 +184,10 @@ def test_neighbours_are_taken_among_what_is_left(llava: Any) -> None:
 
 
 def test_an_unknown_image_masker_is_refused(llava: Any, unchecked: None) -> None:
-    with pytest.raises(ValueError, match="image_masker='grey'; it is one of"):
-        gr.attribute(llava, pair(picture(0)), image_masker="grey")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="image_masker='grey'"):
-        gr.build_vectors(llava, [pair(picture(0))], image_masker="grey", progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image='grey' is not known; choose one of"):
+        gr.attribute(llava, pair(picture(0)), mask=gr.hooks.Mask(image="grey"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image='grey'"):
+        gr.build_vectors(llava, [pair(picture(0))], mask=gr.hooks.Mask(image="grey"), progress=False)  # type: ignore[arg-type]
 
 
 def test_vectors_remember_the_images_and_resume(llava: Any, tmp_path: Path) -> None:

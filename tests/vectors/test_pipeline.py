@@ -7,29 +7,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 
 import grains_tl as gr
-from grains_tl.attribution import api as attribution_api
-from grains_tl.attribution.methods import Method
-from grains_tl.attribution.store import attribute_records
+from grains_tl.attribution.methods import METHODS, IntegratedGradients
 from grains_tl.vectors.manifest import manifest
 from tests.conftest import KINDS, TL_MAJOR, tiny_model, tiny_tokenizer
+from tests.helpers.attributing import attribute_records
 from tests.helpers.oracles import embeddings, margin, residuals
 
 RESID_RTOL = 1e-4  # relative to the largest entry: differences of float32 residuals of size 5 that are 0.1 and more
 SCORE_ATOL = 1e-5
 SAME_COSINE = 0.9999  # two implementations of one model, float32
-METHODS = list(get_args(Method))
 OPTIONS: dict[str, Any] = {
     "method": "integrated_gradients",
     "n_steps": 3,
-    "baseline": "zero",
+    "reference": "zero",
     "objective": "sum",
-    "masker": "eos",
+    "mask": "eos",
 }
 
 
@@ -103,7 +101,7 @@ def test_vectors_by_hand(model: Any, hf: Any, pairs: list[gr.PreferencePair], ma
             ends.append(read_by_hand(hf, pair, masked, readout))
         wanted += (ends[1] - ends[0]) / len(pairs)  # d+ - d-: the unmasked run cancels
     found = gr.build_vectors(
-        model, pairs, top_k=top_k, method="leave_one_out", masker=masker, readout=readout, progress=False
+        model, pairs, top_k=top_k, method="leave_one_out", mask=masker, readout=readout, progress=False
     )
     assert found.layers == (0, 1, 2)
     torch.testing.assert_close(found.raw, wanted, atol=RESID_RTOL * float(wanted.abs().max()), rtol=0)
@@ -150,7 +148,7 @@ def test_knocked_out_tokens_do_not_matter(model: Any, pairs: list[gr.PreferenceP
     """With attention knock-out the masked token's own content cannot reach the read-out position."""
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
     changed = [replace(t, prompt=(t.prompt[0], 9, *t.prompt[2:])) for t in tokenized]
-    at: dict[str, Any] = {"layers": [0, 1, 2], "masker": "attention"}
+    at: dict[str, Any] = {"layers": [0, 1, 2], "mask": "attention"}
     one, two = (gr.vectors.read_out(model, some, [[1]] * len(some), **at) for some in (tokenized, changed))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
     seen = gr.vectors.read_out(model, changed, [[0]] * len(changed), **at)
@@ -242,6 +240,8 @@ def test_checkpoint_saves_the_attribution(
     model: Any, pairs: list[gr.PreferencePair], tmp_path: Path, method: str
 ) -> None:
     tokenized, options = gr.tokens.tokenize_pairs(model, pairs), {**OPTIONS, "method": method}
+    if not hasattr(METHODS[method], "reference"):
+        del options["reference"]
     path = tmp_path / "new" / "checkpoint.jsonl"
     first = attribute_records(model, tokenized, options, checkpoint=path)
     with only_identified(model):
@@ -267,7 +267,7 @@ def test_build_resumes(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Pa
 
 @pytest.mark.parametrize(
     "change",
-    [{"method": "gradient_x_input"}, {"n_steps": 4}, {"baseline": "eos"}, {"objective": "mean"}, {"masker": "zero"}],
+    [{"method": "sequential_ig"}, {"n_steps": 4}, {"reference": "eos"}, {"objective": "mean"}, {"mask": "zero"}],
 )
 def test_other_settings_do_not_use_the_checkpoint(
     bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path, change: dict[str, Any]
@@ -315,7 +315,7 @@ def test_interruption_keeps_what_is_done(
     """Ctrl-C in the middle of a record: the ones before it are in the file."""
     tokenized, path = gr.tokens.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
     wanted = attribute_records(bridge, tokenized, OPTIONS)
-    true, calls = attribution_api.compute, []
+    true, calls = IntegratedGradients.scores, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -324,7 +324,7 @@ def test_interruption_keeps_what_is_done(
         return true(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attribution_api, "compute", interrupted)
+        patch.setattr(IntegratedGradients, "scores", interrupted)
         with pytest.raises(KeyboardInterrupt), gr.settings(max_tokens=1):
             attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
     assert len(path.read_text().splitlines()) == n_done
@@ -380,10 +380,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"layers": []}, "no layers"),
     ({"objective": "product"}, "product"),
     ({"n_steps": 0}, "n_steps=0"),
-    ({"baseline": "ones"}, "ones"),
-    ({"baseline": "mask", "method": "integrated_gradients"}, "mask token"),
-    ({"masker": "noise"}, "noise"),
-    ({"masker": "mask"}, "mask token"),
+    ({"reference": "ones", "method": "integrated_gradients"}, "ones"),
+    ({"reference": "mask", "method": "integrated_gradients"}, "mask token"),
+    ({"mask": "noise"}, "noise"),
+    ({"mask": "mask"}, "mask token"),
     ({"readout": "middle"}, "middle"),
 ]
 

@@ -1,50 +1,46 @@
-"""What baselines are made from: the building records, and what is read from the model on them, once."""
+"""The building records, and what recipes read from the model on them, once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.hooks.mask import Masker
+from grains_tl._util.processes import ALONE, Processes
 from grains_tl.inference.logprobs import score_pairs
 from grains_tl.inference.objectives import margins
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import HookedModel
-from grains_tl.vectors.differences import Differences
 from grains_tl.vectors.readout import read_out, read_out_responses
-from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
 @dataclass(frozen=True)
 class BuildingRecords:
-    """The building records, and what baselines read from the model on them: each quantity is run once, when first used.
+    """The building records, and what recipes read from the model on them: each quantity is run once, when first used.
 
     Attributes:
-        model: the model.
-        tokenized: its records, from ``tokenize_pairs``.
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records from ``tokenize_pairs``.
         layers: which layers, in increasing order.
-        like: the vectors that ``orthogonal_direction`` is to be orthogonal to.
-        differences: of the method whose labels ``shuffled_labels`` shuffles; without them CAA's.
-        top_k: how many tokens ``random_tokens`` masks on each side.
-        masker: what ``random_tokens`` replaces them with.
+        checkpoint: a file for finished results, or ``None``.
+        processes: this process and how many there are.
 
     Examples:
         >>> records = BuildingRecords(model, tokenize_pairs(model, pairs), (12,))     # doctest: +SKIP
-        >>> BASELINES["caa"](records, seed=0).directions.shape                       # doctest: +SKIP
+        >>> records.response_differences.mean(0).shape                               # doctest: +SKIP
+        torch.Size([1, 576])
     """
 
     model: HookedModel
     tokenized: Sequence[TokenizedPair]
     layers: tuple[int, ...]
-    like: SteeringVectors | None = None
-    differences: Differences | None = None
-    top_k: int = 2
-    masker: Masker = "mean_embedding"
+    checkpoint: str | Path | None = None
+    processes: Processes = ALONE
 
     @cached_property
     def _prompts(self) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "layer"]]:
@@ -79,7 +75,3 @@ class BuildingRecords:
     def margins(self) -> Float[Tensor, "record"]:
         """log p(chosen) - log p(rejected) of the unsteered model, nats."""
         return margins(score_pairs(self.model, self.tokenized))
-
-
-#: One vector per layer, of any length, from building records; what is drawn at random is drawn from the generator.
-Baseline = Callable[[BuildingRecords, torch.Generator], Float[Tensor, "layer d_model"]]
