@@ -164,8 +164,9 @@ def _cell(name: str, value: Any, se: float | None) -> str:
 def write_page(table: Any, folder: Path, about: dict[str, Any]) -> Path:
     """``comparison.csv`` and ``comparison.html`` (one file, no network) of a table with a column ``set``."""
     from grains_tl._util.files import write_atomically
+    from grains_tl._util.html import text
     from grains_tl.plotting.attribution import plot_comparison
-    from grains_tl.plotting.html import image, page, text
+    from grains_tl.plotting.html import image, page
 
     sections = []
     for name, frame in table.groupby("set", sort=False):

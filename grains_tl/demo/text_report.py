@@ -15,20 +15,9 @@ import pandas as pd
 import torch
 
 from grains_tl._util.files import write_atomically
+from grains_tl._util.html import DASH, count, number, percent, signed, text
 from grains_tl.attribution.result import Attribution
-from grains_tl.plotting.html import (
-    DASH,
-    count,
-    image,
-    nothing,
-    number,
-    page,
-    percent,
-    settings_table,
-    signed,
-    table,
-    text,
-)
+from grains_tl.plotting.html import image, nothing, page, settings_table, table
 from grains_tl.plotting.sweeps import plot_cost
 from grains_tl.plotting.tokens import plot_tokens, show_tokens
 from grains_tl.plotting.vectors import plot_controls, plot_layers

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from grains_tl._util.files import write_atomically
+from grains_tl._util.html import number, text
 from grains_tl.attribution.result import Attribution
 from grains_tl.hallucination.datasets import YesNoQuestion
 from grains_tl.models._scenes import partner
-from grains_tl.plotting.html import image, number, page, settings_table, table, text
+from grains_tl.plotting.html import image, page, settings_table, table
 from grains_tl.plotting.images import plot_image_attribution
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
+from grains_tl._util.html import number, text
 from grains_tl.plotting.style import figure_png
-
-DASH = "\N{EN DASH}"
-
 
 CSS = """
 :root { color-scheme: light; }
@@ -91,7 +87,7 @@ def table(
 
 def settings_table(values: Mapping[str, Any]) -> str:
     """Names and values, as data."""
-    cells = ((text(name), text(DASH if _missing(value) else value)) for name, value in values.items())
+    cells = ((text(name), _value(value)) for name, value in values.items())
     return table(("", ""), cells, kind="settings") if values else ""
 
 
@@ -99,7 +95,7 @@ def image(figure: Any, description: str) -> str:
     """A matplotlib figure, inside the page."""
     width = round(figure.get_figwidth() * 96)
     data = base64.b64encode(figure_png(figure)).decode()
-    return f'<img width="{width}" alt="{escape(description)}" src="data:image/png;base64,{data}">'
+    return f'<img width="{width}" alt="{text(description)}" src="data:image/png;base64,{data}">'
 
 
 def nothing(sentence: str) -> str:
@@ -107,32 +103,6 @@ def nothing(sentence: str) -> str:
     return f'<p class="note">{sentence}</p>'
 
 
-def text(value: Any) -> str:
-    """Data as text: escaped."""
-    return escape(str(value))
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
-
-
-def number(value: Any, spec: str = ".2f") -> str:
-    """A number as HTML: a real minus sign, a dash where there is none."""
-    if _missing(value):
-        return DASH
-    return format(int(value) if spec == "d" else value, spec).replace("-", "&minus;")
-
-
-def signed(value: Any) -> str:
-    """A number that always has its sign."""
-    return number(value, "+.2f")
-
-
-def percent(value: Any) -> str:
-    """A share as a percentage."""
-    return DASH if _missing(value) else f"{100 * value:.0f} %"
-
-
-def count(n: int, noun: str) -> str:
-    """So many of a thing."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+def _value(value: Any) -> str:
+    """A setting as it is; a dash where there is none."""
+    return number(None) if value is None or value != value else text(value)  # NaN differs from itself
