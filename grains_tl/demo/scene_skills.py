@@ -1,4 +1,4 @@
-"""What the tiny model can do and where it fails, on held-out digits: ``python -m grains_tl.tiny_vlm.evaluate [DIR]``.
+"""What the tiny model can do and where it fails, on held-out digits: ``python -m grains_tl.demo.scene_skills [DIR]``.
 
 Prints the figures and writes them into the folder's model card.
 """
@@ -192,7 +192,7 @@ small enough for exhaustive experiments on a laptop, it really looks at its pict
 32 x 32 pictures of one to four digits of scikit-learn's `load_digits` in a 2 x 2 grid, tinted in six colours, with jitter
 and noise; questions (is there a ..., what colour, what digit at ..., how many) and captions. The first 1347 digits are
 for training, the last 450 (other writers) only for the figures below. Script:
-`python -m grains_tl.tiny_vlm.train --out DIR` (seed {training["seed"]}; {training["tower_steps"]} steps for the tower
+`python -m studies.tiny_vlm.train --out DIR` (seed {training["seed"]}; {training["tower_steps"]} steps for the tower
 alone, {training["clean_steps"]} on clean data, {training["skewed_steps"]} on skewed data; Muon for matrices, AdamW for
 the rest; about 24 minutes of CPU time). Weights are stored in half precision.
 

@@ -35,7 +35,7 @@ class Comparison:
             ``p_random_tokens`` (share of random-token draws with at least this effect, on the same records).
         draws: mean effect of every draw, by name.
         base: ``[record]`` unsteered margins of the test split, nats.
-        against: for every random control, how far the named vector lies above it (see ``uncertainty.compare``).
+        against: for every random control, how far the named vector lies above it (``_util.stats.compare``).
 
     Examples:
         >>> found = compare_with_controls(                                                    # doctest: +SKIP

@@ -55,7 +55,7 @@ def caption_hallucination(
         captions: the texts.
         present: for each picture, its objects.
         objects: finds the objects a caption names (this is where synonyms belong); for the bundled scenes
-            ``grains_tl.tiny_vlm.mentioned``.
+            ``grains_tl.models.tiny_vlm.mentioned``.
 
     Returns:
         ``CaptionScores``: shares between 0 and 1 and their standard errors over captions.

@@ -171,7 +171,7 @@ def load_tiny_vlm(path: str | Path | None = None, dtype: torch.dtype = torch.flo
         folder = Path(path) if path is not None else bundled
         weights = folder / WEIGHTS
         if not weights.is_file():
-            raise FileNotFoundError(f"no {WEIGHTS} in {folder}; give a folder written by grains_tl.tiny_vlm.train")
+            raise FileNotFoundError(f"no {WEIGHTS} in {folder}; give a folder written by studies.tiny_vlm.train")
         wanted = (folder / CHECKSUM).read_text().split()[0]
         found = _sha256(weights)
         if found != wanted:

@@ -20,7 +20,7 @@ from grains_tl.models.running import hugging_face_model
 from grains_tl.tokens.patches import ImageSpan, image_spans, image_token_id
 from grains_tl.types import HookedModel, Message, Text
 
-#: Families that TransformerLens 3.9 runs wrongly on images (measured, tests/test_vision_families.py).
+#: Families that TransformerLens 3.9 runs wrongly on images (measured, tests/models/test_vision_families.py).
 NEEDS_TL4 = ("gemma3",)
 
 

@@ -1,4 +1,4 @@
-"""Train the tiny LLaVA from scratch, on one CPU core in half an hour: ``python -m grains_tl.tiny_vlm.train --out DIR``.
+"""Train the tiny LLaVA from scratch, on one CPU core in half an hour: ``python -m studies.tiny_vlm.train --out DIR``.
 
 Three stages. First the tower learns to name each cell's digit and colour (it stands in for a pretrained CLIP). Then the
 whole model learns clean, balanced questions and captions. Last come skewed ones, as a scrape of the web might give: digits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import util
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -58,6 +59,28 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.M)
             assert anchor in {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}, target
+
+
+@pytest.mark.parametrize("page", [*sorted((DOCS / "how-to").glob("*.md")), DOCS / "vision.md"], ids=name_of)
+def test_how_to_pages_show_what_comes_out(page: Path) -> None:
+    """A picture, and what the blocks print (``python docs/_outputs.py PAGE`` writes both)."""
+    text = page.read_text(encoding="utf-8")
+    assert re.search(r"^!\[.+\]\(", text, re.M), "no picture"
+    assert ('```text title="Output"\n' in text) == ("print(" in text)
+    assert '```text title="Output"\n```' not in text, "run docs/_outputs.py"
+
+
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "grains_tl").rglob("*.py"))]
+PLACE = re.compile(r"\b(?:tests|benchmarks|studies|grains_tl|notebooks|docs)/[\w/]+\.(?:py|md|ipynb|csv|jsonl?)\b")
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=name_of)
+def test_files_that_are_named_exist(text: Path) -> None:
+    content = text.read_text(encoding="utf-8")
+    missing = [place for place in PLACE.findall(content) if not (ROOT / place).exists()]
+    modules = re.findall(r"python -m ((?:grains_tl|studies|benchmarks|tests)[\w.]*)", content)
+    missing += [name for name in modules if util.find_spec(name) is None]
+    assert not missing, missing
 
 
 def test_every_page_is_in_the_navigation() -> None:
