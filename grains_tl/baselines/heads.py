@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -145,14 +146,16 @@ def head_vectors(
     if not 1 <= n_heads <= len(candidates):
         raise ValueError(f"n_heads={n_heads}; layers {wanted} have {len(candidates)} heads")
 
-    found = read_out_heads(model, tokenized, layers=wanted).flatten(2, 3)
+    every = read_out_heads(model, tokenized, layers=wanted)
+    found = rearrange(every, "record response layer head d_head -> record response (layer head) d_head")
     probes = [_probe(found[:, :, i].double()) for i in progress_bar(range(len(candidates)), desc="probes", unit="head")]
     # stable: of equally good heads the lower ones
     best = sorted(range(len(candidates)), key=lambda i: -probes[i][0])[:n_heads]
     rows = [_direction(found[:, :, i], probes[i][1], direction, candidates[i]) for i in best]
     heads = tuple(candidates[i] for i in best)
     directions = torch.stack(rows)
-    along = (found[:, :, best] * directions).sum(-1).flatten(0, 1)  # not a matrix product: autocast would round it
+    projected = (found[:, :, best] * directions).sum(-1)  # not a matrix product: autocast would round it
+    along = rearrange(projected, "record response head -> (record response) head")
     norms: list[Tensor] = []
     read_out(model, tokenized, layers=[max(layer for layer, _ in heads)], norms=norms)
     return HeadVectors(
@@ -211,7 +214,7 @@ def _probe(found: Float[Tensor, "record 2 d_head"]) -> tuple[float, Float[Tensor
     from sklearn.model_selection import GroupKFold, cross_val_score
 
     n = len(found)
-    x = found.flatten(0, 1).numpy()
+    x = rearrange(found, "record response d_head -> (record response) d_head").numpy()
     y = torch.tensor([1, 0]).repeat(n).numpy()
     record = torch.arange(n).repeat_interleave(2).numpy()
     probe = LogisticRegression(max_iter=1000)

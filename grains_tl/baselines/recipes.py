@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
@@ -58,9 +59,10 @@ class ICV(DirectRecipe):
 
     @override
     def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
-        flat = records.response_differences.flatten(1).double()
+        flat = rearrange(records.response_differences, "record layer d_model -> record (layer d_model)").double()
         first = torch.linalg.svd(flat, full_matrices=False).Vh[0]
-        return (first * (first @ flat.mean(0))).view(records.response_differences.shape[1:]).float()
+        joint = first * (first @ flat.mean(0))
+        return rearrange(joint, "(layer d_model) -> layer d_model", layer=len(records.layers)).float()
 
 
 @dataclass(frozen=True)

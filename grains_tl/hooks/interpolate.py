@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def interpolate_hook(
                 f"alphas {tuple(alphas.shape)} and mask {tuple(prompt_mask.shape)} do not fit {tuple(act.shape)}"
             )
         start = baseline.to(act)
-        moved = start + alphas.to(act)[:, None, None] * (act - start)
-        return torch.where(prompt_mask.to(act.device)[..., None], moved, act)
+        moved = start + rearrange(alphas.to(act), "batch -> batch 1 1") * (act - start)
+        return torch.where(rearrange(prompt_mask.to(act.device), "batch pos -> batch pos 1"), moved, act)
 
     return [(attribution_point(model), hook_fn)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -113,7 +114,7 @@ def mask_hook(
 
     def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
         _require_shape("mask", masked, act)
-        return torch.where(masked.to(act.device)[..., None], vector.to(act), act)
+        return torch.where(rearrange(masked.to(act.device), "batch pos -> batch pos 1"), vector.to(act), act)
 
     return [(attribution_point(model), hook_fn)]
 
@@ -134,7 +135,7 @@ def _knock_out(masked: Bool[Tensor, "batch pos"]) -> Any:
             raise ValueError(f"mask of shape {tuple(masked.shape)} does not fit attention scores {tuple(act.shape)}")
         # a position may still attend to itself: a row without any key would be NaN
         itself = torch.eye(act.shape[-1], dtype=torch.bool, device=act.device)[-act.shape[-2] :]
-        hidden = masked.to(act.device)[:, None, None, :] & ~itself
+        hidden = rearrange(masked.to(act.device), "batch key -> batch 1 1 key") & ~itself
         return act.masked_fill(hidden, torch.finfo(act.dtype).min)
 
     return hook_fn

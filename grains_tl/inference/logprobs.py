@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -91,7 +92,8 @@ def gather_logprobs(target_logits: Float[Tensor, "target vocab"], batch: Batch) 
     """Weighted log-likelihoods of both responses from the logits of every target."""
     weighted = token_logprobs(target_logits, batch.target_id) * batch.target_weight
     flat = torch.zeros(2 * batch.n_records, dtype=weighted.dtype, device=weighted.device)
-    return flat.index_add(0, batch.target_slot, weighted).view(batch.n_records, 2)
+    both = flat.index_add(0, batch.target_slot, weighted)
+    return rearrange(both, "(record response) -> record response", response=2)
 
 
 def response_logprobs(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -129,12 +130,14 @@ def restart_logits(
             final = _continue(model, restart, layer + 1, packing.pack(resid), packing.block_inputs, len(packing.row))
             row, pos = packing.to_row[row, pos], packing.to_pos[row, pos]
         else:
-            final = _continue(model, restart, layer + 1, resid.flatten(0, 1), restart.block_inputs, len(batch.ids))
+            tiled = rearrange(resid, "setting row pos d_model -> (setting row) pos d_model")
+            final = _continue(model, restart, layer + 1, tiled, restart.block_inputs, len(batch.ids))
         row, pos = row.to(final.device), pos.to(final.device)  # of a model on several devices, the last one
-        read = final.unflatten(0, (len(settings), -1))[:, row, pos].flatten(0, 1)[:, None]
+        per_setting = rearrange(final, "(setting row) pos d_model -> setting row pos d_model", setting=len(settings))
+        read = rearrange(per_setting[:, row, pos], "setting target d_model -> (setting target) 1 d_model")
         with full_precision(model):
             logits = model.unembed(final_norm(model, read))
-        return logits.view(len(settings), len(batch.target_row), -1)
+        return rearrange(logits, "(setting target) 1 vocab -> setting target vocab", setting=len(settings))
 
 
 def _edited(
