@@ -31,7 +31,7 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
     """Write beside the target and rename: a reader sees the old file or the new one, never half of it.
 
     Raises:
-        OSError: no space, no permission, ...: naming the target; what stood there before is unchanged.
+        OSError: no space, no permission, ...: naming the target, whose former content is unchanged.
     """
     target = Path(path)
     temporary = None

@@ -1,4 +1,4 @@
-"""Attribution of many records, kept in a file one by one, so that an interrupted run goes on where it stopped."""
+"""Attribution of many records, kept in a file one by one, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def text_quality(texts: Sequence[str], *, max_repetition: float = 0.5, min_words
         n: length of the runs of words in ``repetition``.
 
     Returns:
-        One row per text: ``words``, ``repetition`` (share of runs of ``n`` words that stood there before; of single
+        One row per text: ``words``, ``repetition`` (share of runs of ``n`` words that occurred before; of single
         words in texts shorter than that), ``distinct_1`` and ``distinct_2`` (share of words, of pairs of words, that
         are different; arXiv 1510.03055), ``degenerate``.
 

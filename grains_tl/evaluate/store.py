@@ -1,4 +1,4 @@
-"""Append-only files of finished results: a run that was killed goes on where it stopped."""
+"""Append-only files of finished results: a run that was killed can be resumed."""
 
 from __future__ import annotations
 

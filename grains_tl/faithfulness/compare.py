@@ -92,7 +92,7 @@ def compare_attributions(
         alpha: step size, a fraction of the layer's typical residual norm.
         max_tokens: token budget of one pass.
         progress: show bars.
-        checkpoint: a ``.jsonl`` file that receives every record's scores; the same call goes on from it.
+        checkpoint: a ``.jsonl`` file that receives every record's scores; the same call resumes from it.
 
     Returns:
         Columns, in nats where nothing else is said:

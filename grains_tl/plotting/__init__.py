@@ -1,8 +1,8 @@
 """Pictures of tokens, sweeps, controls, costs and image patches.
 
 Figures are made without pyplot, so no window opens and nothing stays open; they show themselves in notebooks all the
-same. Nothing global in matplotlib changes. Tokens and names are data: they are drawn as they stand, never read as math
-text or markup.
+same. Nothing global in matplotlib changes. Tokens and names are data: they are drawn literally, never read as math text
+or markup.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""One look for every figure: colours, sizes, and text that is drawn as it stands."""
+"""One look for every figure: colours, sizes, and text that is drawn literally."""
 
 from __future__ import annotations
 

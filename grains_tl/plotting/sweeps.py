@@ -190,7 +190,7 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
         A matplotlib ``Figure``; up to 30 records have their names under the bars.
 
     Raises:
-        ValueError: missing columns, no rows, no finite change, several vectors, or a record that stands there twice.
+        ValueError: missing columns, no rows, no finite change, several vectors, or a record that occurs twice.
 
     Examples:
         >>> fig = plot_records(pd.DataFrame({"record": ["a", "b"], "change": [1.2, -0.3]}))

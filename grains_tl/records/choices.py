@@ -17,7 +17,7 @@ class MultipleChoice:
 
     Attributes:
         prompt: text, or a list of messages.
-        choices: the answers; text continues a text prompt as it stands (mind the leading space).
+        choices: the answers; text continues a text prompt directly (mind the leading space).
         labels: for every choice whether it is right. Where several are, the best one stands first among them: MC1 and
             ``pair`` look at that one.
         meta: any further columns of the source row.

@@ -17,7 +17,7 @@ class PreferencePair:
 
     Attributes:
         prompt: text, or a list of ``{"role", "content"}`` messages (rendered with the model's chat template).
-        chosen: the preferred response; text continues a text prompt as it stands (mind the leading space), messages
+        chosen: the preferred response; text continues a text prompt directly (mind the leading space), messages
             (or plain text) answer a conversational prompt.
         rejected: the dispreferred response, likewise.
         image: for vision-language models: a PIL image, a path, an array ``[height, width, 3]``, or a list of these. The

@@ -31,7 +31,7 @@ class ImageInputs:
     Attributes:
         inputs: the processor's image tensors (``pixel_values``, ``image_sizes``, ``image_grid_thw``, ...), one record.
         token_inputs: what the processor says about every prompt token (``mm_token_type_ids``, ...), ``[pos]`` each.
-        is_image: for every prompt token, whether an image feature stands there.
+        is_image: for every prompt token, whether it is an image feature.
         spans: the patch grids, see ``ImageSpan``.
         images: the pictures (PIL, RGB).
         text: the prompt with one placeholder per image.

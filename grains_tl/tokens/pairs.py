@@ -51,7 +51,7 @@ class TokenizedPair:
 
     @property
     def is_image(self) -> tuple[bool, ...]:
-        """For every prompt token, whether an image feature stands there."""
+        """For every prompt token, whether it is an image feature."""
         return (False,) * len(self.prompt) if self.images is None else self.images.is_image
 
     @property

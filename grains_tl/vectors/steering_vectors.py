@@ -148,7 +148,7 @@ class SteeringVectors:
             ``[(hook name, fn)]``, one per layer.
 
         Raises:
-            ValueError: a layer that is not stored or stands there twice, several stored layers and none named, a
+            ValueError: a layer that is not stored or named twice, several stored layers and none named, a
                 non-finite ``alpha``.
         """
         if scale not in ("residual", "raw"):
