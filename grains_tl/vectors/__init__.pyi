@@ -3,6 +3,7 @@ from .build import build_vectors as build_vectors
 from .building import BuildingRecords as BuildingRecords
 from .differences import Differences as Differences
 from .differences import collect_differences as collect_differences
+from .gradients import MarginGradient as MarginGradient
 from .grains import Grains as Grains
 from .readout import read_out as read_out
 from .recipes import RECIPES as RECIPES

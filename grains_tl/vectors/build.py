@@ -16,6 +16,7 @@ from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
+from grains_tl.vectors.gradients import GradientReduce
 from grains_tl.vectors.recipes import Recipe, RecipeFunction, recipe_of
 from grains_tl.vectors.reduce import Reduce
 from grains_tl.vectors.steering_vectors import SteeringVectors
@@ -29,7 +30,7 @@ def build_vectors(
     layers: Sequence[int] | None = None,
     method: Method | str | None = None,
     top_k: TopK | int | None = None,
-    reduce: Reduce | None = None,
+    reduce: Reduce | GradientReduce | None = None,
     mask: Mask | Masker | None = None,
     checkpoint: str | Path | None = None,
     **options: Any,
@@ -47,7 +48,8 @@ def build_vectors(
         layers: which layers, counted from 0; default all.
         method: of ``"grains"``: how tokens are scored, default leave-one-out; see ``attribute``.
         top_k: of ``"grains"``: tokens masked on each side, default 2; a ``TopK`` for words, patches and spans.
-        reduce: of ``"grains"``: ``"mean"`` (default), ``"svd"`` or ``"pca"``; see ``reduce_vectors``.
+        reduce: of ``"grains"``: ``"mean"`` (default), ``"svd"`` or ``"pca"``; see ``reduce_vectors``. Of
+            ``"margin_gradient"``: ``"mean"`` (default), ``"median"`` or ``"svd"``.
         mask: what replaces a masked token, default the vocabulary's mean embedding; a ``Mask`` for patches too.
         checkpoint: a ``.jsonl`` file that receives each record's result when it is finished; a later call with the same
             model, record and settings takes them from there.

@@ -24,6 +24,7 @@ from grains_tl.vectors.steering_vectors import SteeringVectors
 #: Where each recipe is defined. Those of packages above this one are named as text, so that imports go down only.
 RECIPES = {
     "grains": "grains_tl.vectors.grains:Grains",
+    "margin_gradient": "grains_tl.vectors.gradients:MarginGradient",
     "caa": "grains_tl.baselines.recipes:CAA",
     "icv": "grains_tl.baselines.recipes:ICV",
     "prompt_mean": "grains_tl.baselines.recipes:PromptMean",

@@ -59,7 +59,7 @@ def reduce_vectors(
     if reduce == "mean":
         raw = mean
     elif reduce == "svd":
-        raw = torch.stack([_first_singular(m) for m in (up - down).unbind(1)])
+        raw = torch.stack([first_singular(m) for m in (up - down).unbind(1)])
     else:
         raw = torch.stack([_principal(m) for m in up.unbind(1)])
         if side == "both":
@@ -82,11 +82,12 @@ def check_reduction(reduce: str, side: str, n_records: int) -> None:
         raise ValueError(f"reduce='pca' needs at least 2 records, {n_records} given; use reduce='mean'")
 
 
-def _first_singular(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, "d_model"]:
+def first_singular(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, "d_model"]:
+    """First right singular vector, of either sign; the matrix is not centred."""
     return torch.linalg.svd(matrix, full_matrices=False).Vh[0]
 
 
 def _principal(matrix: Float[Tensor, "record d_model"]) -> Float[Tensor, "d_model"]:
     """First principal component of centred data, oriented to the data's mean."""
-    component = _first_singular(matrix - matrix.mean(0))
+    component = first_singular(matrix - matrix.mean(0))
     return component * (-1.0 if component @ matrix.mean(0) < 0 else 1.0)
