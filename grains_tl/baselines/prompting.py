@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from grains_tl.records.loading import preference_pairs
 from grains_tl.records.pairs import PreferencePair
 
 
@@ -51,4 +52,4 @@ def with_system_prompt(
             return replace(pair, prompt=[{**first, "content": joined}, *rest])
         return replace(pair, prompt=[{"role": "system", "content": instruction}, *pair.prompt])
 
-    return [rewritten(pair) for pair in pairs]
+    return [rewritten(pair) for pair in preference_pairs(pairs)]

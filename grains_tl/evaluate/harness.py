@@ -14,6 +14,7 @@ from grains_tl.inference.generation import generate
 from grains_tl.inference.logprobs import HooksForBatch, hooks_for
 from grains_tl.inference.objectives import token_logprobs
 from grains_tl.models.running import forward_logits
+from grains_tl.tokens.chat import render
 from grains_tl.tokens.pairs import text_ids
 from grains_tl.tokens.rules import token_rules
 from grains_tl.tokens.text import common_prefix, last_tokens
@@ -86,9 +87,10 @@ def _adapter_class() -> Any:
             return str(getattr(self.model.tokenizer, "name_or_path", "") or "tokenizer")
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return self.model.tokenizer.apply_chat_template(
+            return render(
+                self.model.tokenizer,
                 chat_history,
-                tokenize=False,
+                "the task's conversation",
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
@@ -144,8 +146,7 @@ def _split(model: Any, context: str, continuation: str) -> tuple[list[int], list
     whole = text_ids(model, context + continuation)
     border = common_prefix(text_ids(model, words), whole) if words else 0
     if border == 0:
-        prefix, whole = _prefixed(model, whole)
-        return [prefix], whole
+        return _prefixed(model, whole)
     if border == len(whole):
         raise ValueError(f"the continuation {continuation!r} has no tokens of its own; a task needs some text to score")
     return whole[:border], whole[border:]
@@ -157,15 +158,17 @@ def _windows(model: Any, text: str) -> list[tuple[list[int], list[int]]]:
 
     prefix, ids = _prefixed(model, text_ids(model, text))
     n_ctx = token_rules(model).n_ctx
-    windows = get_rolling_token_windows(token_list=ids, prefix_token=prefix, max_seq_len=n_ctx, context_len=1)
+    windows = get_rolling_token_windows(token_list=ids, prefix_token=prefix[-1], max_seq_len=n_ctx, context_len=1)
     return [(list(context), list(ids)) for context, ids in map(make_disjoint_window, windows)]
 
 
-def _prefixed(model: Any, ids: list[int]) -> tuple[int, list[int]]:
-    """The token that stands before a text, and the text's ids without it."""
+def _prefixed(model: Any, ids: list[int]) -> tuple[list[int], list[int]]:
+    """The tokens that stand before a text, and the text's ids without them."""
     rules, bos = token_rules(model), model.tokenizer.bos_token_id
-    prefix = bos if bos in range(int(model.cfg.d_vocab)) else rules.eos
-    return prefix, ids[1:] if ids[:1] == [rules.bos] else ids
+    n = len(rules.front)
+    if n:
+        return list(rules.front), ids[n:] if tuple(ids[:n]) == rules.front else ids
+    return [bos if bos in range(int(model.cfg.d_vocab)) else rules.eos], ids
 
 
 def _score(

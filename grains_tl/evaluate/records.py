@@ -21,7 +21,8 @@ from grains_tl.inference.choices import choice_batches, tokenize_choices
 from grains_tl.inference.logprobs import score_batches
 from grains_tl.inference.objectives import Objective, require_objective
 from grains_tl.records.choices import MultipleChoice
-from grains_tl.records.pairs import PreferencePair, preference_pairs
+from grains_tl.records.loading import preference_pairs
+from grains_tl.records.pairs import PreferencePair
 from grains_tl.records.splits import Record, record_id
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel

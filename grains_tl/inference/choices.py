@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl._util.errors import numbered
 from grains_tl._util.progress import progress_bar
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget
 from grains_tl.inference.logprobs import HooksForBatch, batch_logprobs, hooks_for
@@ -52,11 +53,8 @@ def tokenize_choices(model: HookedModel, items: Iterable[MultipleChoice]) -> lis
     """
     tokenized = []
     for number, item in enumerate(items, start=1):
-        try:
-            prompt, choices = tokenize_responses(model, item.prompt, item.choices)
-        except ValueError as error:
-            raise ValueError(f"question {number}: {error}") from None
-        tokenized.append(TokenizedChoices(prompt, choices))
+        with numbered("question", number):
+            tokenized.append(TokenizedChoices(*tokenize_responses(model, item.prompt, item.choices)))
     if not tokenized:
         raise ValueError("no questions; at least one MultipleChoice is needed")
     return tokenized

@@ -10,7 +10,7 @@ from typing import Any
 
 from grains_tl.records._prompts import Question, question_item
 from grains_tl.records.choices import MultipleChoice
-from grains_tl.records.loading import csv_cells, read_rows
+from grains_tl.records.sources import csv_cells, read_rows, source_name
 
 MMLU_COLUMNS = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
 
@@ -74,11 +74,6 @@ class Row:
             return question_item(Question(question, answers, labels, context, subject, meta), style)
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
-
-
-def source_name(source: Any) -> str:
-    """How messages call the source."""
-    return str(source) if isinstance(source, (str, Path)) else f"the given {type(source).__name__}"
 
 
 def source_rows(source: Any, *, mmlu: bool = False) -> Iterator[Row]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from grains_tl.records._prompts import require_format
-from grains_tl.records._rows import MMLU_COLUMNS, Row, source_name, source_rows
+from grains_tl.records._rows import MMLU_COLUMNS, Row, source_rows
 from grains_tl.records.choices import MultipleChoice
 from grains_tl.records.pairs import PreferencePair
+from grains_tl.records.sources import source_name
 
 #: Above this sum of ``toxicity_ai`` and ``toxicity_human`` (each 1 to 5) a statement counts as hateful, as in
 #: lm-evaluation-harness.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from string import ascii_uppercase
 from typing import Any
 
-from grains_tl.records.pairs import PreferencePair, plain_text
+from grains_tl.records.pairs import PreferencePair, require_text
 from grains_tl.types import Text
 
 
@@ -38,8 +38,7 @@ class MultipleChoice:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not plain_text(self.prompt).strip():
-            raise ValueError(f"the prompt is empty ({plain_text(self.prompt)!r}); some text is needed")
+        require_text("the prompt", self.prompt)
         if len(self.choices) < 2 or len(self.choices) != len(self.labels):
             raise ValueError(
                 f"{len(self.choices)} choices and {len(self.labels)} labels; at least two choices are needed, and one "
@@ -48,6 +47,8 @@ class MultipleChoice:
         empty = [choice for choice in self.choices if not choice.strip()]
         if empty:
             raise ValueError(f"a choice is empty ({empty[0]!r}); every choice needs some text")
+        for number, choice in enumerate(self.choices, start=1):
+            require_text(f"choice {number}", choice)
         both = list(zip(self.choices, self.labels, strict=True))
         twice = [choice for i, (choice, label) in enumerate(both) if (choice, label) in both[:i]]
         if twice:

@@ -1,30 +1,22 @@
-"""Preference records from wherever they are: Python lists, jsonl, csv, ``datasets.Dataset``, and our two bundled sets."""
+"""Preference records from files, lists, tables and data sets, and the two sets that ship with the package."""
 
 from __future__ import annotations
 
-import csv
 import json
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
-from itertools import takewhile
-from pathlib import Path
-from string import Formatter
+from itertools import islice
+from os import PathLike
 from typing import Any
 
 from grains_tl._util.checks import whole
+from grains_tl._util.errors import RecordError
+from grains_tl.records.columns import FIELDS, pair_of
 from grains_tl.records.pairs import PreferencePair
-
-FIELDS = ("prompt", "chosen", "rejected")
-
-#: Where a record's image or images may stand; the second is TRL's name.
-IMAGES = ("image", "images")
-
+from grains_tl.records.sources import read_rows, source_name
 
 BUNDLED = ("sentiment", "misconceptions")
-
-#: No record is longer; a file without line breaks is refused before it fills the memory.
-MAX_LINE = 2**25
 
 
 def neutral_texts(n: int | None = None) -> list[str]:
@@ -50,7 +42,7 @@ def neutral_texts(n: int | None = None) -> list[str]:
 
 
 def load_pairs(
-    source: str | Path | Iterable[Any],
+    source: Any,
     columns: Mapping[str, str] | None = None,
     *,
     limit: int | None = None,
@@ -58,8 +50,11 @@ def load_pairs(
     r"""Read preference records.
 
     Args:
-        source: a ``.jsonl`` / ``.json`` / ``.csv`` path, an iterable of mappings or ``PreferencePair``, or a
-            ``datasets.Dataset`` or ``pandas.DataFrame``.
+        source: a ``.jsonl`` / ``.json`` / ``.csv`` / ``.parquet`` path; an iterable of mappings or ``PreferencePair``, read
+            only as far as ``limit``; a mapping from columns to lists; a ``datasets.Dataset`` (any format, also streaming); a
+            ``pandas``, ``polars`` or arrow table. Conversations may be lists or arrays of messages, ShareGPT's turns, or
+            either of them as text in one cell; without a prompt column they are split where chosen and rejected part (texts:
+            after the last ``Assistant:`` they share). ``tools`` of a conversation are kept for the chat template.
         columns: where the fields stand if they have other names: a column name, or a template with ``{column}`` in it,
             e.g. ``{"prompt": "Q: {Question}\nA:", "chosen": " {Best Answer}"}``. A semicolon list such as TruthfulQA's
             is read with ``{Incorrect Answers[0]}``: the first of its items. ``"image"`` too has a default, the column
@@ -67,17 +62,19 @@ def load_pairs(
         limit: keep the first ``limit`` records.
 
     Returns:
-        Records in the order of the source; other columns are kept in ``meta``.
+        Records in the order of the source; other columns are kept in ``meta``. A prompt that stands in front of both
+        responses too is taken off them.
 
     Raises:
-        ValueError: no records, an empty field, ``chosen`` equal to ``rejected``, a broken line or row, text that is not
-            UTF-8; the message names the row or line (from 1).
+        RecordError: an empty field (in a template: all its cells), ``chosen`` equal to ``rejected``, numbers in place of
+            text, half a character, turns that cannot be read; the message names the row (from 1).
+        ValueError: no records, several splits, a broken line, text that is not UTF-8; the message names the line (from 1).
         KeyError: a missing column; the message lists the columns that are there.
         FileNotFoundError: the path does not exist.
 
     Warns:
-        UserWarning: records that stand there twice (they are kept, and count twice); responses that are glued to the
-            prompt's last word, because they have no leading space.
+        UserWarning: repeated records (they are kept, and count twice); responses that are glued to the prompt's last word,
+            because they have no leading space; text prompts that were taken off their responses.
 
     Examples:
         >>> pairs = load_pairs([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
@@ -91,16 +88,53 @@ def load_pairs(
     unknown = set(columns or {}) - set(known)
     if unknown:
         raise ValueError(f"columns maps {sorted(unknown)}, but a record has only {known}")
+    rows = islice(read_rows(source), limit)  # takes no row that it does not keep: an iterator can be read on
     pairs: list[PreferencePair] = []
-    for row_number, row in read_rows(source):
-        if limit is not None and len(pairs) >= limit:
-            break
-        pairs.append(row if isinstance(row, PreferencePair) else _pair(row, columns or {}, row_number))
+    cut: list[int] = []
+    for number, row in rows:
+        pairs.append(row if isinstance(row, PreferencePair) else pair_of(row, columns or {}, number, cut=cut))
     if not pairs:
-        raise ValueError(f"no records in {_name(source)}; a list or file with at least one preference pair is needed")
+        raise ValueError(
+            f"no records in {source_name(source)}; a list or file with at least one preference pair is needed"
+        )
     _warn_of_repeats(pairs, source)
     _warn_of_glue(pairs, source)
+    if cut:
+        warnings.warn(
+            f"{source_name(source)}: in {len(cut)} of {len(pairs)} records both responses begin with the whole prompt (the "
+            f"first: row {cut[0]}); it was taken off them",
+            UserWarning,
+            stacklevel=2,
+        )
     return pairs
+
+
+def preference_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
+    """The records as a list; mappings with prompt, chosen and rejected are read as ``load_pairs`` reads them.
+
+    Args:
+        pairs: records, or mappings.
+
+    Raises:
+        RecordError: something else among them; the message names the record (from 1).
+        ValueError: no list, such as one record alone or a path.
+    """
+    if isinstance(pairs, (PreferencePair, str, PathLike, Mapping)) or not hasattr(pairs, "__iter__"):
+        raise ValueError(
+            f"records are a {type(pairs).__name__}; a list of PreferencePair is needed: load_pairs(...), or [pair] for one"
+        )
+    records = []
+    for number, record in enumerate(pairs, start=1):
+        if isinstance(record, Mapping):
+            record = pair_of(record, {}, number, kind="record")
+        if not isinstance(record, PreferencePair):
+            raise RecordError(
+                f"record {number} is a {type(record).__name__}; a PreferencePair is needed, or a mapping with prompt, "
+                "chosen and rejected",
+                number,
+            )
+        records.append(record)
+    return records
 
 
 def load_bundled(name: str, split: str | None = None) -> list[PreferencePair]:
@@ -131,106 +165,6 @@ def load_bundled(name: str, split: str | None = None) -> list[PreferencePair]:
     return [p for p in pairs if split is None or p.meta["split"] == split]
 
 
-def read_rows(source: Any) -> Iterator[tuple[int, Any]]:
-    """Rows of a file or any iterable, each with its number from 1 (its line in a text file)."""
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}; give a .jsonl, .json or .csv file, or a list of records")
-        suffix = path.suffix.lower()
-        if suffix == ".csv":
-            yield from _csv_rows(path)
-        elif suffix in (".jsonl", ".ndjson"):
-            yield from _jsonl_rows(path)
-        elif suffix == ".json":
-            rows = _json("".join(_lines(path)), str(path))
-            if not isinstance(rows, list):
-                raise ValueError(f"{path} holds a {type(rows).__name__}; a list of records is needed")
-            yield from enumerate(rows, start=1)
-        else:
-            raise ValueError(f"{path}: cannot read {suffix or 'a file without an ending'}; use .jsonl, .json or .csv")
-        return
-    if isinstance(source, Mapping):
-        raise ValueError("one mapping was given; wrap the record in a list: load_pairs([record])")
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas table: iterating it gives its header
-        # a missing cell is NaN or NA there, and NaN would pass for the text "nan"
-        source = source.astype(object).where(source.notna(), None).to_dict("records")
-    if not hasattr(source, "__iter__"):
-        raise ValueError(f"records are a {type(source).__name__}; a list of mappings, a path or a table is needed")
-    yield from enumerate(source, start=1)
-
-
-def csv_cells(path: Path) -> Iterator[list[str]]:
-    """The rows of a csv file, empty ones left out.
-
-    Quotes must be closed and stand around whole cells: read leniently, one stray quote swallows the rows after it.
-
-    Raises:
-        ValueError: bad quoting, an overlong line or cell, text that is not UTF-8; the message names the line.
-    """
-    reader = csv.reader(_lines(path), strict=True)
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(
-                f"{path}, line {reader.line_num}: bad csv ({error}); put cells with commas, quotes or line breaks between "
-                'double quotes, and write a quote inside them twice ("")'
-            ) from None
-        if cells:
-            yield cells
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    rows = csv_cells(path)
-    header = next(rows, [])
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path}: the header names {twice} more than once; give every column its own name")
-    for number, cells in enumerate(rows, start=1):
-        if len(cells) > len(header):
-            raise ValueError(
-                f"{path}, row {number}: {len(cells)} cells under {len(header)} columns; put cells with commas in quotes"
-            )
-        yield number, dict(zip(header, [*cells, *[None] * (len(header) - len(cells))], strict=True))
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            yield number, _json(line.rstrip("\r\n"), f"{path}, line {number}")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a text file, ends included; none is read whole that is too long to be a record."""
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            while line := file.readline(MAX_LINE + 1):
-                number += 1
-                if len(line) > MAX_LINE:
-                    raise ValueError(
-                        f"{path}, line {number}: longer than {MAX_LINE:,} characters; is every record on a line of its own?"
-                    )
-                yield line
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 after line {number} ({error.reason}); save the file as UTF-8 text"
-        ) from None
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at {place})") from None
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number with thousands of digits
-        raise ValueError(f"{where}: JSON that cannot be read ({type(error).__name__}: {error})") from None
-
-
 def _warn_of_repeats(pairs: list[PreferencePair], source: Any) -> None:
     first: dict[str, int] = {}
     again = []
@@ -241,8 +175,8 @@ def _warn_of_repeats(pairs: list[PreferencePair], source: Any) -> None:
                 again.append(number)
     if again:
         warnings.warn(
-            f"{_name(source)}: {len(again)} of {len(pairs)} records repeat earlier ones (the first: record {again[0]}); "
-            "they count twice, and standard errors take them as independent",
+            f"{source_name(source)}: {len(again)} of {len(pairs)} records repeat earlier ones (the first: record "
+            f"{again[0]}); they count twice, and standard errors take them as independent",
             UserWarning,
             stacklevel=3,
         )
@@ -260,83 +194,8 @@ def _warn_of_glue(pairs: list[PreferencePair], source: Any) -> None:
     if glued:
         number, word = glued[0]
         warnings.warn(
-            f"{_name(source)}: {len(glued)} of {2 * len(pairs)} responses follow the prompt without a space (record "
+            f"{source_name(source)}: {len(glued)} of {2 * len(pairs)} responses follow the prompt without a space (record "
             f"{number} reads ...{word!r}); begin them with one",
             UserWarning,
             stacklevel=3,
         )
-
-
-def _pair(row: Any, columns: Mapping[str, str], number: int) -> PreferencePair:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"row {number} is a {type(row).__name__}; a mapping with {FIELDS} is needed")
-    if "prompt" not in columns and "prompt" not in row:
-        row = _with_prompt(row)
-    values = {name: _field(row, name, columns.get(name, name), number) for name in FIELDS}
-    used = set(columns.values()) | set(FIELDS)
-    image, taken = _image(row, columns.get("image"), number)
-    meta = {str(key): value for key, value in row.items() if key not in used and key not in taken}
-    try:
-        return PreferencePair(**values, image=image, meta=meta)
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from None
-
-
-def _image(row: Mapping[str, Any], column: str | None, number: int) -> tuple[Any, Collection[str]]:
-    """The record's image or images, if it has any, and the columns they came from."""
-    if column is not None and column not in row:
-        raise KeyError(f"row {number} has no column {column!r} for 'image'; it has {list(row)}")
-    names = IMAGES if column is None else (column,)
-    found = [row[name] for name in names if row.get(name) is not None]
-    image = found[0] if found else None
-    return None if isinstance(image, (list, str)) and not image else image, names
-
-
-def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """TRL's implicit prompts: where both responses are whole conversations, the messages they begin with in common."""
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        return row
-    n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-    return {**row, "prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]} if n else row
-
-
-def _field(row: Mapping[str, Any], name: str, column: str, number: int) -> Any:
-    try:
-        if "{" in column:
-            empty = [used for used in _columns_of(column) if row[used] is None]
-            if empty:
-                raise ValueError(f"the cells {empty} are missing")
-            lists = {k: _Items(v) if isinstance(v, str) else v for k, v in row.items()}
-            return column.format_map(lists)
-        value = row[column]
-    except ValueError as error:
-        raise ValueError(f"row {number}, {name}: {error}") from None
-    except KeyError as error:
-        raise KeyError(
-            f"row {number} has no column {error!s} for {name!r}; it has {list(row)}. "
-            f'Map it: columns={{"{name}": "<your column>"}}, in a shell --column {name}="<your column>"'
-        ) from None
-    if value is None:
-        raise ValueError(f"row {number}: {name} is missing (the cell {column!r} is empty)")
-    return value
-
-
-def _columns_of(template: str) -> list[str]:
-    """Names of the columns a template uses."""
-    fields = [field for _, field, _, _ in Formatter().parse(template) if field]
-    return [field.partition("[")[0] for field in fields]
-
-
-class _Items(str):
-    """A cell; ``{cell}`` is its text and ``{cell[0]}`` the first item of its semicolon list."""
-
-    def __getitem__(self, index: Any) -> str:
-        items = [item.strip() for item in str.split(self, ";") if item.strip()]
-        if int(index) >= len(items):
-            raise ValueError(f"item [{index}] is wanted of a cell with {len(items)} items: {str(self)!r}")
-        return items[int(index)]
-
-
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, (str, Path)) else f"the given {type(source).__name__}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from hashlib import sha256
 from typing import Any
 
@@ -17,7 +17,7 @@ from grains_tl.records.pictures import load_images
 Record = PreferencePair | MultipleChoice
 
 
-def split_records(records: Sequence[Any], share: float = 0.5, *, seed: int = 0) -> tuple[list[Any], list[Any]]:
+def split_records(records: Iterable[Any], share: float = 0.5, *, seed: int = 0) -> tuple[list[Any], list[Any]]:
     """Records for choosing and records to report on, at random; copies of a record stay together.
 
     Args:
@@ -37,6 +37,7 @@ def split_records(records: Sequence[Any], share: float = 0.5, *, seed: int = 0) 
         >>> [len(part) for part in split_records(pairs, 0.3)]
         [7, 3]
     """
+    records = list(records)
     ids = list(dict.fromkeys(map(record_id, records)))
     n = round(share * len(ids))
     if not 0 < n < len(ids):
@@ -51,4 +52,5 @@ def record_id(record: Record) -> str:
     if isinstance(record, MultipleChoice):
         return hash_of([record.prompt, sorted(map(hash_of, record.choices))])
     pictures = [] if record.image is None else [sha256(p.tobytes()).hexdigest() for p in load_images(record.image)]
-    return hash_of([record.prompt, sorted(map(hash_of, (record.chosen, record.rejected))), *pictures])
+    tools = [repr(tool) for tool in record.tools or ()]
+    return hash_of([record.prompt, sorted(map(hash_of, (record.chosen, record.rejected))), *pictures, *tools])

@@ -95,7 +95,7 @@ def with_placeholders(model: HookedModel, prompt: Text, n_images: int) -> Text:
             raise ValueError(f"the prompt has {found} placeholders {token!r} for {n_images} image(s)")
         return prompt if found else _framed(model, token) * n_images + "\n" + prompt
     messages = list(prompt)
-    if not n_images and all(isinstance(m.get("content"), str) for m in messages):
+    if not n_images and not any(isinstance(m.get("content"), (list, tuple)) for m in messages):
         return messages if template_owner(model) is model.tokenizer else [as_parts(m) for m in messages]
     messages = [as_parts(m) for m in messages]
     found = sum(part.get("type") == "image" for m in messages for part in m["content"])
@@ -144,12 +144,13 @@ def refuse_lost_image(model: HookedModel, text: str, ids: Sequence[int]) -> None
 
 def as_parts(message: Message) -> dict[str, Any]:
     """The message with its content as a list of parts, as the templates of vision-language models take it."""
-    content = message.get("content", "")
-    return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else list(content)}
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
+    return {**message, "content": parts}
 
 
 def process_images(
-    model: HookedModel, text: str, images: Sequence[Any], *, bos: int | None = None
+    model: HookedModel, text: str, images: Sequence[Any], *, front: Sequence[int] = ()
 ) -> tuple[list[int], ImageInputs]:
     """Ids of a rendered prompt with its image tokens expanded, and everything else the processor made of the images.
 
@@ -157,7 +158,7 @@ def process_images(
         model: with its processor.
         text: the prompt with one placeholder per image.
         images: from ``load_images``.
-        bos: id to put in front.
+        front: ids to put in front.
 
     Raises:
         ValueError: no processor, or the processor does not take text and images together.
@@ -166,7 +167,6 @@ def process_images(
     found = dict(processor(text=[text], images=list(images), add_special_tokens=False, return_tensors="pt"))
     ids = found.pop("input_ids")[0].tolist()
     found.pop("attention_mask", None)
-    front = [] if bos is None else [bos]
     per_token = {
         key: (*([0] * len(front)), *value[0].tolist()) for key, value in found.items() if key.endswith("token_type_ids")
     }

@@ -11,11 +11,15 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
-from grains_tl.records.pairs import PreferencePair, plain_text, preference_pairs, require_text
+from grains_tl._util.errors import numbered
+from grains_tl.records.loading import preference_pairs
+from grains_tl.records.messages import as_text
+from grains_tl.records.pairs import PreferencePair, require_text
 from grains_tl.records.pictures import load_images
+from grains_tl.tokens.chat import Chat
 from grains_tl.tokens.images import ImageInputs, process_images, refuse_lost_image, template_owner, with_placeholders
 from grains_tl.tokens.rules import TokenRules, token_rules
-from grains_tl.tokens.text import _bos, _content_mask, _encode, _render, _response_text, _word_starts, common_prefix
+from grains_tl.tokens.text import TokenTexts, common_prefix, encode
 from grains_tl.types import HookedModel, Text
 
 
@@ -83,8 +87,9 @@ class TokenizedPair:
 def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[TokenizedPair]:
     """Tokenize records and check them against the model, all before anything runs.
 
-    Spans come from tokenizing prompt and prompt + response: the prompt is what both tokenizations share. For
-    conversational records the response ends with its words; the end-of-turn marker is not scored.
+    Spans come from tokenizing prompt and prompt + response: the prompt is what both tokenizations share. A conversational
+    response is all that the template renders after the prompt (thoughts, channel, words, tool calls) up to the end-of-turn
+    marker, which is not scored. A prompt that ends with the assistant's words is continued by the responses.
 
     Args:
         model: gives the tokenizer, and the processor for records with images.
@@ -94,9 +99,10 @@ def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[
         One ``TokenizedPair`` per record, in their order.
 
     Raises:
-        ValueError: no records, a record that is too long for the context, a response without tokens, a conversational
-            record for a tokenizer without chat template, an image for a model without a processor; the message names
-            the record (from 1).
+        RecordError: a record that is too long for the context, a response without tokens, a conversation for a tokenizer
+            without chat template or that the template refuses, rewrites or shows only in part, an image for a model without
+            a processor; the message names the record (from 1).
+        ValueError: no records.
 
     Examples:
         >>> toks = tokenize_pairs(model, load_bundled("sentiment", "choose"))  # doctest: +SKIP
@@ -106,12 +112,10 @@ def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[
     records = preference_pairs(pairs)
     if not records:
         raise ValueError("no records; at least one preference pair is needed")
-    tokenized = []
+    tokenized, texts = [], TokenTexts(model.tokenizer)
     for number, pair in enumerate(records, start=1):
-        try:
-            tokenized.append(_tokenize(model, rules, pair))
-        except ValueError as error:
-            raise ValueError(f"record {number}: {error}") from None
+        with numbered("record", number):
+            tokenized.append(_tokenize(model, rules, texts, pair))
     return tokenized
 
 
@@ -159,20 +163,19 @@ def prompt_inputs(model: HookedModel, prompt: Text, image: Any = None) -> tuple[
     """Ids of one prompt with its image tokens expanded, and its images.
 
     Raises:
-        ValueError: an empty prompt, one longer than the context, or images the model cannot take.
+        ValueError: an empty prompt, one longer than the context, one that the chat template refuses, or images the model
+            cannot take.
     """
     rules = token_rules(model)
-    require_text("a prompt", prompt)
-    if not plain_text(prompt).strip():
-        raise ValueError(f"the prompt is empty ({plain_text(prompt)!r}); some text is needed")
+    prompt = as_text(prompt)
+    require_text("the prompt", prompt)
     pictures = () if image is None else load_images(image)
-    prompt = with_placeholders(model, prompt, len(pictures))
-    text = _render(template_owner(model), rules, prompt)
-    ids, images = _encode(model.tokenizer, rules, prompt, text)[0], None
+    start = _prompt(model, rules, with_placeholders(model, prompt, len(pictures)))
+    ids, images = start.ids, None
     if pictures:
-        ids, images = process_images(model, text, pictures, bos=_bos(rules, prompt))
+        ids, images = process_images(model, start.text, pictures, front=start.front)
     else:
-        refuse_lost_image(model, text, ids)
+        refuse_lost_image(model, start.text, ids)
     if len(ids) >= rules.n_ctx:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's context holds {rules.n_ctx}; shorten it")
     return ids, images
@@ -187,34 +190,81 @@ def tokenize_responses(
         ValueError: as ``tokenize_pairs``.
     """
     rules = token_rules(model)
-    names = [f"response {i}" for i in range(1, len(responses) + 1)]
-    text, ids, _, border, full = _split(model, rules, prompt, dict(zip(names, responses, strict=True)))
-    refuse_lost_image(model, text, ids)
-    _require_context(rules, border, {name: one[border:] for name, one in zip(names, full, strict=True)})
-    return tuple(ids[:border]), tuple(tuple(one[border:]) for one in full)
+    named = {f"response {i}": response for i, response in enumerate(responses, start=1)}
+    start = _prompt(model, rules, with_placeholders(model, prompt, 0))
+    border, full = _continued(model, rules, start, named)
+    refuse_lost_image(model, start.text, start.ids)
+    _require_context(rules, border, {name: ids[border:] for name, ids in zip(named, full, strict=True)})
+    return tuple(start.ids[:border]), tuple(tuple(ids[border:]) for ids in full)
 
 
 def text_ids(model: HookedModel, text: str) -> list[int]:
-    """Ids of a plain text of any length, BOS included where ``token_rules`` has one."""
-    return _encode(model.tokenizer, token_rules(model), text, text)[0]
+    """Ids of a plain text of any length, with whatever ``token_rules`` puts in front."""
+    return encode(model.tokenizer, token_rules(model), text)[0]
 
 
-def _split(
-    model: HookedModel, rules: TokenRules, prompt: Text, responses: Mapping[str, Text]
-) -> tuple[str, list[int], list[tuple[int, int]] | None, int, list[list[int]]]:
-    """The rendered prompt, its ids and offsets; the border; the ids of prompt + response for every response."""
-    tokenizer, template = model.tokenizer, template_owner(model)
-    prompt_text = _render(template, rules, prompt)
-    ids, offsets = _encode(tokenizer, rules, prompt, prompt_text)
-    texts = [_response_text(template, prompt, prompt_text, r) for r in responses.values()]
-    full = [_encode(tokenizer, rules, prompt, prompt_text + text)[0] for text in texts]
-    border = min(common_prefix(ids, one) for one in full)
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt as text and ids, before images are expanded.
+
+    Attributes:
+        text: what is tokenized.
+        ids: its tokens, those in front included.
+        offsets: the characters of each; ``None`` for a slow tokenizer.
+        front: the ids that were put in front.
+        chat: the conversation it was rendered from; ``None`` for plain text.
+    """
+
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]] | None
+    front: tuple[int, ...]
+    chat: Chat | None
+
+
+def _prompt(model: HookedModel, rules: TokenRules, prompt: Text, tools: Sequence[Any] | None = None) -> _Prompt:
+    if isinstance(prompt, str):
+        return _Prompt(prompt, *encode(model.tokenizer, rules, prompt), rules.front, None)
+    if not rules.has_chat_template:
+        raise ValueError("the prompt is a conversation, but the tokenizer has no chat template; give plain text")
+    chat = Chat(template_owner(model), tuple(prompt), tuple(tools) if tools else None)
+    text = chat.prompt()
+    return _Prompt(text, *encode(model.tokenizer, rules, text, rendered=True), (), chat)
+
+
+def _continued(
+    model: HookedModel, rules: TokenRules, prompt: _Prompt, responses: Mapping[str, Text]
+) -> tuple[int, list[list[int]]]:
+    """The border that prompt and responses share, and the ids of prompt + response for every response."""
+    full = []
+    for name, response in responses.items():
+        if prompt.chat is not None:
+            response = prompt.chat.response(prompt.text, response, name)
+        elif not isinstance(response, str):
+            raise ValueError(
+                f"{name} is a list of messages after a text prompt; give both as messages, or both as text"
+            )
+        full.append(encode(model.tokenizer, rules, prompt.text + response, rendered=prompt.chat is not None)[0])
+    border = min(common_prefix(prompt.ids, ids) for ids in full)
     if border == 0:
         raise ValueError("the whole prompt merges with the responses into one token; write a longer prompt")
-    for name, one in zip(responses, full, strict=True):
-        if len(one) == border:
+    for name, ids in zip(responses, full, strict=True):
+        if len(ids) == border:
             raise ValueError(f"{name} has no tokens of its own after the prompt; write a longer response")
-    return prompt_text, ids, offsets, border, full
+    return border, full
+
+
+def _content(rules: TokenRules, prompt: _Prompt) -> list[bool]:
+    """Content: not special and, in a conversation, inside the words of a message."""
+    content = [token not in rules.special for token in prompt.ids]
+    if prompt.chat is None:
+        return content
+    if prompt.offsets is None:
+        raise ValueError("a conversation needs a fast tokenizer (character offsets) to tell words from template")
+    inside = [False] * len(prompt.text)
+    for begin, end in prompt.chat.spans(prompt.text):
+        inside[begin:end] = [True] * (end - begin)
+    return [keep and any(inside[a:b]) for keep, (a, b) in zip(content, prompt.offsets, strict=True)]
 
 
 def _require_context(rules: TokenRules, border: int, responses: Mapping[str, Sequence[int]]) -> None:
@@ -226,37 +276,35 @@ def _require_context(rules: TokenRules, border: int, responses: Mapping[str, Seq
             )
 
 
-def _tokenize(model: HookedModel, rules: TokenRules, pair: PreferencePair) -> TokenizedPair:
-    tokenizer, template = model.tokenizer, template_owner(model)
+def _tokenize(model: HookedModel, rules: TokenRules, texts: TokenTexts, pair: PreferencePair) -> TokenizedPair:
     pictures = () if pair.image is None else load_images(pair.image)
-    source = with_placeholders(model, pair.prompt, len(pictures))
-    given = {"chosen": pair.chosen, "rejected": pair.rejected}
-    prompt_text, prompt, offsets, border, full = _split(model, rules, source, given)
+    start = _prompt(model, rules, with_placeholders(model, pair.prompt, len(pictures)), pair.tools)
+    border, full = _continued(model, rules, start, {"chosen": pair.chosen, "rejected": pair.rejected})
     if full[0] == full[1]:
         raise ValueError("chosen and rejected give the same tokens; there is nothing to prefer")
-    content = _content_mask(template, rules, source, prompt_text, prompt, offsets)
-    moved, chosen, rejected = len(prompt) - border, full[0][border:], full[1][border:]
+    ids, content = start.ids, _content(rules, start)
+    moved, chosen, rejected = len(ids) - border, full[0][border:], full[1][border:]
     images = None
     if pictures:
-        given_away = prompt[border:]
-        expanded, images = process_images(model, prompt_text, pictures, bos=_bos(rules, source))
-        content = _expand_content(prompt, content, expanded, images)
-        border, prompt = len(expanded) - moved, expanded
-        if prompt[border:] != given_away or any(images.is_image[border:]):
+        given_away = ids[border:]
+        expanded, images = process_images(model, start.text, pictures, front=start.front)
+        content = _expand_content(ids, content, expanded, images)
+        border, ids = len(expanded) - moved, expanded
+        if ids[border:] != given_away or any(images.is_image[border:]):
             raise ValueError("a token merges across the border of prompt and response at an image; put text between")
         images = _until(images, border)
     else:
-        refuse_lost_image(model, prompt_text, prompt)
+        refuse_lost_image(model, start.text, ids)
     _require_context(rules, border, {"chosen": chosen, "rejected": rejected})
     return TokenizedPair(
-        prompt=tuple(prompt[:border]),
+        prompt=tuple(ids[:border]),
         chosen=tuple(chosen),
         rejected=tuple(rejected),
         content=tuple(content[:border]),
-        strings=tuple(tokenizer.decode([i]) for i in prompt[:border]),
+        strings=texts.strings(ids[:border]),
         moved_border=moved,
         images=images,
-        starts_word=_word_starts(tokenizer, prompt[:border]),
+        starts_word=texts.word_starts(ids[:border]),
     )
 
 

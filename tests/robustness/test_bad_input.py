@@ -218,7 +218,7 @@ def table() -> str:
 def test_bad_input_meets_the_promised_error(
     case: Case, bridge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grains_tl.records.loading.MAX_LINE", 2_000_000)
+    monkeypatch.setattr("grains_tl.records.sources.MAX_LINE", 2_000_000)
     ran: list[Any] = []
     if not case.runs:
         monkeypatch.setattr("torch.nn.Linear.forward", lambda *args: ran.append(args))
