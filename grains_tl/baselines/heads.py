@@ -15,7 +15,7 @@ from torch import Tensor
 from grains_tl._util.progress import progress_bar
 from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
 from grains_tl.models.running import hooked, require_layers, run_blocks
-from grains_tl.records.pairs import PreferencePair
+from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.readout import read_out
@@ -104,7 +104,7 @@ def _shift(steps: dict[int, Tensor]) -> Any:
 
 def head_vectors(
     model: HookedModel,
-    pairs: Iterable[PreferencePair],
+    pairs: Iterable[PairLike],
     *,
     layers: Sequence[int] | None = None,
     n_heads: int | None = None,

@@ -19,7 +19,7 @@ from grains_tl.inference.objectives import margins
 from grains_tl.models.hugging_face import is_linear
 from grains_tl.models.running import is_bridge, run_blocks
 from grains_tl.models.state import autograd
-from grains_tl.records.pairs import PreferencePair
+from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import HookedModel
 
@@ -50,7 +50,7 @@ class LoraRun:
 @contextmanager
 def lora_adapter(
     model: HookedModel,
-    pairs: Iterable[PreferencePair],
+    pairs: Iterable[PairLike],
     *,
     loss: LoraLoss = "sft",
     rank: int = 8,

@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from grains_tl.records.loading import preference_pairs
-from grains_tl.records.pairs import PreferencePair
+from grains_tl.records.pairs import PairLike, PreferencePair
 
 
-def with_system_prompt(
-    pairs: Iterable[PreferencePair], instruction: str, *, separator: str = "\n\n"
-) -> list[PreferencePair]:
+def with_system_prompt(pairs: Iterable[PairLike], instruction: str, *, separator: str = "\n\n") -> list[PreferencePair]:
     r"""The same records with an instruction in front of each prompt: a strong baseline (AxBench, arXiv 2501.17148).
 
     Conversations get it as their system message, in front of one they already have; a text prompt as its first

@@ -17,7 +17,7 @@ from grains_tl.baselines.controls import mask_at_random, orthogonal_directions, 
 from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.models.identity import model_identity
 from grains_tl.models.running import require_layers
-from grains_tl.records.pairs import PreferencePair
+from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
@@ -243,7 +243,7 @@ class ControlOptions:
 
 def baseline_draws(
     model: HookedModel,
-    pairs: Iterable[PreferencePair],
+    pairs: Iterable[PairLike],
     names: Sequence[str | RecipeFunction] | None = None,
     *,
     layers: Sequence[int],
@@ -301,7 +301,7 @@ def baseline_draws(
 
 def baseline_vectors(
     model: HookedModel,
-    pairs: Iterable[PreferencePair],
+    pairs: Iterable[PairLike],
     names: Sequence[str | RecipeFunction] = ("caa", "icv", "prompt_mean"),
     *,
     layers: Sequence[int],

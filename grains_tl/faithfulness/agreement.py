@@ -14,7 +14,7 @@ from torch import Tensor
 from grains_tl.attribution.api import attribute_all
 from grains_tl.attribution.methods import METHODS
 from grains_tl.attribution.result import Attribution
-from grains_tl.records.pairs import PreferencePair
+from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import HookedModel
 
@@ -90,7 +90,7 @@ def agreement_map(frame: pd.DataFrame) -> pd.DataFrame:
 
 def seed_agreement(
     model: HookedModel,
-    pairs: Sequence[PreferencePair],
+    pairs: Sequence[PairLike],
     *,
     method: str,
     seeds: Sequence[int] = (0, 1, 2),
@@ -128,7 +128,7 @@ def seed_agreement(
 
 def random_weights_check(
     model: HookedModel,
-    pairs: Sequence[PreferencePair],
+    pairs: Sequence[PairLike],
     *,
     methods: Sequence[str] = ("leave_one_out", "gradient_x_input"),
     layers: Sequence[int] | None = None,

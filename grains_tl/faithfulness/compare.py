@@ -32,7 +32,7 @@ from grains_tl.faithfulness.deletion import SHARES, curves, removal_table
 from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import require_layers
-from grains_tl.records.pairs import PreferencePair
+from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.differences import Differences, collect_differences
@@ -50,7 +50,7 @@ Methods = Sequence[Method | str] | Mapping[str, Method | Mapping[str, Any]]
 @with_settings
 def compare_attributions(
     model: HookedModel,
-    pairs: Iterable[PreferencePair],
+    pairs: Iterable[PairLike],
     *,
     methods: Methods = (
         "leave_one_out",
@@ -65,7 +65,7 @@ def compare_attributions(
     shares: Sequence[float] = SHARES,
     n_draws: int = 5,
     seed: int = 0,
-    eval_pairs: Iterable[PreferencePair] | None = None,
+    eval_pairs: Iterable[PairLike] | None = None,
     layer: int | None = None,
     alpha: float = 0.2,
     max_tokens: int | None = None,

@@ -62,6 +62,10 @@ class PreferencePair:
             )
 
 
+#: What functions take as a record: one that was read, or a mapping with prompt, chosen and rejected.
+PairLike = PreferencePair | Mapping[str, Any]
+
+
 def prompt_list(prompts: Any) -> list[Text]:
     """Prompts as a list; one text or one conversation alone becomes a list of one.
 

@@ -14,7 +14,7 @@ from typing import Any
 from grains_tl._util.errors import numbered
 from grains_tl.records.loading import preference_pairs
 from grains_tl.records.messages import as_text
-from grains_tl.records.pairs import PreferencePair, require_text
+from grains_tl.records.pairs import PairLike, PreferencePair, require_text
 from grains_tl.records.pictures import load_images
 from grains_tl.tokens.chat import Chat
 from grains_tl.tokens.images import ImageInputs, process_images, refuse_lost_image, template_owner, with_placeholders
@@ -84,7 +84,7 @@ class TokenizedPair:
         return max(len(row) for row in self.inputs)
 
 
-def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[TokenizedPair]:
+def tokenize_pairs(model: HookedModel, pairs: Iterable[PairLike]) -> list[TokenizedPair]:
     """Tokenize records and check them against the model, all before anything runs.
 
     Spans come from tokenizing prompt and prompt + response: the prompt is what both tokenizations share. A conversational
@@ -120,7 +120,7 @@ def tokenize_pairs(model: HookedModel, pairs: Iterable[PreferencePair]) -> list[
 
 
 #: What functions take that measure records: as they were loaded, or as ``tokenize_pairs`` made them.
-Records = Sequence[TokenizedPair] | Sequence[PreferencePair]
+Records = Sequence[TokenizedPair] | Sequence[PairLike]
 
 
 def as_tokenized(model: HookedModel, records: Any) -> list[TokenizedPair]:

@@ -12,7 +12,7 @@ from grains_tl.attribution.methods import Method
 from grains_tl.attribution.top_k import TopK
 from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.models.running import require_layers
-from grains_tl.records.pairs import PreferencePair
+from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
@@ -24,7 +24,7 @@ from grains_tl.vectors.steering_vectors import SteeringVectors
 
 def build_vectors(
     model: HookedModel,
-    pairs: Iterable[PreferencePair],
+    pairs: Iterable[PairLike],
     *,
     recipe: Recipe | str | RecipeFunction = "grains",
     layers: Sequence[int] | None = None,

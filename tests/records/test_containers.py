@@ -98,9 +98,9 @@ CONTAINERS: dict[str, Any] = {
 @pytest.mark.parametrize("rows", [TEXTS, CHATS, IMPLICIT], ids=["texts", "chats", "no prompt column"])
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_every_container_gives_the_same_records(container: str, rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    wanted = [gr.PreferencePair(r["prompt"], r["chosen"], r["rejected"]) for r in (TEXTS if rows is TEXTS else CHATS)]
+    wanted = [(r["prompt"], r["chosen"], r["rejected"]) for r in (TEXTS if rows is TEXTS else CHATS)]
     found = gr.load_pairs(CONTAINERS[container](rows, tmp_path))
-    assert [(p.prompt, p.chosen, p.rejected) for p in found] == [(p.prompt, p.chosen, p.rejected) for p in wanted]
+    assert [(p.prompt, p.chosen, p.rejected) for p in found] == wanted
     assert [dict(p.meta) for p in found] == [{"kind": "x"} if "kind" in row else {} for row in rows]
 
 
