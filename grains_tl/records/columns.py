@@ -10,7 +10,7 @@ from itertools import takewhile
 from string import Formatter
 from typing import Any
 
-from grains_tl._util.errors import numbered
+from grains_tl._util.errors import RecordError, numbered
 from grains_tl.records.messages import as_text, plain
 from grains_tl.records.pairs import PreferencePair, repeats
 from grains_tl.types import Text
@@ -43,9 +43,9 @@ def pair_of(
         RecordError: cells that make no record.
         KeyError: a column that is not there.
     """
+    if not isinstance(row, Mapping):
+        raise RecordError(f"{kind} {number} is a {type(row).__name__}; a mapping with {FIELDS} is needed", number)
     with numbered(kind, number):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"a {type(row).__name__} is no record; a mapping with {FIELDS} is needed")
         values = _fields(row, columns, number, [] if cut is None else cut)
         image, taken = _image(row, columns.get("image"), number)
         tools = _tools(row.get("tools")) if not isinstance(values["prompt"], str) else None
