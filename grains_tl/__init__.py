@@ -30,6 +30,7 @@ __all__ = [  # noqa: RUF022
     "build_vectors",
     "Mask",
     "SteeringVectors",
+    "Steering",
     "load_vectors",
     "generate",
     "settings",

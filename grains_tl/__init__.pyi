@@ -59,8 +59,9 @@ from .records.pairs import PreferencePair as PreferencePair
 from .records.splits import split_records as split_records
 from .vectors import export as export
 from .vectors.build import build_vectors as build_vectors
+from .vectors.files import load_vectors as load_vectors
+from .vectors.steering import Steering as Steering
 from .vectors.steering_vectors import SteeringVectors as SteeringVectors
-from .vectors.steering_vectors import load_vectors as load_vectors
 
 __version__: str
 __all__: list[str]

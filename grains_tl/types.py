@@ -18,6 +18,21 @@ HookFn = Callable[..., Any]
 #: What ``run_with_hooks(fwd_hooks=...)`` and ``model.hooks(fwd_hooks=...)`` take.
 FwdHooks = list[tuple[str, HookFn]]
 
+
+@runtime_checkable
+class PromptHooks(Protocol):
+    """Hooks that are made when it is known where the prompt ends: ``grains_tl.Steering``.
+
+    Attributes:
+        needs_prompt: whether that makes a difference.
+    """
+
+    @property
+    def needs_prompt(self) -> bool: ...
+
+    def for_prompt(self, prompt_len: Any) -> FwdHooks: ...
+
+
 #: One chat message: ``{"role": ..., "content": ...}``; the content is text, or a list of parts (``{"type": "image"}``,
 #: ``{"type": "text", "text": ...}``) as vision-language models take them.
 Message = Mapping[str, Any]

@@ -26,7 +26,7 @@ from grains_tl.inference.objectives import Objective, margins
 from grains_tl.models.running import require_hook_names
 from grains_tl.models.state import autograd
 from grains_tl.tokens.pairs import Records, as_tokenized
-from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.types import FwdHooks, HookedModel, PromptHooks
 
 
 def patch_hook(
@@ -97,7 +97,7 @@ def patch(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         tokenized: the records, tokenized or not.
-        steering: hooks of the steered run, ``vectors.hooks(0.2, [15])``, or a function ``Batch -> hooks``.
+        steering: of the steered run, ``vectors.steering(0.2, [15])``, or hooks, or a function ``Batch -> hooks``.
         component: what to exchange; with ``by="layer"`` or ``"all"`` several can be exchanged together.
         by: one site per ``"layer"``, per ``"head"`` (component ``"z"``), per layer and ``"pos"``, or ``"all"`` layers
             at once.
@@ -129,8 +129,9 @@ def patch(
     components: tuple[Component, ...] = (component,) if isinstance(component, str) else tuple(component)
     check_options(components, by, into, method)
     if not callable(steering) and not steering:
-        raise ValueError("steering is an empty list of hooks; for example vectors.hooks(0.2, [15])")
-    sites = sites_for(model, tokenized, components, by, layers, offsets, None if callable(steering) else steering)
+        raise ValueError("steering is an empty list of hooks; expected some, such as vectors.steering(0.2, [15])")
+    known = steering.for_prompt(None) if isinstance(steering, PromptHooks) else steering
+    sites = sites_for(model, tokenized, components, by, layers, offsets, None if callable(known) else known)
     places = sorted({place for site in sites for place in site.places})
     require_hook_names(model, [(act_name(*place), id) for place in places])
     found = torch.full((len(sites), len(tokenized)), float("nan"))

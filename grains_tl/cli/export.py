@@ -32,7 +32,7 @@ def run_export(args: argparse.Namespace, load: Callable[[argparse.Namespace, str
     """Write the export; ``load`` gives the model, which only a checkpoint needs."""
     from grains_tl._util.files import write_atomically
     from grains_tl.vectors.export import export_gguf, export_hf, vllm_interventions
-    from grains_tl.vectors.steering_vectors import load_vectors
+    from grains_tl.vectors.files import load_vectors
 
     vectors = load_vectors(args.vectors)
     common: dict[str, Any] = {"layers": args.layer, "operator": args.operator}

@@ -339,24 +339,20 @@ def _build(args: argparse.Namespace) -> None:
 
 def _steer(args: argparse.Namespace) -> None:
     from grains_tl.inference.generation import generate
-    from grains_tl.vectors.steering_vectors import load_vectors
+    from grains_tl.vectors.files import load_vectors
 
     vectors = load_vectors(args.vectors)
     layers = args.layer or [vectors.layers[len(vectors.layers) // 2]]
-    vectors.hooks(args.alpha, layers)  # refuses them now, not after the model is loaded and has written the base text
+    # refuses bad options now, not after the model is loaded and has written the base text
+    steering = vectors.steering(args.alpha, layers, operator=args.operator, positions=args.positions)
     if not all(prompt.strip() for prompt in args.prompt):
         raise ValueError("--prompt is empty; some text is needed")
     model = _load(args, vectors.info.get("model", {}).get("name"))
     vectors.require_match(model)
     prompts = [[{"role": "user", "content": p}] if args.chat else p for p in args.prompt]
 
-    def hooks(prompt_len: int) -> Any:
-        return vectors.hooks(
-            args.alpha, layers, operator=args.operator, positions=args.positions, prompt_len=prompt_len
-        )
-
     base = generate(model, prompts, max_new_tokens=args.max_new_tokens)
-    steered = generate(model, prompts, hooks, max_new_tokens=args.max_new_tokens)
+    steered = generate(model, prompts, steering, max_new_tokens=args.max_new_tokens)
     what = f"steered: alpha {args.alpha:+g}, layer {', '.join(map(str, layers))}"
     what += "" if args.operator == "add_renorm" else f", {args.operator}"
     what += "" if args.positions == "all" else f", {args.positions}"

@@ -50,7 +50,7 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
     from grains_tl.evaluate.choosing import choose, report_choice
     from grains_tl.evaluate.parallel import shared_sweep
     from grains_tl.records.splits import record_id, split_records
-    from grains_tl.vectors.steering_vectors import load_vectors
+    from grains_tl.vectors.files import load_vectors
 
     if args.out and Path(args.out).is_dir():
         raise ValueError(f"--out {args.out} is a folder; name a csv file in it")

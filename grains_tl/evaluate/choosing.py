@@ -18,6 +18,7 @@ from grains_tl.inference.objectives import Objective
 from grains_tl.records.loading import neutral_texts
 from grains_tl.records.splits import Record, record_id
 from grains_tl.types import HookedModel
+from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
@@ -36,8 +37,8 @@ class Choice:
         records: hashes of the records used for choosing; ``report_choice`` refuses them.
 
     Examples:
-        >>> picked = choose(frame, max_kl=0.1)            # doctest: +SKIP
-        >>> vectors.hooks(picked.alpha, [picked.layer])    # doctest: +SKIP
+        >>> picked = choose(frame, max_kl=0.1)                             # doctest: +SKIP
+        >>> generate(model, "The film was", picked.steering(vectors))      # doctest: +SKIP
     """
 
     vector: str
@@ -51,6 +52,29 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.vector}, layer {self.layer}, alpha {self.alpha:+g}, positions {self.positions}: {self.why}"
+
+    def steering(self, vectors: Vectors) -> Steering:
+        """The chosen cell as steering, with its operator and positions.
+
+        Args:
+            vectors: what was swept: one, or several by name.
+
+        Returns:
+            ``Steering``, for whatever takes ``fwd_hooks``.
+
+        Raises:
+            ValueError: the chosen vector or layer is not among them.
+        """
+        chosen = _named(vectors, self.vector)
+        return chosen.steering(self.alpha, self.layer, operator=self.operator, positions=self.positions)
+
+
+def _named(vectors: Vectors, name: str) -> SteeringVectors:
+    if isinstance(vectors, SteeringVectors):
+        return vectors
+    if name not in vectors:
+        raise ValueError(f"no vector {name!r}, which was chosen; there are {sorted(vectors)}")
+    return vectors[name]
 
 
 def choose(
@@ -182,13 +206,10 @@ def report_choice(
             f"{len(seen)} of {len(records)} records were used for choosing (the first is record {seen[0]}); their effect "
             "is biased upwards, report on others"
         )
-    if isinstance(vectors, SteeringVectors):
-        vectors = {choice.vector: vectors}
-    if choice.vector not in vectors:
-        raise ValueError(f"no vector {choice.vector!r}, which was chosen; there are {sorted(vectors)}")
-    vectors[choice.vector].require_match(model)
+    chosen = _named(vectors, choice.vector)
+    chosen.require_match(model)
     settings = grid(
-        {choice.vector: vectors[choice.vector]},
+        {choice.vector: chosen},
         [choice.layer],
         [choice.alpha],
         operator=choice.operator,

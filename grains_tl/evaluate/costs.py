@@ -24,6 +24,7 @@ from grains_tl.inference.restart import prepare_restart, restart_logits
 from grains_tl.records.loading import neutral_texts
 from grains_tl.tokens.pairs import prompt_ids
 from grains_tl.types import HookedModel
+from grains_tl.vectors.steering import Steering
 
 #: What is kept of a text under a setting, per predicted token.
 MEASURES = ["kl", "base_nll", "nll", "agreement"]
@@ -53,7 +54,7 @@ def cost_rows(model: HookedModel, texts: Sequence[str] | None = None) -> list[li
 
 def text_costs(
     model: HookedModel,
-    settings: Sequence[Setting],
+    settings: Sequence[Setting | Steering],
     texts: Sequence[str] | None = None,
     *,
     checkpoint: str | Path | Checkpoint | None = None,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from grains_tl._util.progress import progress_bar
 from grains_tl.inference.batches import batch_of, by_token_budget
-from grains_tl.inference.generation import generate
+from grains_tl.inference.generation import GenerationHooks, generate
 from grains_tl.inference.logprobs import HooksForBatch, hooks_for
 from grains_tl.inference.objectives import token_logprobs
 from grains_tl.models.running import forward_logits
@@ -18,7 +18,7 @@ from grains_tl.tokens.chat import render
 from grains_tl.tokens.pairs import text_ids
 from grains_tl.tokens.rules import token_rules
 from grains_tl.tokens.text import common_prefix, last_tokens
-from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.types import HookedModel
 
 #: Tokens generated where a task sets no limit, as in lm-evaluation-harness' own models.
 MAX_NEW_TOKENS = 256
@@ -28,7 +28,7 @@ def adapter(
     model: HookedModel,
     fwd_hooks: HooksForBatch | None = None,
     *,
-    generation_hooks: FwdHooks | Callable[[int], FwdHooks] | None = None,
+    generation_hooks: GenerationHooks | None = None,
     batch_size: int = 8,
 ) -> Any:
     """The model as an ``lm_eval.api.model.LM``: every request runs with the hooks on.
@@ -40,9 +40,9 @@ def adapter(
 
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
-        fwd_hooks: hooks, or a function ``Batch -> hooks`` (for scopes that need to know where the context ends).
-        generation_hooks: hooks for ``generate_until``, as ``generate`` takes them; default ``fwd_hooks``, if that is a
-            list.
+        fwd_hooks: a ``Steering``, hooks, or a function ``Batch -> hooks``.
+        generation_hooks: hooks for ``generate_until``, as ``generate`` takes them, where ``fwd_hooks`` is a function;
+            default ``fwd_hooks``.
         batch_size: prompts per batch of generation.
 
     Returns:
@@ -55,7 +55,7 @@ def adapter(
 
     Examples:
         >>> import lm_eval                                                                      # doctest: +SKIP
-        >>> steered = adapter(model, vectors.hooks(0.2, layers=[12]))                           # doctest: +SKIP
+        >>> steered = adapter(model, vectors.steering(0.2, 12))                                 # doctest: +SKIP
         >>> lm_eval.simple_evaluate(model=steered, tasks=["truthfulqa_mc1"])["results"]         # doctest: +SKIP
     """
     return _adapter_class()(model, fwd_hooks, generation_hooks, batch_size)
@@ -109,8 +109,8 @@ def _adapter_class() -> Any:
             hooks = self.fwd_hooks if self.generation_hooks is None else self.generation_hooks
             if self.generation_hooks is None and callable(hooks):
                 raise ValueError(
-                    "fwd_hooks is a function of a batch, which generation has none of; give generation_hooks= too "
-                    "(a list, or a function prompt_len -> hooks)"
+                    "fwd_hooks is a function of a batch, which generation has none of; give a Steering "
+                    "instead, or generation_hooks= too (a list, or a function prompt_len -> hooks)"
                 )
             texts = [""] * len(requests)
             settings: dict[tuple[int, float], list[int]] = {}

@@ -18,13 +18,14 @@ from grains_tl.inference.restart import Restart, prepare_restart, restart_many
 from grains_tl.models.running import forward_logits, resid_post
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
 def measure(
     model: HookedModel,
     tokenized: Records,
-    settings: Sequence[Setting],
+    settings: Sequence[Setting | Steering],
     *,
     objective: Objective = "sum",
 ) -> tuple[Float[Tensor, "record 2"], Float[Tensor, "setting record 2"]]:
@@ -153,13 +154,13 @@ def next_token_kl(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         tokenized: the records, tokenized or not.
-        fwd_hooks: the steering, hooks or a function ``Batch -> hooks``.
+        fwd_hooks: a ``Steering``, hooks, or a function ``Batch -> hooks``.
 
     Returns:
         ``[record]``, nats.
 
     Examples:
-        >>> next_token_kl(model, tokenized, vectors.hooks(0.2, [24])).mean()     # doctest: +SKIP
+        >>> next_token_kl(model, tokenized, vectors.steering(0.2, 24)).mean()    # doctest: +SKIP
         tensor(0.2214)
     """
     tokenized = as_tokenized(model, tokenized)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -11,16 +11,17 @@ import pandas as pd
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Setting
 from grains_tl.evaluate.store import Checkpoint
-from grains_tl.inference.generation import generate
+from grains_tl.inference.generation import GenerationHooks, generate
 from grains_tl.records.choices import MultipleChoice, letters
 from grains_tl.records.pairs import plain_text, prompt_list
-from grains_tl.types import FwdHooks, HookedModel, Text
+from grains_tl.types import HookedModel, Text
+from grains_tl.vectors.steering import Steering
 
 
 def retention(
     model: HookedModel,
     items: Iterable[MultipleChoice],
-    settings: Sequence[Setting],
+    settings: Sequence[Setting | Steering],
     *,
     checkpoint: str | Path | Checkpoint | None = None,
 ) -> pd.DataFrame:
@@ -82,7 +83,7 @@ def text_quality(texts: Sequence[str], *, max_repetition: float = 0.5, min_words
 def generation_quality(
     model: HookedModel,
     prompts: Text | Iterable[Text],
-    fwd_hooks: FwdHooks | Callable[[int], FwdHooks],
+    fwd_hooks: GenerationHooks,
     *,
     max_new_tokens: int = 40,
 ) -> pd.DataFrame:
@@ -91,7 +92,7 @@ def generation_quality(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         prompts: texts or conversations, or one of them.
-        fwd_hooks: hooks, or a function ``prompt_len -> hooks`` as in ``generate``.
+        fwd_hooks: a ``Steering``, or hooks as in ``generate``.
         max_new_tokens: of each continuation.
 
     Returns:
@@ -99,7 +100,7 @@ def generation_quality(
         with ``base_`` in front for the unsteered text.
 
     Examples:
-        >>> generation_quality(model, ["The film was"], vectors.hooks(0.4, [12]))["degenerate"]    # doctest: +SKIP
+        >>> generation_quality(model, ["The film was"], vectors.steering(0.4, 12))["degenerate"]    # doctest: +SKIP
     """
     prompts = prompt_list(prompts)
     before, after = (generate(model, prompts, hooks, max_new_tokens=max_new_tokens) for hooks in (None, fwd_hooks))

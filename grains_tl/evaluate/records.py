@@ -26,6 +26,7 @@ from grains_tl.records.pairs import PreferencePair
 from grains_tl.records.splits import Record, record_id
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
+from grains_tl.vectors.steering import Steering
 
 #: The columns that name a setting.
 SETTING = ["vector", "positions", "layer", "alpha"]
@@ -40,7 +41,7 @@ PER_RECORD = "the per-record table of record_effects or sweep_records"
 def record_effects(
     model: HookedModel,
     records: Iterable[Record],
-    settings: Sequence[Setting],
+    settings: Sequence[Setting | Steering],
     *,
     objective: Objective = "sum",
     checkpoint: str | Path | Checkpoint | None = None,

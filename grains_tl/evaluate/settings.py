@@ -7,13 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from grains_tl._util.checks import finite, layer_numbers, listed
-from grains_tl._util.files import hash_of
+from grains_tl._util.checks import finite, listed
 from grains_tl.hooks.steer import Operator, Positions
-from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import HooksForBatch
 from grains_tl.models.running import listed_hooks, require_hook_names, resid_post
-from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.types import FwdHooks, HookedModel, PromptHooks
+from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 Vectors = SteeringVectors | Mapping[str, SteeringVectors]
@@ -25,8 +24,8 @@ class Setting:
 
     Attributes:
         layer: the lowest layer the hooks act on; everything below is shared with the unsteered run.
-        hooks: hooks on ``resid_post`` of this and later layers, or a function ``Batch -> hooks``. An empty list is the
-            unsteered model and costs nothing.
+        hooks: a ``Steering``, or hooks on ``resid_post`` of this and later layers, or a function ``Batch -> hooks``. An
+            empty list is the unsteered model and costs nothing.
         vector: the vector's name in a table.
         alpha: the step size, for the table.
         positions: the scope, for the table.
@@ -46,9 +45,28 @@ class Setting:
     draw: int = -1
     key: str = ""
 
+    @classmethod
+    def of(cls, steering: Steering, *, vector: str | None = None, draw: int = -1) -> Setting:
+        """A setting that applies some steering.
 
-def require_settings(model: HookedModel, settings: Sequence[Setting]) -> list[Setting]:
-    """The settings as a list.
+        Args:
+            steering: from ``vectors.steering(alpha, layers)``.
+            vector: its name in a table; default the method that the vectors were built with.
+            draw: number of a resampled or random vector.
+        """
+        return cls(
+            min(steering.layers),
+            [] if steering.idle else steering,
+            vector=str(steering.vectors.info.get("method", "vector")) if vector is None else vector,
+            alpha=steering.alpha,
+            positions=steering.positions if isinstance(steering.positions, str) else "mask",
+            draw=draw,
+            key=steering.key,
+        )
+
+
+def require_settings(model: HookedModel, settings: Sequence[Setting | Steering]) -> list[Setting]:
+    """The settings as a list; a ``Steering`` among them becomes a ``Setting``.
 
     Hooks that are made for each batch are looked at when they are there.
 
@@ -56,19 +74,24 @@ def require_settings(model: HookedModel, settings: Sequence[Setting]) -> list[Se
         KeyError: a hook that the model lacks.
         ValueError: something else than settings, such as hooks or one setting alone, or hooks that would never run.
     """
-    wanted = "a list of Setting is needed: grid(vectors, layers, alphas) makes it, or [Setting(layer, hooks)]"
-    if isinstance(settings, Setting) or not hasattr(settings, "__iter__"):
+    wanted = (
+        "expected a list: grid(vectors, layers, alphas), [vectors.steering(alpha, layer)] or [Setting(layer, hooks)]"
+    )
+    if isinstance(settings, (Setting, Steering)) or not hasattr(settings, "__iter__"):
         raise ValueError(f"settings are one {type(settings).__name__}; {wanted}")
-    settings = list(settings)
-    for number, setting in enumerate(settings, start=1):
+    ready = []
+    for number, given in enumerate(settings, start=1):
+        setting = Setting.of(given) if isinstance(given, Steering) else given
         if not isinstance(setting, Setting):
             raise ValueError(f"setting {number} is a {type(setting).__name__}; {wanted}")
-    for setting in settings:
+        ready.append(setting)
+    for setting in ready:
         if not callable(setting.hooks):
-            hooks = listed_hooks(setting.hooks)
+            made = setting.hooks.for_prompt(None) if isinstance(setting.hooks, PromptHooks) else setting.hooks
+            hooks = listed_hooks(made)
             require_hook_names(model, hooks)
             _require_reach(setting.layer, hooks)
-    return settings
+    return ready
 
 
 def _require_reach(layer: int, fwd_hooks: FwdHooks) -> None:
@@ -85,7 +108,7 @@ def _require_reach(layer: int, fwd_hooks: FwdHooks) -> None:
 
 def grid(
     vectors: Vectors,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     alphas: Sequence[float] = (-0.2, 0.2),
     *,
     operator: Operator = "add_renorm",
@@ -96,7 +119,7 @@ def grid(
 
     Args:
         vectors: one, or several by name.
-        layers: default all that a vector has.
+        layers: one or several; default all that a vector has.
         alphas: step sizes, fractions of the layer's typical residual norm.
         operator: how the step is applied (see ``SteeringVectors.hooks``).
         positions: one scope, or several to compare (see ``SteeringVectors.hooks``).
@@ -115,24 +138,14 @@ def grid(
         [(4, 0.1), (4, 0.2), (5, 0.1), (5, 0.2)]
     """
     steps = list(dict.fromkeys(finite("alpha", alpha) for alpha in listed("alphas", alphas)))
-    wanted = None if layers is None else layer_numbers(layers)
     scopes = [positions] if isinstance(positions, str) else list(positions)
     members = [(name, -1, one) for name, one in named_vectors(vectors).items()]
     members += [(name, i, one) for name, several in (draws or {}).items() for i, one in enumerate(several)]
     settings = [
-        Setting(
-            layer,
-            # a step of length 0 is the unsteered model
-            [] if alpha == 0 and operator != "clamp" else _hooks(one, float(alpha), layer, operator, scope),
-            vector=name,
-            alpha=float(alpha),
-            positions=scope,
-            draw=draw,
-            key=_key(one, float(alpha), layer, operator, scope),
-        )
+        Setting.of(one.steering(alpha, layer, operator=operator, positions=scope), vector=name, draw=draw)
         for name, draw, one in members
         for scope in scopes
-        for layer in sorted(set(one.layers if wanted is None else wanted))
+        for layer in sorted(set(one.layer_list(layers)))
         for alpha in steps
     ]
     if not settings:
@@ -143,24 +156,3 @@ def grid(
 def named_vectors(vectors: Vectors) -> Mapping[str, SteeringVectors]:
     """Vectors by name; a single one goes by the method it was built with."""
     return {str(vectors.info.get("method", "vector")): vectors} if isinstance(vectors, SteeringVectors) else vectors
-
-
-def _hooks(
-    vectors: SteeringVectors, alpha: float, layer: int, operator: Operator, positions: Positions
-) -> HooksForBatch:
-    """Steering hooks that know where each row's prompt ends, for scopes other than ``"all"``."""
-    made = vectors.hooks(alpha, [layer], operator=operator, positions=positions)  # refuses bad options now
-    if positions == "all":
-        return made
-
-    def make(batch: Batch) -> FwdHooks:
-        return vectors.hooks(alpha, [layer], operator=operator, positions=positions, prompt_len=batch.prompt_len)
-
-    return make
-
-
-def _key(vectors: SteeringVectors, alpha: float, layer: int, operator: str, positions: str) -> str:
-    """What the hooks do, in a word: direction, size, operator and scope (not what the vector is called)."""
-    one = vectors.at([layer])
-    numbers = [one.directions[0].tolist(), float(one.resid_norms[0])]
-    return hash_of([numbers, alpha, layer, operator, positions])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +22,10 @@ Operator = Literal["add_renorm", "add", "ablate", "clamp"]
 #: of the response: the prompt's last and all after it.
 Positions = Literal["all", "prompt", "generated", "last"]
 
+#: Which rows ``[batch]`` or positions ``[batch, pos]`` are steered, beside the scope: booleans, or a function of the
+#: activation ``[batch, pos, d_model]`` that gives them (``ThresholdGate``).
+Gate = Callable[[Tensor], Tensor] | Tensor
+
 
 def steer_hook(
     layer: int,
@@ -30,6 +35,7 @@ def steer_hook(
     operator: Operator = "add_renorm",
     positions: Positions | Bool[Tensor, "batch pos"] = "all",
     prompt_len: int | Int[Tensor, "batch"] | None = None,
+    gate: Gate | None = None,
 ) -> FwdHooks:
     """Steer the residual stream after one block.
 
@@ -47,13 +53,16 @@ def steer_hook(
             included (rows padded on the left end their prompts at one place: an int). Named scopes use it in runs over
             whole sequences. Without it a run over several positions is taken as the prompt. Decoding with a key-value
             cache hands over one position at a time: that is a generated one, unless ``prompt_len`` is 1.
+        gate: steer only the rows ``[batch]`` or positions ``[batch, pos]`` where it is True: a boolean tensor, or a
+            function that gives one from the activation ``[batch, pos, d_model]`` before the step (``ThresholdGate``).
+            While decoding the function sees the new position alone; a ``[batch, pos]`` tensor leaves that one alone.
 
     Returns:
         ``[(name, fn)]`` for ``run_with_hooks`` or ``model.hooks``, next to any other hooks.
 
     Raises:
         ValueError: zero or non-finite direction, non-finite amount, unknown operator or scope; during the run, a
-            ``d_model``, mask shape or ``prompt_len`` that does not fit.
+            ``d_model``, mask shape, ``prompt_len`` or gate that does not fit.
 
     Examples:
         >>> hooks = steer_hook(0, torch.tensor([3.0, 4.0]), amount=5.0, operator="add")
@@ -63,17 +72,7 @@ def steer_hook(
     layer, amount = whole("layer", layer), finite("amount", amount)
     if layer < 0:
         raise ValueError(f"layer={layer}; layers count from 0")
-    if operator not in get_args(Operator):
-        raise ValueError(f"operator={operator!r}; it is one of {get_args(Operator)}")
-    if isinstance(positions, str) and positions not in get_args(Positions):
-        raise ValueError(f"positions={positions!r}; it is one of {get_args(Positions)} or a [batch, pos] mask")
-    if not isinstance(positions, (str, torch.Tensor)) or (
-        isinstance(positions, torch.Tensor) and (positions.ndim != 2 or positions.dtype != torch.bool)
-    ):
-        raise ValueError(
-            f"positions={positions!r}; it is one of {get_args(Positions)} or a boolean [batch, pos] tensor, True where to "
-            "steer (not a list of places)"
-        )
+    require_step(operator, positions, gate)
     prompt_len = _border(prompt_len)
     size = direction.float().norm()
     if not torch.isfinite(size) or size == 0:
@@ -86,12 +85,53 @@ def steer_hook(
         if amount == 0 and operator != "clamp":
             return act
         scope = _scope(act, positions, prompt_len)
+        if gate is not None:
+            opened = _opened(act, gate)
+            scope = opened if scope is None else scope & opened
         if scope is not None and not bool(scope.any()):
             return act
         new = _apply(act, unit.to(act.device), amount, operator)
         return new if scope is None else torch.where(scope[..., None], new, act)
 
     return [(resid_post(layer), hook_fn)]
+
+
+def require_step(operator: Any, positions: Any, gate: Any = None) -> None:
+    """Refuse an operator, scope or gate that cannot be meant (ValueError), without a model or a direction."""
+    if operator not in get_args(Operator):
+        raise ValueError(f"operator={operator!r}; it is one of {get_args(Operator)}")
+    if isinstance(positions, str) and positions not in get_args(Positions):
+        raise ValueError(f"positions={positions!r}; it is one of {get_args(Positions)} or a [batch, pos] mask")
+    if not isinstance(positions, (str, torch.Tensor)) or (
+        isinstance(positions, torch.Tensor) and (positions.ndim != 2 or positions.dtype != torch.bool)
+    ):
+        raise ValueError(
+            f"positions={positions!r}; it is one of {get_args(Positions)} or a boolean [batch, pos] tensor, True where to "
+            "steer (not a list of places)"
+        )
+    is_mask = isinstance(gate, torch.Tensor) and gate.dtype == torch.bool and gate.ndim in (1, 2)
+    if gate is not None and not is_mask and (isinstance(gate, torch.Tensor) or not callable(gate)):
+        raise ValueError(
+            f"gate={gate!r}; expected a boolean tensor [batch] or [batch, pos], or a function of the activation that "
+            "gives one, such as hooks.ThresholdGate(direction, threshold)"
+        )
+
+
+def _opened(act: Float[Tensor, "batch pos d_model"], gate: Gate) -> Bool[Tensor, "rows positions"]:
+    """What a gate says of an activation, as ``[batch or 1, pos or 1]``."""
+    batch, n_pos = act.shape[:2]
+    opened = gate if isinstance(gate, Tensor) else gate(act)
+    if not isinstance(opened, Tensor) or opened.dtype != torch.bool:
+        kind = f"{opened.dtype} tensor" if isinstance(opened, Tensor) else type(opened).__name__
+        raise ValueError(f"the gate gave a {kind}; expected booleans [batch] or [batch, pos], True where to steer")
+    rows = opened[:, None] if opened.ndim == 1 else opened
+    if isinstance(gate, Tensor) and n_pos == 1 and rows.ndim == 2 and rows.shape[1] > 1:
+        return torch.zeros(batch, 1, dtype=torch.bool, device=act.device)
+    if rows.ndim != 2 or rows.shape[0] not in (1, batch) or rows.shape[1] not in (1, n_pos):
+        raise ValueError(
+            f"the gate gave {tuple(opened.shape)} for activations {tuple(act.shape)}; expected [batch] or [batch, pos]"
+        )
+    return rows.to(act.device)
 
 
 def _border(prompt_len: Any) -> int | Int[Tensor, "batch"] | None:

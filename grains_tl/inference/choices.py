@@ -98,7 +98,7 @@ def score_choices(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         items: questions, or what ``tokenize_choices`` made of them.
-        fwd_hooks: hooks to run with, or a function ``Batch -> hooks``.
+        fwd_hooks: a ``Steering``, hooks, or a function ``Batch -> hooks``.
 
     Returns:
         ``[item, choice]`` on the CPU, summed over the tokens of a choice; ``-inf`` where a question has fewer choices

@@ -19,13 +19,16 @@ from grains_tl.tokens.images import ImageInputs
 from grains_tl.tokens.pairs import prompt_inputs
 from grains_tl.tokens.rules import token_rules
 from grains_tl.tokens.text import decode_after
-from grains_tl.types import FwdHooks, HookedModel, Text
+from grains_tl.types import FwdHooks, HookedModel, PromptHooks, Text
+
+#: Steering, hooks, or a function that makes hooks from the prompt's length.
+GenerationHooks = FwdHooks | PromptHooks | Callable[[int], FwdHooks]
 
 
 def generate(
     model: HookedModel,
     prompts: Text | Iterable[Text],
-    fwd_hooks: FwdHooks | Callable[[int], FwdHooks] | None = None,
+    fwd_hooks: GenerationHooks | None = None,
     *,
     max_new_tokens: int = 40,
     temperature: float = 0.0,
@@ -39,8 +42,8 @@ def generate(
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         prompts: texts or conversations (rendered with the chat template); one alone stands for a list of one. A
             conversation that ends with the assistant's words is continued there.
-        fwd_hooks: ``[(name, fn)]``, or a function ``prompt_len -> hooks`` for hooks that need the prompt's length
-            (of the batch, padding included): ``lambda n: vectors.hooks(0.2, [12], positions="prompt", prompt_len=n)``.
+        fwd_hooks: a ``Steering``, hooks ``[(name, fn)]``, or a function ``prompt_len -> hooks`` for hooks of your own
+            that need the prompt's length (of the batch, padding included).
         max_new_tokens: longest continuation.
         temperature: 0 for greedy decoding, else sampling.
         seed: for sampling; the global random state is left as it was.
@@ -99,7 +102,7 @@ def generate(
 def _continue(
     model: HookedModel,
     rows: list[tuple[list[int], ImageInputs | None]],
-    fwd_hooks: FwdHooks | Callable[[int], FwdHooks] | None,
+    fwd_hooks: GenerationHooks | None,
     max_new_tokens: int,
     temperature: float,
     seed: int,
@@ -108,6 +111,8 @@ def _continue(
     ids, mask, offset = pad_rows(model, [row for row, _ in rows], padding_side="left", at_least=2)
     pictures = image_inputs(model, [images for _, images in rows], ids, offset)
     prompt_len = ids.shape[1]
+    if isinstance(fwd_hooks, PromptHooks):
+        fwd_hooks = fwd_hooks.for_prompt(prompt_len)
     hooks = listed_hooks(fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks)
     hooks = [*hooks, *finite_hook(resid_post(int(model.cfg.n_layers) - 1))]
     rules = token_rules(model)

@@ -22,16 +22,18 @@ from grains_tl.inference.objectives import Objective, token_logprobs
 from grains_tl.models.precision import exact_unembedding, full_precision
 from grains_tl.models.running import final_norm, forward_logits, hooked, is_bridge, listed_hooks
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized, tokenize_responses
-from grains_tl.types import FwdHooks, HookedModel, Text
+from grains_tl.types import FwdHooks, HookedModel, PromptHooks, Text
 
-#: Hooks, or a function that makes them for a batch (for hooks that need to know where the prompt ends).
-HooksForBatch = FwdHooks | Callable[[Batch], FwdHooks]
+#: Steering, hooks, or a function that makes hooks for a batch.
+HooksForBatch = FwdHooks | PromptHooks | Callable[[Batch], FwdHooks]
 
 #: Tokens per forward pass; on a CPU larger batches are not faster.
 
 
 def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
-    """The hooks of a batch: as given, or as the given function makes them."""
+    """The hooks of a batch: as given, or made for the places where its prompts end."""
+    if isinstance(hooks, PromptHooks):
+        return hooks.for_prompt(batch.offset + batch.prompt_len)
     return listed_hooks(hooks(batch) if callable(hooks) else hooks)
 
 
@@ -65,7 +67,7 @@ def score_pairs(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         tokenized: the records, tokenized or not.
-        fwd_hooks: hooks to run with, or a function ``Batch -> hooks``.
+        fwd_hooks: a ``Steering``, hooks, or a function ``Batch -> hooks``.
         objective: how response tokens are combined.
         max_tokens: token budget of one forward pass.
         progress: show a bar.
@@ -105,7 +107,7 @@ def response_logprobs(
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         prompt: text or messages, as in a ``PreferencePair``.
         response: the response to score, as in a ``PreferencePair``.
-        fwd_hooks: hooks to run with, or a function ``Batch -> hooks``.
+        fwd_hooks: a ``Steering``, hooks, or a function ``Batch -> hooks``.
 
     Returns:
         One row per token: ``token`` (text), ``before`` and ``after`` (nats). The sums are what ``score_pairs`` gives.

@@ -17,7 +17,7 @@ from torch import Tensor
 from grains_tl._util.checks import layer_numbers
 from grains_tl.models.precision import exact_unembedding, full_precision
 from grains_tl.models.state import require_ready
-from grains_tl.types import BridgeModel, FwdHooks, HookedModel
+from grains_tl.types import BridgeModel, FwdHooks, HookedModel, PromptHooks
 
 
 # -- what differs between the classes ---------------------------------------------------------------------------------
@@ -89,10 +89,17 @@ def listed_hooks(fwd_hooks: Any) -> FwdHooks:
     """Hooks as a list of ``(name, fn)``.
 
     Raises:
-        ValueError: something else, such as the vectors themselves.
+        ValueError: something else, such as the vectors themselves, or steering whose scope needs the prompt's length.
     """
     if fwd_hooks is None:
         return []
+    if isinstance(fwd_hooks, PromptHooks):
+        if fwd_hooks.needs_prompt:
+            raise ValueError(
+                f"{fwd_hooks} acts on other positions before and after the end of the prompt, which is not known here; "
+                "give steering.for_prompt(prompt_len)"
+            )
+        return fwd_hooks.for_prompt(None)
     if hasattr(fwd_hooks, "hooks"):
         raise ValueError(f"a {type(fwd_hooks).__name__} is no list of hooks; give vectors.hooks(alpha, layers=[...])")
     pairs = list(fwd_hooks) if isinstance(fwd_hooks, (list, tuple)) else None

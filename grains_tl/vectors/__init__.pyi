@@ -3,13 +3,14 @@ from .build import build_vectors as build_vectors
 from .building import BuildingRecords as BuildingRecords
 from .differences import Differences as Differences
 from .differences import collect_differences as collect_differences
+from .files import load_vectors as load_vectors
 from .gradients import MarginGradient as MarginGradient
 from .grains import Grains as Grains
 from .readout import read_out as read_out
 from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
 from .reduce import reduce_vectors as reduce_vectors
+from .steering import Steering as Steering
 from .steering_vectors import SteeringVectors as SteeringVectors
-from .steering_vectors import load_vectors as load_vectors
 
 __all__: list[str]

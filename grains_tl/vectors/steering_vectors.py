@@ -1,12 +1,9 @@
-"""From differences to steering vectors: reduction, sign, size, arithmetic, files. No model is run here."""
+"""From differences to steering vectors: reduction, sign, size, arithmetic. No model is run here."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +12,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from grains_tl._util.checks import finite, layer_numbers
-from grains_tl._util.files import plain, write_atomically
+from grains_tl._util.checks import finite, layer_numbers, listed, whole
+from grains_tl._util.files import write_atomically
 from grains_tl._util.tensors import lasting
-from grains_tl.hooks.steer import Operator, Positions, steer_hook
-from grains_tl.models.identity import model_identity, same_fingerprint
-from grains_tl.tokens.rules import token_rules
+from grains_tl.hooks.steer import Gate, Operator, Positions
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.matching import require_match
+from grains_tl.vectors.steering import Scale, Steering
 
-FORMAT = "grains_tl.steering_vectors"
-
-#: 1: without a checksum; still read. 2: with ``sha256`` over manifest and tensors.
-FORMAT_VERSION = 2
+#: A sum this much shorter than its terms is float32 round-off.
+CANCELLED = 1e-6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,14 +29,15 @@ class SteeringVectors:
     """One direction per layer, with its size and the scale that ``alpha`` is measured in.
 
     Attributes:
-        directions: ``[layer, d_model]``, unit length; +alpha pushes towards chosen.
+        directions: ``[layer, d_model]``, unit length; +alpha pushes towards chosen. A row of zeros (with magnitude 0,
+            as ``v * 0`` or ``v - v`` give it) has no direction, and steering there changes nothing.
         layers: the layer each row belongs to, counted from 0 (``blocks.{l}.hook_resid_post``).
         magnitudes: ``[layer]``, length of the mean difference along the direction, in residual units.
         resid_norms: ``[layer]``, typical residual norm: ``alpha=0.2`` is a step of 0.2 of it.
         info: how the vectors were made (model, method, seeds, versions, ...); saved as the manifest.
 
     Raises:
-        ValueError: shapes that do not fit each other, non-finite or zero rows.
+        ValueError: shapes that do not fit each other, rows that are neither of unit length nor empty, bad sizes.
 
     Examples:
         >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
@@ -67,10 +63,13 @@ class SteeringVectors:
                 f"{n} layers need directions [{n}, d_model], magnitudes [{n}] and resid_norms [{n}]; got "
                 f"{tuple(self.directions.shape)}, {tuple(self.magnitudes.shape)}, {tuple(self.resid_norms.shape)}"
             )
-        norms = self.directions.norm(dim=-1)
+        norms, dtype = self.directions.float().norm(dim=-1), self.directions.dtype
+        near = 1e-3 if dtype in (torch.float32, torch.float64) else 2e-2  # half precision rounds every entry
         bad = [
-            layer for layer, norm in zip(self.layers, norms.tolist(), strict=True) if not abs(norm - 1) <= 1e-3
-        ]  # NaN too
+            layer
+            for layer, norm, size in zip(self.layers, norms.tolist(), self.magnitudes.tolist(), strict=True)
+            if not (abs(norm - 1) <= near or norm == size == 0)  # NaN is neither
+        ]
         if bad:
             raise ValueError(f"directions at layers {bad} are not unit vectors; use SteeringVectors.from_raw")
         if len(set(self.layers)) < n or any(layer < 0 for layer in self.layers):
@@ -123,102 +122,190 @@ class SteeringVectors:
 
     # -- use --
 
-    def hooks(
+    def steering(
         self,
-        alpha: float,
-        layers: Sequence[int] | None = None,
+        alpha: float | int,
+        layers: int | Sequence[int] | None = None,
         *,
         operator: Operator = "add_renorm",
         positions: Positions | Bool[Tensor, "batch pos"] = "all",
-        prompt_len: int | Int[Tensor, "batch"] | None = None,
-        scale: Literal["residual", "raw"] = "residual",
-    ) -> FwdHooks:
-        """Steering hooks for ``run_with_hooks``, ``model.hooks`` or ``grains_tl.generate``.
+        gate: Gate | None = None,
+        scale: Scale = "residual",
+    ) -> Steering:
+        """Steering as a value, for everything that takes ``fwd_hooks``: ``generate``, ``score_pairs``, sweeps, ...
 
         Args:
             alpha: step as a fraction of the layer's typical residual norm; with ``scale="raw"`` a multiple of the
                 vector's own length. For ``operator="ablate"`` the share of the component taken out.
-            layers: at which of the stored layers; may be left out if there is only one.
+            layers: one or several of the stored layers; may be left out if there is only one. -1 is the model's last.
             operator: ``"add_renorm"`` (the paper's), ``"add"``, ``"ablate"`` or ``"clamp"``.
             positions: ``"all"``, ``"prompt"``, ``"generated"``, ``"last"`` or a ``[batch, pos]`` mask.
+            gate: steer only rows or positions where it is True (``hooks.ThresholdGate``).
+            scale: unit of ``alpha``.
+
+        Returns:
+            ``Steering``, with ``.hooks()``, ``.applied(model)``, ``.label`` and ``.key``.
+
+        Raises:
+            ValueError: a layer that is not stored or named twice, several stored layers and none named, a non-finite
+                ``alpha``, an unknown option.
+
+        Examples:
+            >>> generate(model, "The film was", vectors.steering(0.2, 12, positions="generated"))    # doctest: +SKIP
+        """
+        if layers is None and len(self.layers) > 1:
+            raise ValueError(f"name the layers to steer: layers=[...]; stored are {list(self.layers)}")
+        return Steering(self, alpha, tuple(self.layer_list(layers)), operator, positions, gate, scale)
+
+    def hooks(
+        self,
+        alpha: float | int,
+        layers: int | Sequence[int] | None = None,
+        *,
+        operator: Operator = "add_renorm",
+        positions: Positions | Bool[Tensor, "batch pos"] = "all",
+        prompt_len: int | Int[Tensor, "batch"] | None = None,
+        gate: Gate | None = None,
+        scale: Scale = "residual",
+    ) -> FwdHooks:
+        """``steering(...)`` as plain hooks for ``run_with_hooks`` or ``model.hooks``.
+
+        Args:
+            alpha: see ``steering``, as for all but ``prompt_len``.
+            layers: at which of the stored layers.
+            operator: how the step is applied.
+            positions: where.
             prompt_len: see ``steer_hook``.
+            gate: at which rows or positions of these.
             scale: unit of ``alpha``.
 
         Returns:
             ``[(hook name, fn)]``, one per layer.
 
         Raises:
-            ValueError: a layer that is not stored or named twice, several stored layers and none named, a
-                non-finite ``alpha``.
+            ValueError: as ``steering``.
         """
-        if scale not in ("residual", "raw"):
-            raise ValueError(f"scale={scale!r}; it is 'residual' or 'raw'")
-        alpha = finite("alpha", alpha)
-        if layers is None and len(self.layers) > 1:
-            raise ValueError(f"name the layers to steer: layers=[...]; stored are {list(self.layers)}")
-        hooks: FwdHooks = []
-        chosen = self.layers if layers is None else layer_numbers(layers)
-        if not chosen:
-            raise ValueError(f"no layers given, so nothing would be steered; stored are {list(self.layers)}")
-        if len(set(chosen)) < len(chosen):
-            raise ValueError(f"layers {list(chosen)} steer one layer twice; name each once, and give a larger alpha")
-        for layer in chosen:
-            row = self._row(layer)
-            unit = self.resid_norms[row] if scale == "residual" else self.magnitudes[row]
-            amount = alpha if operator == "ablate" else alpha * float(unit)
-            hooks += steer_hook(
-                layer, self.directions[row], amount, operator=operator, positions=positions, prompt_len=prompt_len
-            )
-        return hooks
+        made = self.steering(alpha, layers, operator=operator, positions=positions, gate=gate, scale=scale)
+        return made.for_prompt(prompt_len)
 
-    def at(self, layers: Sequence[int]) -> SteeringVectors:
+    def layer_list(self, layers: int | Sequence[int] | None) -> list[int]:
+        """Stored layers as numbers from 0.
+
+        Args:
+            layers: one, several, or ``None`` for all. Negative ones count from the model's last layer, where the vectors
+                say how many it has or hold all from 0 on.
+
+        Raises:
+            ValueError: a layer that is not stored, or a negative one that cannot be counted.
+        """
+        if layers is None:
+            return list(self.layers)
+        alone = not hasattr(layers, "__iter__") or getattr(layers, "ndim", 1) == 0
+        return [self._numbered(whole("layer", x)) for x in ([layers] if alone else listed("layers", layers))]
+
+    def _numbered(self, layer: int) -> int:
+        number = layer
+        if layer < 0:
+            about = self.info.get("model")
+            known = about.get("n_layers") if isinstance(about, Mapping) else None
+            if known is None and sorted(self.layers) != list(range(len(self.layers))):
+                raise ValueError(
+                    f"layer {layer}: these vectors do not say how many layers the model has; name one of {list(self.layers)}"
+                )
+            number += len(self.layers) if known is None else int(known)
+        if number not in self.layers:
+            asked = f"{layer}" if number == layer or number < 0 else f"{number} (given as {layer})"
+            raise ValueError(f"no vector for layer {asked}; stored are {list(self.layers)}")
+        return number
+
+    def at(self, layers: int | Sequence[int]) -> SteeringVectors:
         """The same for some of the stored layers (ValueError: a layer that is not stored, or none)."""
-        layers = layer_numbers(layers)
-        if not layers:
+        chosen = self.layer_list(layers)
+        if not chosen:
             raise ValueError(f"layers=[]; name some of the stored ones, {list(self.layers)}")
-        rows = [self._row(layer) for layer in layers]
+        rows = [self.layers.index(layer) for layer in chosen]
         return replace(
             self,
             directions=self.directions[rows],
-            layers=tuple(layers),
+            layers=tuple(chosen),
             magnitudes=self.magnitudes[rows],
             resid_norms=self.resid_norms[rows],
         )
 
-    def _row(self, layer: int) -> int:
-        if layer not in self.layers:
-            raise ValueError(f"no vector for layer {layer}; stored are {list(self.layers)}")
-        return self.layers.index(layer)
+    def __getitem__(self, layers: int | Sequence[int]) -> SteeringVectors:
+        """``vectors[20]`` or ``vectors[[12, 20]]``: as ``at``, by layer and not by row."""
+        return self.at(layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[SteeringVectors]:
+        """The vector of each layer."""
+        return (self.at([layer]) for layer in self.layers)
+
+    def to(self, target: torch.device | torch.dtype | str) -> SteeringVectors:
+        """The same on another device, or with directions of another dtype (sizes stay in float32)."""
+        if isinstance(target, torch.dtype):
+            return replace(self, directions=self.directions.to(target))
+        return replace(
+            self, **{name: getattr(self, name).to(target) for name in ("directions", "magnitudes", "resid_norms")}
+        )
 
     # -- arithmetic --
 
     @property
     def raw(self) -> Float[Tensor, "layer d_model"]:
-        """Directions times magnitudes."""
-        return self.directions * self.magnitudes[:, None]
+        """Directions times magnitudes, float32."""
+        return self.directions.float() * self.magnitudes[:, None]
 
     def __add__(self, other: SteeringVectors) -> SteeringVectors:
         """Sum of the raw vectors (directions times magnitudes)."""
-        self._require_same_space(other)
-        return self.from_raw(self.raw + other.raw, self.layers, self.resid_norms, _combined(self, "+", other))
+        return self._plus(other, "+")
+
+    def __radd__(self, other: Any) -> SteeringVectors:
+        """``sum([v, w])`` begins with the number 0."""
+        return self if isinstance(other, (int, float)) and other == 0 else self._plus(other, "+")
 
     def __sub__(self, other: SteeringVectors) -> SteeringVectors:
-        self._require_same_space(other)
-        return self.from_raw(self.raw - other.raw, self.layers, self.resid_norms, _combined(self, "-", other))
+        return self._plus(other, "-")
 
-    def __mul__(self, factor: float) -> SteeringVectors:
+    def _plus(self, other: SteeringVectors, sign: Literal["+", "-"]) -> SteeringVectors:
+        self._require_same_space(other)
+        own, term = self.raw, other.raw.to(self.directions.device)
+        raw = own + term if sign == "+" else own - term
+        # what is left of a sum that cancels is round-off, and no direction to steer along
+        largest = torch.maximum(self.magnitudes, other.magnitudes.to(own.device))
+        return self._with_raw(raw, CANCELLED * largest, _combined(self, sign, other))
+
+    def __mul__(self, factor: float | int) -> SteeringVectors:
         """Scale the magnitude; ``alpha`` counts residual norms, so only the factor's sign shows unless ``scale="raw"``."""
-        return self.from_raw(self.raw * factor, self.layers, self.resid_norms, self.info)
+        raw = self.raw * finite("factor", factor)
+        return self._with_raw(raw, torch.zeros_like(self.magnitudes), self.info)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, factor: float | int) -> SteeringVectors:
+        divisor = finite("divisor", factor)
+        if divisor == 0:
+            raise ValueError("vectors cannot be divided by 0")
+        return self * (1 / divisor)
 
     def __neg__(self) -> SteeringVectors:
         return self * -1.0
 
+    def _with_raw(
+        self, raw: Float[Tensor, "layer d_model"], nothing: Float[Tensor, "layer"], info: Mapping[str, Any]
+    ) -> SteeringVectors:
+        """The same with other vectors; up to the length ``nothing`` a row counts as empty."""
+        size = raw.norm(dim=-1)
+        size = torch.where(size <= nothing, 0.0, size)
+        directions = torch.where(size[:, None] > 0, raw / size[:, None], 0.0)
+        return replace(self, directions=directions, magnitudes=size, info=dict(info))
+
     def cosine(self, other: SteeringVectors) -> Float[Tensor, "layer"]:
-        """Cosine per layer with other vectors of the same layers."""
+        """Cosine per layer with other vectors of the same layers; 0 where one of them has no direction."""
         self._require_same_space(other)
-        return (self.directions * other.directions).sum(-1)
+        return (self.directions.float() * other.directions.to(self.directions.device).float()).sum(-1)
 
     def _require_same_space(self, other: SteeringVectors) -> None:
         if not isinstance(other, SteeringVectors):
@@ -232,7 +319,7 @@ class SteeringVectors:
     # -- files --
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with the manifest in its header; complete or not at all.
+        """Write a safetensors file with the manifest in its header; complete or not at all. ``load`` reads it.
 
         Args:
             path: where to write; the folder must exist.
@@ -244,22 +331,19 @@ class SteeringVectors:
             >>> import pathlib, tempfile
             >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
             >>> path = v.save(pathlib.Path(tempfile.mkdtemp()) / "v.safetensors")
-            >>> load_vectors(path).layers
+            >>> SteeringVectors.load(path).layers
             (4, 5)
         """
-        from safetensors.torch import save
+        from grains_tl.vectors.files import file_content
 
-        # safetensors refuses tensors that share memory, such as one tensor given as both norms
-        tensors = {
-            "directions": self.directions.clone().contiguous(),
-            "magnitudes": self.magnitudes.clone().contiguous(),
-            "resid_norms": self.resid_norms.clone().contiguous(),
-        }
-        about = {**self.info, "layers": list(self.layers), "hook_point": "blocks.{layer}.hook_resid_post"}
-        manifest = json.dumps(about, default=plain)
-        header = {"format": FORMAT, "version": str(FORMAT_VERSION), "manifest": manifest}
-        header["sha256"] = _digest(manifest, tensors)
-        return write_atomically(path, save(tensors, metadata=header))
+        return write_atomically(path, file_content(self))
+
+    @classmethod
+    def load(cls, path: str | Path, model: HookedModel | None = None) -> SteeringVectors:
+        """``load_vectors``: read a file that ``save`` wrote."""
+        from grains_tl.vectors.files import load_vectors
+
+        return load_vectors(path, model)
 
     def require_match(self, model: HookedModel) -> None:
         """Refuse a model these vectors were not made for.
@@ -273,98 +357,7 @@ class SteeringVectors:
         Warns:
             UserWarning: the same weights behind a tokenizer that treats BOS in another way.
         """
-        made_for = self.info.get("model")
-        have = model_identity(model, bare=True)
-        if made_for is None:
-            if self.directions.shape[1] != have["d_model"] or max(self.layers) >= have["n_layers"]:
-                raise ValueError(
-                    f"vectors of d_model {self.directions.shape[1]} up to layer {max(self.layers)} do not fit "
-                    f"{have['name']} (d_model {have['d_model']}, {have['n_layers']} layers)"
-                )
-            return
-        keys = ("d_model", "n_layers", "n_heads", "d_vocab")
-        different = [f"{k}: {made_for.get(k)} -> {have[k]}" for k in keys if made_for.get(k) != have[k]]
-        if not different and not same_fingerprint(made_for.get("fingerprint"), have["fingerprint"]):
-            different = ["the weights (same shape, another fingerprint)"]
-        if different:
-            raise ValueError(
-                f"these vectors were made for {made_for.get('name')}, the model is {have['name']}; different: "
-                f"{'; '.join(different)}. Build vectors for this model, or load the one they belong to"
-            )
-        made, here = str(self.info.get("token_rules", "")).partition(";")[0], _bos_rule(model)
-        if made and here and made != here:
-            warnings.warn(
-                f"the vectors were built with {made}, this model's tokenizer gives {here} (TransformerLens may reload "
-                "one so that it adds BOS): prompts begin with another token. gr.load_model keeps the tokenizer's own rule",
-                UserWarning,
-                stacklevel=2,
-            )
-
-
-def _bos_rule(model: HookedModel) -> str | None:
-    return None if getattr(model, "tokenizer", None) is None else token_rules(model).describe().partition(";")[0]
-
-
-def load_vectors(path: str | Path, model: HookedModel | None = None) -> SteeringVectors:
-    """Read vectors written by ``SteeringVectors.save``; nothing in the file is executed.
-
-    Args:
-        path: the file.
-        model: if given, refuse vectors made for another model.
-
-    Returns:
-        ``SteeringVectors``: directions ``[layer, d_model]`` of unit length, norms in residual units.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, a newer format version, a checksum that does not fit, broken shapes, numbers that are
-            not finite, or vectors of another model.
-
-    Examples:
-        >>> vectors = load_vectors("vectors.safetensors", model)     # doctest: +SKIP
-    """
-    from safetensors import SafetensorError, safe_open
-
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}; write one with vectors.save(path)")
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            header = handle.metadata() or {}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{file} holds {header.get('format')!r}, not {FORMAT!r}; write it with vectors.save(path)")
-    version = header.get("version", "none")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
-        raise ValueError(f"{file} has format version {version}; this package reads up to {FORMAT_VERSION}")
-    wanted = {"directions", "magnitudes", "resid_norms"}
-    if set(tensors) != wanted:
-        raise ValueError(f"{file} holds the tensors {sorted(tensors)}; {sorted(wanted)} are needed")
-    if int(version) > 1 and header.get("sha256") != _digest(header.get("manifest", ""), tensors):
-        raise ValueError(f"{file} is damaged (its checksum does not fit what it holds); take a copy, or build it again")
-    try:
-        info = json.loads(header["manifest"])
-        if not isinstance(info.get("model", {}), dict):
-            raise ValueError("model is no mapping")
-        layers = tuple(int(layer) for layer in info.pop("layers"))
-        info.pop("hook_point", None)
-        vectors = SteeringVectors(layers=layers, info=info, **{k: v.float() for k, v in tensors.items()})
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file} has a broken manifest or tensors ({type(error).__name__}: {error})") from None
-    if model is not None:
-        vectors.require_match(model)
-    return vectors
-
-
-def _digest(manifest: str, tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256(manifest.encode())
-    for name in sorted(tensors):
-        one = tensors[name]
-        found.update(f"{name}{one.dtype}{tuple(one.shape)}".encode())
-        found.update(one.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        require_match(self.info, self.layers, self.directions.shape[1], model)
 
 
 def _combined(a: SteeringVectors, sign: str, b: SteeringVectors) -> dict[str, Any]:

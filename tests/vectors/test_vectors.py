@@ -20,7 +20,7 @@ from torch import Tensor
 
 import grains_tl as gr
 from grains_tl._util.files import write_atomically
-from grains_tl.vectors.steering_vectors import FORMAT
+from grains_tl.vectors.files import FORMAT
 from tests.conftest import TL_MAJOR, tiny_model
 
 ATOL = 1e-5  # unit vectors, reduced in float64 and kept in float32
@@ -191,7 +191,7 @@ def test_arithmetic() -> None:
     torch.testing.assert_close(a.cosine(b), torch.tensor([-1 / (5 * 2**0.5), 1 / 26**0.5]))
     torch.testing.assert_close(a.cosine(-a), -torch.ones(2))
     with pytest.raises(ValueError, match="zero or not finite"):
-        a - a
+        gr.SteeringVectors.from_raw(torch.zeros(2, 3), [4, 7], torch.ones(2))
 
 
 def test_arithmetic_of_other_layers_is_refused() -> None:

@@ -1,0 +1,208 @@
+"""Steering as a value: which vectors, how far, at which layers and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from grains_tl._util.checks import finite
+from grains_tl._util.files import hash_of
+from grains_tl.hooks.steer import Gate, Operator, Positions, require_step, steer_hook
+from grains_tl.models.running import hooked, resid_post
+from grains_tl.types import FwdHooks, HookedModel
+
+#: The unit of ``alpha``: the layer's typical residual norm, or the vector's own length.
+Scale = Literal["residual", "raw"]
+
+
+@runtime_checkable
+class DirectionSet(Protocol):
+    """What steering needs of ``SteeringVectors``."""
+
+    @property
+    def directions(self) -> Float[Tensor, "layer d_model"]: ...  # noqa: D102
+    @property
+    def layers(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def magnitudes(self) -> Float[Tensor, "layer"]: ...  # noqa: D102
+    @property
+    def resid_norms(self) -> Float[Tensor, "layer"]: ...  # noqa: D102
+    @property
+    def info(self) -> Any: ...  # noqa: D102
+
+    def layer_list(self, layers: int | Sequence[int] | None) -> list[int]:
+        """Stored layers as numbers from 0."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """A step along steering vectors; whatever takes ``fwd_hooks`` takes it.
+
+    Scoring, generation and sweeps tell it where each prompt ends, so scopes such as ``"generated"`` need nothing else.
+
+    Attributes:
+        vectors: ``SteeringVectors``.
+        alpha: the step, see ``SteeringVectors.hooks``.
+        layers: the steered layers, counted from 0.
+        operator: how the step is applied.
+        positions: where: a scope, or a boolean ``[batch, pos]`` mask.
+        gate: steer only rows or positions where it is True, see ``steer_hook``.
+        scale: the unit of ``alpha``.
+
+    Raises:
+        ValueError: an option that cannot be meant, no layer, or one that is not stored or is named twice.
+
+    Examples:
+        >>> import torch
+        >>> from grains_tl.vectors import SteeringVectors
+        >>> vectors = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
+        >>> steering = vectors.steering(0.2, 5, positions="generated")
+        >>> steering.label
+        'vector, alpha +0.2, layer 5, generated'
+        >>> with steering.applied(model):                             # doctest: +SKIP
+        ...     model.generate("The film was")
+    """
+
+    vectors: DirectionSet
+    alpha: float | int
+    layers: tuple[int, ...]
+    operator: Operator = "add_renorm"
+    positions: Positions | Bool[Tensor, "batch pos"] = "all"
+    gate: Gate | None = None
+    scale: Scale = "residual"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.vectors, DirectionSet):
+            raise ValueError(f"vectors are a {type(self.vectors).__name__}; expected SteeringVectors")
+        if self.scale not in ("residual", "raw"):
+            raise ValueError(f"scale={self.scale!r}; it is 'residual' or 'raw'")
+        object.__setattr__(self, "alpha", finite("alpha", self.alpha))
+        layers, stored = self.vectors.layer_list(self.layers), list(self.vectors.layers)
+        if not layers:
+            raise ValueError(f"no layers given, so nothing would be steered; stored are {stored}")
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"layers {layers} steer one layer twice; name each once, and give a larger alpha")
+        object.__setattr__(self, "layers", tuple(layers))
+        require_step(self.operator, self.positions, self.gate)
+
+    @property
+    def label(self) -> str:
+        """A name for tables and plots: vector, alpha, layers, and whatever differs from the defaults."""
+        layers = ", ".join(map(str, self.layers))
+        parts = [str(self.vectors.info.get("method", "vector")), f"alpha {self.alpha:+g}"]
+        parts += [f"layer{'s' if len(self.layers) > 1 else ''} {layers}"]
+        parts += [] if self.operator == "add_renorm" else [self.operator]
+        if not isinstance(self.positions, str):
+            parts.append("masked positions")
+        elif self.positions != "all":
+            parts.append(self.positions)
+        return ", ".join(parts + (["gated"] if self.gate is not None else []))
+
+    def __str__(self) -> str:
+        return self.label
+
+    @property
+    def key(self) -> str:
+        """What the hooks do, for checkpoints; empty for a gate without a ``key``, whose results cannot be resumed."""
+        gate = (
+            None if self.gate is None else self.gate.tolist() if isinstance(self.gate, Tensor) else _key_of(self.gate)
+        )
+        if gate == "":
+            return ""
+        where = self.positions if isinstance(self.positions, str) else self.positions.tolist()
+        more: list[Any] = [] if gate is None else [["gate", gate]]
+        more += (
+            [] if self.scale == "residual" else [self.scale, [float(self.vectors.magnitudes[r]) for r in self._rows]]
+        )
+        keys = [
+            hash_of(
+                [
+                    [self.vectors.directions[row].tolist(), float(self.vectors.resid_norms[row])],
+                    self.alpha,
+                    layer,
+                    self.operator,
+                    where,
+                    *more,
+                ]
+            )
+            for row, layer in zip(self._rows, self.layers, strict=True)
+        ]
+        return keys[0] if len(keys) == 1 else hash_of(keys)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing: a step of length 0, or vectors without a direction."""
+        empty = not bool(self.vectors.directions[self._rows].any())
+        return empty or (self.alpha == 0 and self.operator != "clamp")
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether it acts differently before and after the end of the prompt."""
+        return isinstance(self.positions, str) and self.positions != "all"
+
+    def hooks(self) -> FwdHooks:
+        """``[(hook name, fn)]``, one per layer, for ``run_with_hooks`` or ``model.hooks``.
+
+        A run over several positions is then taken as a prompt, and each position that is decoded alone as a generated
+        one; ``for_prompt`` is for runs over whole sequences.
+        """
+        return self.for_prompt(None)
+
+    def for_prompt(self, prompt_len: int | Int[Tensor, "batch"] | None) -> FwdHooks:
+        """The hooks for runs whose prompts end at ``prompt_len`` (padding in front included; one number, or one a row)."""
+        hooks: FwdHooks = []
+        for layer, row in zip(self.layers, self._rows, strict=True):
+            direction = self.vectors.directions[row]
+            if not bool(direction.any()):
+                hooks.append((resid_post(layer), _unchanged))
+                continue
+            unit = self.vectors.resid_norms[row] if self.scale == "residual" else self.vectors.magnitudes[row]
+            amount = self.alpha if self.operator == "ablate" else self.alpha * float(unit)
+            hooks += steer_hook(
+                layer,
+                direction,
+                amount,
+                operator=self.operator,
+                positions=self.positions,
+                prompt_len=prompt_len,
+                gate=self.gate,
+            )
+        return hooks
+
+    @contextmanager
+    def applied(
+        self, model: HookedModel, *, prompt_len: int | Int[Tensor, "batch"] | None = None
+    ) -> Iterator[HookedModel]:
+        """Steer everything that runs in the ``with`` block; the hooks are removed at its end, also after an error.
+
+        Args:
+            model: a ``TransformerBridge`` or ``HookedTransformer``.
+            prompt_len: where the prompts end, for runs over whole sequences; see ``hooks`` for runs without it.
+
+        Yields:
+            The model.
+
+        Examples:
+            >>> with vectors.steering(0.2, 12).applied(model):        # doctest: +SKIP
+            ...     logits = model(tokens)
+        """
+        with hooked(model, self.for_prompt(prompt_len)):
+            yield model
+
+    @property
+    def _rows(self) -> list[int]:
+        return [self.vectors.layers.index(layer) for layer in self.layers]
+
+
+def _unchanged(act: Tensor, hook: Any) -> Tensor:
+    return act
+
+
+def _key_of(gate: Any) -> str:
+    return str(getattr(gate, "key", ""))
