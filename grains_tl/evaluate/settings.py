@@ -53,6 +53,9 @@ class Setting:
             steering: from ``vectors.steering(alpha, layers)``.
             vector: its name in a table; default the method that the vectors were built with.
             draw: number of a resampled or random vector.
+
+        Returns:
+            The setting, with the steering's resume key.
         """
         return cls(
             min(steering.layers),

@@ -195,6 +195,9 @@ class SteeringVectors:
             layers: one, several, or ``None`` for all. Negative ones count from the model's last layer, where the vectors
                 say how many it has or hold all from 0 on.
 
+        Returns:
+            The layers in the order given.
+
         Raises:
             ValueError: a layer that is not stored, or a negative one that cannot be counted.
         """
