@@ -78,9 +78,9 @@ def require_settings(model: HookedModel, settings: Sequence[Setting | Steering])
         ValueError: something else than settings, such as hooks or one setting alone, or hooks that would never run.
     """
     wanted = (
-        "expected a list: grid(vectors, layers, alphas), [vectors.steering(alpha, layer)] or [Setting(layer, hooks)]"
+        "a list is needed: grid(vectors, layers, alphas), [vectors.steering(alpha, layer)] or [Setting(layer, hooks)]"
     )
-    if isinstance(settings, (Setting, Steering)) or not hasattr(settings, "__iter__"):
+    if isinstance(settings, (Setting, Steering, SteeringVectors)) or not hasattr(settings, "__iter__"):
         raise ValueError(f"settings are one {type(settings).__name__}; {wanted}")
     ready = []
     for number, given in enumerate(settings, start=1):

@@ -37,9 +37,11 @@ def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
     return listed_hooks(hooks(batch) if callable(hooks) else hooks)
 
 
-def batch_logprobs(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None) -> Float[Tensor, "record 2"]:
+def batch_logprobs(
+    model: HookedModel, batch: Batch, fwd_hooks: HooksForBatch | None = None
+) -> Float[Tensor, "record 2"]:
     """Weighted log-likelihood of chosen (0) and rejected (1) for each record of a batch, nats; differentiable."""
-    return gather_logprobs(target_logits(model, batch, fwd_hooks), batch)
+    return gather_logprobs(target_logits(model, batch, hooks_for(fwd_hooks, batch)), batch)
 
 
 def score_batches(

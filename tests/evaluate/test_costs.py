@@ -127,7 +127,7 @@ def test_a_huge_step_degenerates(bridge: Any) -> None:
     raw = bridge.original_model.lm_head.weight[bridge.tokenizer("very")["input_ids"][0]]
     vectors = gr.SteeringVectors.from_raw(raw[None], [2], torch.tensor([6.0]))
     found = gr.evaluate.generation_quality(bridge, ["the film was", "we liked"], vectors.hooks(50.0), max_new_tokens=12)
-    assert found["text"].tolist() == [" ".join(["very"] * 12)] * 2
+    assert found["text"].tolist() == [" very" * 12] * 2
     assert found["degenerate"].all()
     assert found["base_text"].tolist() == gr.generate(bridge, ["the film was", "we liked"], max_new_tokens=12)
 

@@ -58,10 +58,12 @@ def test_settings_that_are_none(made: Any, name: str) -> None:
     call = MEASURES[name]
     with pytest.raises(ValueError, match=r"setting 1 is a tuple; .*grid\(.*Setting\(layer, hooks\)"):
         call(made, made.vectors.hooks(0.2, [1]))
-    with pytest.raises(ValueError, match="settings are one Setting; a list of Setting is needed"):
+    with pytest.raises(ValueError, match="settings are one Setting; a list is needed"):
         call(made, made.settings[0])
     with pytest.raises(ValueError, match=r"settings are one SteeringVectors; .*grid\("):
         call(made, made.vectors)
+    with pytest.raises(ValueError, match=r"settings are one Steering; .*grid\("):
+        call(made, made.vectors.steering(0.2, 1))
     with pytest.raises(ValueError, match=r"settings are one function; .*grid\("):
         call(made, lambda batch: [])
 
