@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from grains_tl._util.checks import finite, whole
 from grains_tl._util.errors import numbered
 from grains_tl.inference.batches import image_inputs, pad_rows
 from grains_tl.models.hugging_face import plain_decoding
+from grains_tl.models.plain_blocks import plain_blocks, runs_plain
 from grains_tl.models.precision import finite_hook
 from grains_tl.models.running import hooked, is_bridge, listed_hooks, resid_post
 from grains_tl.models.state import require_ready
@@ -117,12 +119,14 @@ def _continue(
     hooks = [*hooks, *finite_hook(resid_post(int(model.cfg.n_layers) - 1))]
     rules = token_rules(model)
     sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
+    plain = runs_plain(model)
     with torch.no_grad(), torch.random.fork_rng(), hooked(model, hooks):
         torch.manual_seed(seed)
         if is_bridge(model):
             if sampling:
                 sampling |= {"top_k": 0, "top_p": 1.0}
-            with plain_decoding(model.original_model, rules.eos, rules.pad) as end_ids:
+            decoding = plain_decoding(model.original_model, rules.eos, rules.pad)
+            with plain_blocks(model) if plain else nullcontext(), decoding as end_ids:
                 out = model.original_model.generate(
                     input_ids=ids,
                     attention_mask=mask,
