@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import json
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grains_tl.records.pairs import PreferencePair
+from grains_tl.records.sources import read_rows
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 
@@ -141,7 +141,7 @@ def load_pope(source: Source, split: str | None = None, *, images: str | Path | 
     if split is None and isinstance(source, (str, Path)):
         split = next((s for s in known if s in Path(source).stem), None)
     found = []
-    for number, row in _rows(source):
+    for number, row in read_rows(source):
         _require(row, ("image", "label"), number)
         text = row.get("text", row.get("question"))
         label = str(row["label"]).strip().lower()
@@ -173,7 +173,7 @@ def load_spa_vl(source: Source, *, images: str | Path | None = None) -> list[Pre
         [{'role': 'user', 'content': 'What is this?'}]
     """
     found = []
-    for number, row in _rows(source):
+    for number, row in read_rows(source):
         _require(row, ("image", "question", "chosen", "rejected"), number)
         prompt = [{"role": "user", "content": str(row["question"])}]
         meta = _others(row, ("image", "question", "chosen", "rejected"))
@@ -207,7 +207,7 @@ def load_mmhal(source: Source, *, images: str | Path | None = None) -> list[Judg
     """
     found = []
     used = ("question", "gt_answer", "image_content", "image_src", "question_type")
-    for number, row in _rows(source):
+    for number, row in read_rows(source):
         _require(row, used, number)
         address = row["image_src"]
         place = _image(str(address).rsplit("/", 1)[-1], images) if images is not None else address
@@ -239,7 +239,7 @@ def load_mmmu(source: Source, *, images: str | Path | None = None) -> list[Image
         1
     """
     found = []
-    for number, row in _rows(source):
+    for number, row in read_rows(source):
         _require(row, ("question", "options", "answer"), number)
         options = _options(row["options"], number)
         letter = str(row["answer"]).strip()
@@ -263,25 +263,6 @@ def _options(value: Any, number: int) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"row {number}: options are a {type(value).__name__}; a list is needed")
     return tuple(str(option) for option in value)
-
-
-def _rows(source: Source) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if not isinstance(source, (str, Path)):
-        yield from enumerate(source, start=1)
-        return
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; give a .json or .jsonl file, or rows")
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        yield from enumerate(json.loads(text), start=1)
-        return
-    for number, line in enumerate(text.splitlines(), start=1):  # POPE's .json files hold one object a line
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
 
 
 def _require(row: Any, columns: Sequence[str], number: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from grains_tl._util.checks import finite, whole
-from grains_tl._util.errors import numbered
+from grains_tl._util.errors import OptionError, numbered
 from grains_tl.inference.batches import image_inputs, pad_rows
 from grains_tl.models.hugging_face import plain_decoding
 from grains_tl.models.plain_blocks import plain_blocks, runs_plain
@@ -70,11 +70,11 @@ def generate(
     max_new_tokens, batch_size = whole("max_new_tokens", max_new_tokens), whole("batch_size", batch_size)
     temperature, seed = finite("temperature", temperature), whole("seed", seed)
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}; at least 1 is needed")
+        raise OptionError(f"max_new_tokens={max_new_tokens}; at least 1 is needed")
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; at least 1 is needed")
+        raise OptionError(f"batch_size={batch_size}; at least 1 is needed")
     if temperature < 0:
-        raise ValueError(f"temperature={temperature}; 0 (greedy) or a positive number")
+        raise OptionError(f"temperature={temperature}; 0 (greedy) or a positive number")
     require_ready(model)
     if images is not None and (isinstance(images, str) or not hasattr(images, "__iter__")):
         raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from string import ascii_uppercase
 from typing import Any
 
-from grains_tl.records.pairs import PreferencePair, require_text
+from grains_tl.records.pairs import PreferencePair, repeats, require_text
 from grains_tl.types import Text
 
 
@@ -49,6 +49,8 @@ class MultipleChoice:
             raise ValueError(f"a choice is empty ({empty[0]!r}); every choice needs some text")
         for number, choice in enumerate(self.choices, start=1):
             require_text(f"choice {number}", choice)
+        if all(repeats(self.prompt, choice) for choice in self.choices):
+            raise ValueError("all choices begin with the whole prompt; leave it out of them")
         both = list(zip(self.choices, self.labels, strict=True))
         twice = [choice for i, (choice, label) in enumerate(both) if (choice, label) in both[:i]]
         if twice:

@@ -89,10 +89,13 @@ def _given_prompt(row: Mapping[str, Any], columns: Mapping[str, str], number: in
 def _split(chosen: Any, rejected: Any) -> tuple[Any, Any, Any] | None:
     """Prompt and responses of two whole conversations that begin alike; ``None`` where that cannot be told.
 
-    Messages: all that they have in common (TRL's implicit prompt). Texts: up to the last assistant's turn they both begin.
+    Messages: all that they have in common (TRL's implicit prompt), but for the assistant's last ones. Texts: up to the last
+    assistant's turn they both begin.
     """
     n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     if isinstance(chosen, list) and isinstance(rejected, list):
+        while n and isinstance(chosen[n - 1], Mapping) and chosen[n - 1].get("role") == "assistant":
+            n -= 1
         return (chosen[:n], chosen[n:], rejected[n:]) if 0 < n < max(len(chosen), len(rejected)) else None
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return None

@@ -11,7 +11,7 @@ from os import PathLike
 from typing import Any
 
 from grains_tl._util.checks import whole
-from grains_tl._util.errors import RecordError
+from grains_tl._util.errors import OptionError, RecordError
 from grains_tl.records.columns import FIELDS, pair_of
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.records.sources import read_rows, source_name
@@ -82,12 +82,12 @@ def load_pairs(
         (1, ' 4')
     """
     if columns is not None and not isinstance(columns, Mapping):
-        raise ValueError(f"columns={columns!r}; a mapping such as {{'prompt': '<your column>'}} is needed")
+        raise OptionError(f"columns={columns!r}; a mapping such as {{'prompt': '<your column>'}} is needed")
     limit = None if limit is None else whole("limit", limit, 1)
     known = (*FIELDS, "image")
     unknown = set(columns or {}) - set(known)
     if unknown:
-        raise ValueError(f"columns maps {sorted(unknown)}, but a record has only {known}")
+        raise OptionError(f"columns maps {sorted(unknown)}, but a record has only {known}")
     rows = islice(read_rows(source), limit)  # takes no row that it does not keep: an iterator can be read on
     pairs: list[PreferencePair] = []
     cut: list[int] = []
@@ -157,9 +157,9 @@ def load_bundled(name: str, split: str | None = None) -> list[PreferencePair]:
         88
     """
     if name not in BUNDLED:
-        raise ValueError(f"no bundled set {name!r}; there are {BUNDLED}")
+        raise OptionError(f"no bundled set {name!r}; there are {BUNDLED}")
     if split not in (None, "build", "choose", "test"):
-        raise ValueError(f"no split {split!r}; there are build, choose and test")
+        raise OptionError(f"no split {split!r}; there are build, choose and test")
     with resources.as_file(resources.files("grains_tl") / "data_files" / f"{name}.jsonl") as path:
         pairs = load_pairs(path)
     return [p for p in pairs if split is None or p.meta["split"] == split]

@@ -50,6 +50,8 @@ def as_text(value: Any) -> Any:
         if not _SERIALISED.match(value):
             return value
         value = _parsed(value)
+    if isinstance(value, list) and value and all(isinstance(m, str) and m.lstrip().startswith("{") for m in value):
+        value = _parsed(f"[{', '.join(value)}]")  # as some data sets keep messages of different shapes
     if isinstance(value, Mapping):
         value = _rows_of(value)
     if isinstance(value, (list, tuple)) and value and all(isinstance(message, Mapping) for message in value):

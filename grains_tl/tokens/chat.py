@@ -153,9 +153,14 @@ class Chat:
         answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
         if any(isinstance(m.get("content"), (list, tuple)) for m in self.messages):  # a template that takes parts
             answer = [as_parts(message) for message in answer]
-        if self.end != "continue":
-            return [*self.messages, *answer]
         last, first = self.messages[-1], answer[0]
+        if self.end != "continue":
+            if first.get("role") in ("user", "system", "tool"):
+                raise ValueError(
+                    f"{name} begins with role {first.get('role')!r}; an answer begins with the assistant's message, and the "
+                    "prompt's own messages stand in the prompt only"
+                )
+            return [*self.messages, *answer]
         if first.get("role") != last.get("role"):
             raise ValueError(
                 f"the prompt ends with the assistant's words, but {name} begins with role {first.get('role')!r}; begin it "
