@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from grains_tl._util.checks import listed
+from grains_tl._util.files import hash_of
 from grains_tl._util.settings import with_settings
 from grains_tl.evaluate.costs import cost_rows, text_costs
 from grains_tl.evaluate.records import record_effects
@@ -128,6 +130,9 @@ def sweep_records(
     Raises:
         ValueError: as ``sweep``: no records or one alone, no vectors, vectors of another model, layers the model lacks.
 
+    Warns:
+        UserWarning: a neutral text that a vector's Fisher matrix was estimated on.
+
     Examples:
         >>> found, costs = sweep_records(model, {"ours": a, "caa": b}, pairs, neutral=10)    # doctest: +SKIP
         >>> effect_at_kl(found, costs, kl=0.05, against="caa")                               # doctest: +SKIP
@@ -149,7 +154,7 @@ def sweep_records(
     require_layers(model, [s.layer for s in settings])
     texts = neutral_texts(neutral) if isinstance(neutral, int) else neutral
     if texts is not None:
-        cost_rows(model, texts)  # refused now, not after the records have run
+        _warn_of_shared_texts(named, cost_rows(model, texts))  # also refused now, not after the records have run
     with counted_token_layers(model) as count:
         store = open_checkpoint(checkpoint, model)
         found = record_effects(model, records, settings, objective=objective, checkpoint=store)
@@ -163,6 +168,21 @@ def sweep_records(
         "naive_token_layers": loop * (len(settings) + 1) * int(model.cfg.n_layers),
     }
     return found, costs
+
+
+def _warn_of_shared_texts(named: Mapping[str, SteeringVectors], rows: Sequence[Sequence[int]]) -> None:
+    """Say so when a vector was made cheap on the very texts that its cost is measured on."""
+    hashes = {hash_of(list(row)) for row in rows}
+    for name, vectors in named.items():
+        own = vectors.info.get("fisher")
+        shared = hashes.intersection(own.get("texts", ())) if isinstance(own, Mapping) else ()
+        if shared:
+            warnings.warn(
+                f"{len(shared)} of the {len(rows)} neutral texts were used to build {name!r} (its Fisher matrix), so its "
+                "cost looks lower than it is; measure on others, by default neutral_texts(12)",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 @contextmanager

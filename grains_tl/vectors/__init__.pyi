@@ -4,8 +4,10 @@ from .building import BuildingRecords as BuildingRecords
 from .differences import Differences as Differences
 from .differences import collect_differences as collect_differences
 from .files import load_vectors as load_vectors
+from .fisher import Fisher as Fisher
 from .gradients import MarginGradient as MarginGradient
 from .grains import Grains as Grains
+from .kl_optimal import KLOptimal as KLOptimal
 from .readout import read_out as read_out
 from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe

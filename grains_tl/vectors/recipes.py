@@ -25,6 +25,7 @@ from grains_tl.vectors.steering_vectors import SteeringVectors
 RECIPES = {
     "grains": "grains_tl.vectors.grains:Grains",
     "margin_gradient": "grains_tl.vectors.gradients:MarginGradient",
+    "kl_optimal": "grains_tl.vectors.kl_optimal:KLOptimal",
     "caa": "grains_tl.baselines.recipes:CAA",
     "icv": "grains_tl.baselines.recipes:ICV",
     "prompt_mean": "grains_tl.baselines.recipes:PromptMean",
