@@ -78,7 +78,7 @@ def run_settings(
     under ``max_tokens``. Layers come in rising order, so that a run that is stopped has finished what it has yielded.
     """
     layers = [s.layer for s in settings] or [0]
-    copies = _room(batch) > 1 and len(set(layers)) < len(layers)
+    copies = copies_that_fit(batch.ids.numel()) > 1 and len(set(layers)) < len(layers)
     restart = prepare_restart(model, batch, layers, copies=copies)
     yield None, restart.base
     for layer, group, hooks in shared_passes(settings, restart):
@@ -96,7 +96,7 @@ def shared_passes(
 
     Layers come in rising order. Hooks above the setting's own layer would act on its neighbours too: those run alone.
     """
-    size = _room(restart.batch) if restart.tiles else 1
+    size = copies_that_fit(restart.n_tokens) if restart.tiles else 1
     for layer in sorted({s.layer for s in settings}):
         made = {i: hooks_for(s.hooks, restart.batch) for i, s in enumerate(settings) if s.layer == layer}
         for hooks in made.values():
@@ -110,11 +110,9 @@ def shared_passes(
             yield layer, group, [made[i] for i in group]
 
 
-def _room(
-    batch: Batch,
-) -> int:
-    """How many copies of a batch stay under the token budget."""
-    return max(1, current().max_tokens // batch.ids.numel())
+def copies_that_fit(n_tokens: int) -> int:
+    """How many copies of a batch stay under the token budget, at least one."""
+    return max(1, current().max_tokens // n_tokens)
 
 
 def effects(

@@ -82,7 +82,9 @@ def verdict(low: float, high: float, alpha: float) -> str:
 
 
 def _settings(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    for values, group in frame.groupby(SETTING, sort=False, dropna=False):
+    bare = pd.DataFrame(frame, copy=False)
+    bare.attrs = {}  # pandas copies attrs, the hashes of all records among them, into every group
+    for values, group in bare.groupby(SETTING, sort=False, dropna=False):
         yield dict(zip(SETTING, values, strict=True)), group
 
 

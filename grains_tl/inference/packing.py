@@ -1,4 +1,4 @@
-"""Several responses after one prompt in one row: the prompt runs through the blocks once, and no response sees another."""
+"""Rows without padding: several responses share their prompt, several records share a row, and none sees another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from grains_tl.inference.batches import Batch
 BlockInputs = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 #: Packing pays if it leaves out this share of the tokens.
-WORTH = 0.1
+WORTH = 0.03
+
+#: Packed rows are at most this many times as long as the longest record: attention grows with the row.
+WIDEST = 4
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Packing:
 
 
 def pack_batch(batch: Batch, block_inputs: BlockInputs) -> Packing | None:
-    """Rows of one record one after another, without the prompt's repeats; ``None`` where that gains little.
+    """Records one after another, each without the repeats of its prompt; ``None`` where that gains little.
 
     Nothing here knows the architecture: masks and per-position tables among the blocks' arguments are recognised by
     their shapes, and the caller checks the result against the plain run.
@@ -62,42 +65,69 @@ def pack_batch(batch: Batch, block_inputs: BlockInputs) -> Packing | None:
     if bool(batch.offset.any()) or not block_inputs:
         return None
     lengths, prompts = batch.attention_mask.sum(-1).tolist(), batch.prompt_len.tolist()
-    packed: list[list[tuple[int, int]]] = []
-    to = torch.full((*batch.ids.shape, 2), -1)
-    first_of: dict[int, tuple[int, int]] = {}  # record -> its row in the batch, its packed row
+    tokens: dict[int, list[tuple[int, int]]] = {}  # of each record: row and position in the batch
+    first_of: dict[int, int] = {}  # record -> its first row in the batch
+    place = torch.full(batch.ids.shape, -1)  # of each token among those of its record
     for r, record in enumerate(batch.record.tolist()):
-        first, place = first_of.setdefault(record, (r, len(packed)))
-        if first == r:
-            packed.append([])
+        first = first_of.setdefault(record, r)
         shared = 0 if first == r else prompts[r]
         if shared and not torch.equal(batch.ids[r, :shared], batch.ids[first, :shared]):
             return None
-        begin = len(packed[place])
-        packed[place] += [(r, p) for p in range(shared, lengths[r])]
-        to[r, :shared] = to[first, :shared]
-        to[r, shared : lengths[r], 0] = place
-        to[r, shared : lengths[r], 1] = torch.arange(begin, len(packed[place]))
+        own = tokens.setdefault(record, [])
+        begin = len(own)
+        own += [(r, p) for p in range(shared, lengths[r])]
+        place[r, :shared] = place[first, :shared]
+        place[r, shared : lengths[r]] = torch.arange(begin, len(own))
+    bins = _balanced({record: len(own) for record, own in tokens.items()})
+    packed = [[token for record in records for token in tokens[record]] for records in bins]
     width = max(map(len, packed))
     if len(packed) * width > (1 - WORTH) * batch.ids.numel():
         return None
+    bin_of, start_of = torch.zeros(2, max(tokens) + 1, dtype=torch.long).unbind()
+    for number, records in enumerate(bins):
+        begin = 0
+        for record in records:
+            bin_of[record], start_of[record] = number, begin
+            begin += len(tokens[record])
+    record = batch.record.cpu()
+    to_row = torch.where(place >= 0, bin_of[record][:, None], -1)
+    to_pos = torch.where(place >= 0, place + start_of[record][:, None], -1)
+    device = batch.ids.device
     # padding repeats the row's last token; nothing looks at it
-    index = torch.tensor([tokens + tokens[-1:] * (width - len(tokens)) for tokens in packed], device=batch.ids.device)
+    index = torch.tensor([own + own[-1:] * (width - len(own)) for own in packed], device=device)
     row, pos = index.unbind(-1)
-    sees = _visible(row, pos, torch.tensor([len(tokens) for tokens in packed], device=row.device), batch.prompt_len)
+    sees = _visible(row, pos, torch.tensor([len(own) for own in packed], device=device), batch)
     inputs = [
         (tuple(_packed(v, batch, row, pos, sees) for v in args), _packed_named(kwargs, batch, row, pos, sees))
         for args, kwargs in block_inputs
     ]
-    to = to.to(batch.ids.device)
-    return Packing(row, pos, to[..., 0], to[..., 1], inputs)
+    return Packing(row, pos, to_row.to(device), to_pos.to(device), inputs)
+
+
+def _balanced(sizes: dict[int, int]) -> list[list[int]]:
+    """Records dealt out to rows of nearly equal length, so that padding the rows to the longest wastes least."""
+    longest, best, least = max(sizes.values()), [[record] for record in sizes], len(sizes) * max(sizes.values())
+    for n_rows in range(len(sizes) - 1, 0, -1):
+        rows: list[list[int]] = [[] for _ in range(n_rows)]
+        filled = [0] * n_rows
+        for record in sorted(sizes, key=lambda i: -sizes[i]):
+            shortest = filled.index(min(filled))
+            rows[shortest].append(record)
+            filled[shortest] += sizes[record]
+        if max(filled) > WIDEST * longest:
+            break
+        if n_rows * max(filled) < least:
+            best, least = rows, n_rows * max(filled)
+    return best
 
 
 def _visible(
-    row: Int[Tensor, "packed pos"], pos: Int[Tensor, "packed pos"], length: Tensor, prompt_len: Tensor
+    row: Int[Tensor, "packed pos"], pos: Int[Tensor, "packed pos"], length: Int[Tensor, "packed"], batch: Batch
 ) -> Bool[Tensor, "packed pos pos"]:
-    """``[packed, query, key]``: earlier tokens of the query's own row, or of the prompt it shares."""
+    """``[packed, query, key]``: earlier tokens of the query's own row, or of the prompt that its record's rows share."""
+    record = batch.record[row]
     same = row[:, :, None] == row[:, None, :]
-    shared = pos[:, None, :] < prompt_len[row][:, :, None]
+    shared = (record[:, :, None] == record[:, None, :]) & (pos[:, None, :] < batch.prompt_len[row][:, :, None])
     place = torch.arange(row.shape[1], device=row.device)
     real = place[None] < length[:, None]
     sees = (same | shared) & (pos[:, None, :] <= pos[:, :, None]) & real[:, None, :]

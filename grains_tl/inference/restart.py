@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class Restart:
         base: ``[record, 2]`` log-likelihoods of the unsteered run.
         exact: whether continuing reproduces ``base``; where it does not, full runs are used instead.
         tiles: whether continuing several copies of the batch in one pass does so too.
-        packing: how responses to one prompt go into one row; ``None`` where that gains little or is not exact.
+        packing: how the records go into rows without padding; ``None`` where that gains little or is not exact.
+        points: hook points by name, looked up once (a bridge builds its ``hook_dict`` anew at every access).
     """
 
     batch: Batch
@@ -42,6 +43,12 @@ class Restart:
     exact: bool
     tiles: bool = False
     packing: Packing | None = None
+    points: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one copy of the batch in a pass, padding included."""
+        return self.batch.ids.numel() if self.packing is None else self.packing.row.numel()
 
 
 def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, copies: bool = False) -> Restart:
@@ -71,7 +78,7 @@ def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, 
     finally:
         for handle in handles:
             handle.remove()
-    restart = Restart(batch, resid, inputs, base, exact=True)
+    restart = Restart(batch, resid, inputs, base, exact=True, points=model.hook_dict)
     packing = pack_batch(batch, inputs)
     for way, tiles in itertools.product([packing, None] if packing else [None], [True, False] if copies else [False]):
         trial = replace(restart, packing=way, tiles=tiles)
@@ -123,7 +130,7 @@ def restart_logits(
     if not restart.exact:
         return torch.stack([target_logits(model, batch, hooks) for hooks in settings])
     with hooked(model, later):
-        resid = torch.stack([_edited(model, restart.resid[layer], hooks, here) for hooks in settings])
+        resid = torch.stack([_edited(restart, restart.resid[layer], hooks, here) for hooks in settings])
         row, pos, packing = batch.target_row, batch.keep[batch.target_keep], restart.packing
         # a hook on a later block expects the batch's own rows and positions
         if packing is not None and not later and packing.keeps(resid):
@@ -132,21 +139,22 @@ def restart_logits(
         else:
             tiled = rearrange(resid, "setting row pos d_model -> (setting row) pos d_model")
             final = _continue(model, restart, layer + 1, tiled, restart.block_inputs, len(batch.ids))
-        row, pos = row.to(final.device), pos.to(final.device)  # of a model on several devices, the last one
-        per_setting = rearrange(final, "(setting row) pos d_model -> setting row pos d_model", setting=len(settings))
-        read = rearrange(per_setting[:, row, pos], "setting target d_model -> (setting target) 1 d_model")
+        # a place that predicts the first token of both responses is unembedded once
+        places, again = (row * final.shape[1] + pos).to(final.device).unique(return_inverse=True)
+        per_setting = rearrange(final, "(setting row) pos d_model -> setting (row pos) d_model", setting=len(settings))
+        read = rearrange(per_setting[:, places], "setting place d_model -> (setting place) 1 d_model")
         with full_precision(model):
             logits = model.unembed(final_norm(model, read))
-        return rearrange(logits, "(setting target) 1 vocab -> setting target vocab", setting=len(settings))
+        return rearrange(logits, "(setting place) 1 vocab -> setting place vocab", setting=len(settings))[:, again]
 
 
 def _edited(
-    model: HookedModel, resid: Float[Tensor, "batch pos d_model"], hooks: FwdHooks, here: str
+    restart: Restart, resid: Float[Tensor, "batch pos d_model"], hooks: FwdHooks, here: str
 ) -> Float[Tensor, "batch pos d_model"]:
     """What the hooks on one point make of its activation."""
     for name, fn in hooks:
         if name == here:
-            changed = fn(resid, hook=model.hook_dict[name])
+            changed = fn(resid, hook=restart.points[name])
             resid = resid if changed is None else changed
     return resid
 

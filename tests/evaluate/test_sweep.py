@@ -529,3 +529,28 @@ def test_bad_input_is_refused(bridge: Any, pairs: list[gr.PreferencePair], quest
     broken.original_model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="gives NaN on record"):
         gr.sweep(broken, vectors, pairs, progress=False)
+
+
+def test_records_share_rows_without_padding(bridge: Any, hf: Any) -> None:
+    """Prompts of very different lengths: no padding runs, and every number is that of a plain run of its own."""
+    words = (
+        "the film was very good and the room was warm and cold but we liked the soup . it was not bad " * 2
+    ).split()
+    pairs = [
+        gr.PreferencePair(prompt=" ".join(words[:n]), chosen=" great . yes", rejected=" awful")
+        for n in (4, 30, 9, 17, 6, 5)
+    ]
+    tokenized, vectors = gr.tokens.tokenize_pairs(bridge, pairs), vectors_of()
+    with gr.settings(max_tokens=10_000), counted_token_layers(bridge) as count:
+        found = gr.evaluate.record_effects(bridge, pairs, grid({"v": vectors}, [0], [0.3, -0.3]))
+    length = sum(len(t.prompt) + len(t.chosen) - 1 for t in tokenized)
+    widest = max(len(t.prompt) + len(t.chosen) - 1 for t in tokenized)
+    packed = (
+        (sum(count) - 3 * 6 * widest) / 2 / 4
+    )  # without the plain run: two blocks, two copies to check and two to measure
+    assert length <= packed < 1.1 * length < 6 * widest
+    for t, change in zip(tokenized, found[found["alpha"] == 0.3]["margin"], strict=True):
+        step = 0.3 * vectors.resid_norms[0] * vectors.directions[0]
+        with torch.no_grad(), edited(hf, 0, lambda act, step=step: steered(act, step, renorm=True)):  # type: ignore[misc]
+            a, b = pair_logprobs(hf, t)
+        assert change == pytest.approx(float(a - b), abs=ATOL)
