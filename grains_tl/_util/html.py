@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -21,6 +22,26 @@ TOWARD_CHOSEN, TOWARD_REJECTED = "#2166ac", "#b2182b"
 _STRONGEST = 0.6
 
 _FAINT = "opacity:.65"
+
+
+@dataclass(frozen=True, repr=False)
+class Html:
+    """A piece of HTML that a notebook shows.
+
+    Attributes:
+        html: the markup; also what ``str`` gives.
+    """
+
+    html: str
+
+    def __str__(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return f"Html({len(self.html)} characters)"
+
+    def _repr_html_(self) -> str:
+        return self.html
 
 
 def text(value: Any, longest: int | None = None) -> str:
@@ -53,10 +74,15 @@ def number(value: Any, spec: str = ".2f") -> str:
     Examples:
         >>> number(-0.5, "+.2f"), number(None), number(3, "d")
         ('−0.50', '–', '3')
+        >>> number(-0.001)
+        '0.00'
     """
     if value is None or not math.isfinite(float(value)):
         return DASH
-    return format(int(value) if spec == "d" else float(value), spec).replace("-", "\N{MINUS SIGN}")
+    shown = format(int(value) if spec == "d" else float(value), spec)
+    if not any(c in "123456789" for c in shown):
+        shown = shown.replace("-", "+" if "+" in spec else "")  # no minus zero
+    return shown.replace("-", "\N{MINUS SIGN}")
 
 
 def signed(value: Any) -> str:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grains_tl._util import html
 from grains_tl._util.progress import progress_bar
 from grains_tl.attribution.selection import Selection
 from grains_tl.hooks.mask import Mask, Masker
@@ -28,7 +29,7 @@ from grains_tl.vectors.steering_vectors import SteeringVectors
 ProbeReadout = Literal["prompt_end", "response_end"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Probes:
     """Probes of all layers.
 
@@ -48,6 +49,20 @@ class Probes:
     directions: Float[Tensor, "layer d_model"]
     patterns: Float[Tensor, "layer d_model"]
     layers: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        best = self.frame.loc[self.frame["accuracy"].idxmax()]
+        where = f"layers {list(self.layers)}, {int(best['n'])} records"
+        return f"Probes({where}; best at layer {int(best['layer'])}: {best['accuracy']:.2f}, floor {best['floor']:.2f})"
+
+    def _repr_html_(self) -> str:
+        columns = [c for c in self.frame.columns if c not in ("layer", "n")]
+        rows = [
+            [html.number(row["layer"], "d"), *(html.number(row[c]) for c in columns)]
+            for row in self.frame.to_dict("records")
+        ]
+        title = html.title("Probes", f"held-out accuracy on {html.count(int(self.frame['n'].max()), 'record')}")
+        return html.frame(title, html.table(["layer", *columns], rows, numbers=range(len(columns) + 1)))
 
 
 def residuals(

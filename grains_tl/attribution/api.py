@@ -173,7 +173,7 @@ def _require_weights(tokenized: Sequence[TokenizedPair], objective: Objective) -
 
 
 def _removable(record: TokenizedPair, group_by: GroupBy, content_only: bool) -> list[tuple[int, ...]]:
-    found = groups_of(record.strings, record.starts_word, group_by)
+    found = groups_of(record.strings, record.starts_word, group_by, record.wordless)
     if not content_only:
         return found
     kept = [tuple(p for p in group if record.content[p]) for group in found]
@@ -193,6 +193,8 @@ def _attribution(record: TokenizedPair, found: Scores, method: str) -> Attributi
         spans=() if record.images is None else record.images.spans,
         steps=found.steps,
         starts_word=_flags(record.starts_word),
+        chosen=record.responses[0],
+        rejected=record.responses[1],
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl.attribution.display import grouped_html, spaced
 from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import Selection
 
@@ -18,7 +19,7 @@ from grains_tl.attribution.selection import Selection
 GroupBy = Literal["word", "sentence"] | Sequence[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Grouped:
     """Scores of groups of tokens.
 
@@ -45,8 +46,14 @@ class Grouped:
 
     def __str__(self) -> str:
         order = self.scores.abs().argsort(descending=True)[:5].tolist()
-        top = ", ".join(f"{self.texts[i].strip()!r} {self.scores[i]:+.2f}" for i in order)
+        top = ", ".join(f"{self.texts[i].strip()[:60]!r} {self.scores[i]:+.2f}" for i in order)
         return f"{self.attribution.method}, {len(self.texts)} groups; largest: {top}"
+
+    def __repr__(self) -> str:
+        return f"Grouped({self})"
+
+    def _repr_html_(self) -> str:
+        return grouped_html(self)
 
 
 def group(attribution: Attribution, *, by: GroupBy = "word") -> Grouped:
@@ -70,10 +77,11 @@ def group(attribution: Attribution, *, by: GroupBy = "word") -> Grouped:
         ([' bad', ' service'], [0.5, 3.0])
     """
     starts = () if attribution.starts_word is None else tuple(attribution.starts_word.tolist())
-    positions = groups_of(attribution.tokens, starts, by)
+    positions = groups_of(attribution.tokens, starts, by, (~attribution.content | attribution.is_image).tolist())
+    pieces = spaced(attribution.tokens, starts)
     scores = attribution.scores.nan_to_num(0.0)
     return Grouped(
-        texts=["".join(attribution.tokens[p] for p in own) for own in positions],
+        texts=["".join(pieces[p] for p in own) for own in positions],
         scores=torch.stack([scores[list(own)].sum() for own in positions]),
         positions=positions,
         content=torch.stack([attribution.content[list(own)].any() for own in positions]),
@@ -113,28 +121,33 @@ def select_groups(grouped: Grouped, top_k: int) -> Selection:
     return Selection(tokens(up), tokens(down))
 
 
-def groups_of(tokens: Sequence[str], starts_word: Sequence[bool], by: GroupBy) -> list[tuple[int, ...]]:
+def groups_of(
+    tokens: Sequence[str], starts_word: Sequence[bool], by: GroupBy, alone: Sequence[bool] = ()
+) -> list[tuple[int, ...]]:
     """Groups of positions that together hold every token once, in order.
 
     Args:
         tokens: the prompt's tokens as text.
         starts_word: for every token, whether a word begins there; empty: where the text begins with a space.
         by: as in ``group``.
+        alone: for every token, whether it belongs to no word: special tokens, those of a chat template, patches.
     """
+    begins = list(starts_word) or [t[:1].isspace() for t in tokens]
+    apart = list(alone) or [False] * len(tokens)
     if by == "word":
-        return _words(tokens, starts_word)
+        return _words(tokens, begins, apart)
     if by == "sentence":
-        return _sentences(tokens, starts_word)
+        return _sentences(tokens, begins, apart)
     if isinstance(by, str):
         raise ValueError(f"grouping {by!r}; it is 'word', 'sentence' or a list of spans")
-    return _with_spans(len(tokens), [_span(tokens, one) for one in by])
+    pieces = spaced(tokens, starts_word)
+    return _with_spans(len(tokens), [_span(pieces, one) for one in by])
 
 
-def _words(tokens: Sequence[str], starts_word: Sequence[bool]) -> list[tuple[int, ...]]:
-    begins = list(starts_word) or [t[:1].isspace() for t in tokens]
+def _words(tokens: Sequence[str], begins: Sequence[bool], alone: Sequence[bool]) -> list[tuple[int, ...]]:
     found: list[list[int]] = []
     for i, token in enumerate(tokens):
-        joins = i > 0 and not begins[i] and not tokens[i - 1][-1:].isspace()
+        joins = i > 0 and not begins[i] and not tokens[i - 1][-1:].isspace() and not (alone[i] or alone[i - 1])
         if joins and _is_word(token) and _is_word(tokens[i - 1]):
             found[-1].append(i)
         else:
@@ -147,11 +160,12 @@ def _is_word(token: str) -> bool:
     return any(c.isalnum() for c in token)
 
 
-def _sentences(tokens: Sequence[str], starts_word: Sequence[bool]) -> list[tuple[int, ...]]:
-    """Up to a full stop, question or exclamation mark that a new word follows, or a line break."""
-    begins = list(starts_word) or [t[:1].isspace() for t in tokens]
+def _sentences(tokens: Sequence[str], begins: Sequence[bool], alone: Sequence[bool]) -> list[tuple[int, ...]]:
+    """Up to a full stop, question or exclamation mark before a new word, a line break, or where the template begins."""
     found: list[list[int]] = [[]]
     for i, token in enumerate(tokens):
+        if i and alone[i] != alone[i - 1]:
+            found.append([])
         found[-1].append(i)
         next_word = i + 1 == len(tokens) or begins[i + 1] or tokens[i + 1][:1].isspace()
         if "\n" in token or (token.strip()[-1:] in (".", "!", "?") and next_word):

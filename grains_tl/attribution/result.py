@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from grains_tl.attribution.display import attribution_html
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Attribution:
     """Signed scores of the input tokens of one record.
 
@@ -25,6 +27,8 @@ class Attribution:
         spans: the patch grids of the images (``ImageSpan``), empty without an image.
         steps: gradients, or forward passes of methods without gradients, spent on this record.
         starts_word: ``[pos]``, whether a word begins at the token; ``None`` where that is not known.
+        chosen: text of the preferred response; ``None`` where it is not known.
+        rejected: text of the other response.
 
     Examples:
         >>> import torch
@@ -45,6 +49,8 @@ class Attribution:
     spans: tuple[Any, ...] = ()
     steps: int | None = None
     starts_word: Tensor | None = None
+    chosen: str | None = None
+    rejected: str | None = None
 
     @property
     def converged(self) -> bool | None:
@@ -62,6 +68,12 @@ class Attribution:
         # what can be selected; markers of a chat template often score higher, and mean nothing
         size = self.scores.nan_to_num(0.0).abs().masked_fill(~self.content, -1.0)
         order = size.argsort(descending=True)[: min(5, int(self.content.sum()))].tolist()
-        top = ", ".join(f"{self.tokens[i]!r} {self.scores[i]:+.2f}" for i in order)
+        top = ", ".join(f"{self.tokens[i][:40]!r} {self.scores[i]:+.2f}" for i in order)
         gap = "none" if self.gap is None else f"{self.gap:+.2f} nats"
         return f"{self.method}: f(x) = {self.objective:+.2f} nats, gap {gap}; largest: {top}"
+
+    def __repr__(self) -> str:
+        return f"Attribution({self})"
+
+    def _repr_html_(self) -> str:
+        return attribution_html(self)

@@ -176,4 +176,6 @@ def _restore(row: dict[str, Any], pair: TokenizedPair) -> Attribution:
         spans=() if pair.images is None else pair.images.spans,
         steps=row.get("steps"),
         starts_word=torch.tensor(pair.starts_word, dtype=torch.bool),
+        chosen=pair.responses[0],
+        rejected=pair.responses[1],
     )

@@ -69,7 +69,7 @@ class TopK:
 
     def _check(self, pair: TokenizedPair) -> None:
         if self.group_by is not None:
-            groups = groups_of(pair.strings, pair.starts_word, self.group_by)
+            groups = groups_of(pair.strings, pair.starts_word, self.group_by, pair.wordless)
             n = sum(any(pair.content[p] for p in own) for own in groups)
             if self.k > n:
                 raise ValueError(f"top_k={self.k}, but its prompt has {n} content groups")

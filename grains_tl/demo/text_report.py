@@ -136,7 +136,7 @@ def _token_pictures(examples: Sequence[Mapping[str, Any]], nonce: str) -> str:
         caption = f"chosen: &ldquo;{chosen}&rdquo;, rejected: &ldquo;{rejected}&rdquo;"
         picture = image(plot_tokens(attribution), "Tokens of an example prompt, coloured by their scores in nats")
         if i == 0:
-            shown = show_tokens(attribution).local_src
+            shown = show_tokens(attribution, renderer="circuitsvis").local_src
             picture = shown.replace("></div>", f">{picture}</div>", 1).replace(
                 "<script crossorigin", f'<script nonce="{nonce}"', 1
             )

@@ -10,6 +10,7 @@ import pandas as pd
 
 from grains_tl._util.settings import with_settings
 from grains_tl.evaluate.costs import text_costs
+from grains_tl.evaluate.display import choice_html
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid
 from grains_tl.evaluate.summary import summarize
@@ -22,7 +23,7 @@ from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Choice:
     """A cell of a sweep, and the records it was chosen on.
 
@@ -49,6 +50,12 @@ class Choice:
     objective: Objective
     why: str
     records: frozenset[str]
+
+    def __repr__(self) -> str:
+        return f"Choice({self})"
+
+    def _repr_html_(self) -> str:
+        return choice_html(self)
 
     def __str__(self) -> str:
         return f"{self.vector}, layer {self.layer}, alpha {self.alpha:+g}, positions {self.positions}: {self.why}"

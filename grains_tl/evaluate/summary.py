@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from grains_tl._util.stats import resampled_means, standard_error
+from grains_tl.evaluate.display import EffectTable
 from grains_tl.evaluate.records import PER_RECORD, SETTING, require_columns
 
 #: What ``verdict`` can say; see ``summarize``.
@@ -64,7 +65,9 @@ def summarize(
     table.attrs = dict(frame.attrs)
     if "operator" in table.attrs:  # of a sweep: columns survive a csv file and joined tables, attrs do not
         table = table.assign(operator=table.attrs["operator"], objective=table.attrs["objective"])
-    return table
+    shown = EffectTable(table)
+    shown.attrs = table.attrs
+    return shown
 
 
 def verdict(low: float, high: float, alpha: float) -> str:

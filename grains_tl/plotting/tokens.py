@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
+from grains_tl._util.html import Html
+from grains_tl.attribution.display import Template, attribution_html, grouped_html, tokens_html
+from grains_tl.attribution.groups import Grouped
 from grains_tl.attribution.result import Attribution
 from grains_tl.plotting.style import (
     CHOSEN,
@@ -25,39 +28,63 @@ from grains_tl.plotting.style import (
 #: either. An ampersand is kept from starting an entity; a line break becomes visible.
 NO_MARKUP = str.maketrans({"<": "\u2039", ">": "\u203a", "&": "&\u200b", "\n": "\u21b5\n"})
 
+Renderer = Literal["html", "circuitsvis"]
 
-def show_tokens(attribution_or_tokens: Attribution | Sequence[str], scores: Any = None) -> Any:
-    """Interactive coloured tokens: blue pushes toward chosen, red toward rejected; hover for the score in nats.
 
-    Angle brackets are shown as single guillemets, because circuitsvis would take ``<b>`` in a token for markup.
+def show_tokens(
+    attribution_or_tokens: Attribution | Grouped | Sequence[str],
+    scores: Any = None,
+    *,
+    template: Template = "fold",
+    renderer: Renderer = "html",
+) -> Any:
+    """Coloured tokens in a notebook: blue pushes toward chosen, red toward rejected; point at one for its score in nats.
 
     Args:
-        attribution_or_tokens: an attribution, or tokens as text.
+        attribution_or_tokens: an attribution, one grouped into words or phrases, or tokens as text.
         scores: ``[pos]``, nats, when tokens are given. Scores that are not finite count as 0.
+        template: what to do with tokens of the chat template and special tokens: ``"fold"`` runs of them into a few words,
+            ``"hide"`` them, or ``"show"`` them all. Plain tokens are always all shown.
+        renderer: ``"html"``, a few kB that need no script, or ``"circuitsvis"``, its interactive widget (1.3 MB; it shows
+            every token, and angle brackets as single guillemets, because it would take ``<b>`` in a token for markup).
 
     Returns:
-        circuitsvis' ``RenderedHTML``; a notebook shows it, ``.local_src`` is self-contained HTML (1.3 MB).
+        Something that a notebook shows: ``Html``, whose ``str`` is the markup; for circuitsvis its ``RenderedHTML``, whose
+        ``.local_src`` is self-contained.
 
     Raises:
-        ValueError: tokens without scores, or not as many scores as tokens.
+        ValueError: tokens without scores, not as many scores as tokens, or an unknown ``template`` or ``renderer``.
 
     Examples:
-        >>> "circuits-vis" in show_tokens([" good", " film"], [1.2, 0.1]).local_src
+        >>> shown = show_tokens([" good", " film"], [1.2, 0.1])
+        >>> len(str(shown)) < 1000
         True
     """
-    from circuitsvis.tokens import colored_tokens
-    from circuitsvis.utils.render import RenderedHTML
-
-    if isinstance(attribution_or_tokens, Attribution):
-        tokens: Sequence[str] = attribution_or_tokens.tokens
-        scores = attribution_or_tokens.scores
+    if renderer not in get_args(Renderer):
+        raise ValueError(f"renderer={renderer!r}; expected one of {get_args(Renderer)}")
+    given = attribution_or_tokens
+    if renderer == "html" and isinstance(given, Attribution):
+        return Html(attribution_html(given, template))
+    if renderer == "html" and isinstance(given, Grouped):
+        return Html(grouped_html(given, template))
+    if isinstance(given, Attribution):
+        tokens, scores = given.tokens, given.scores
+    elif isinstance(given, Grouped):
+        tokens, scores = given.texts, given.scores
     else:
-        tokens = attribution_or_tokens
+        tokens = list(given)
     if scores is None:
         raise ValueError("tokens need scores: show_tokens(tokens, scores), or show_tokens(attribution)")
     values = finite(scores)
     if len(values) != len(tokens):
         raise ValueError(f"{len(tokens)} tokens but {len(values)} scores; one score per token is needed")
+    return Html(tokens_html(tokens, values)) if renderer == "html" else _circuitsvis(tokens, values)
+
+
+def _circuitsvis(tokens: Sequence[str], values: Sequence[float]) -> Any:
+    from circuitsvis.tokens import colored_tokens
+    from circuitsvis.utils.render import RenderedHTML
+
     top = largest(values)
     shown = colored_tokens(
         [token.translate(NO_MARKUP) for token in tokens],
@@ -99,7 +126,7 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
 
     if not isinstance(attribution, Attribution):
         raise ValueError(
-            f"a {type(attribution).__name__} came; one Attribution is needed: plot_tokens(attributions[0]) for the first of "
+            f"expected one Attribution, got {type(attribution).__name__}: plot_tokens(attributions[0]) for the first of "
             "several, show_tokens(tokens, scores) for plain tokens"
         )
     scores = finite(attribution.scores)

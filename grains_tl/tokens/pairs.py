@@ -19,7 +19,7 @@ from grains_tl.records.pictures import load_images
 from grains_tl.tokens.chat import Chat
 from grains_tl.tokens.images import ImageInputs, process_images, refuse_lost_image, template_owner, with_placeholders
 from grains_tl.tokens.rules import TokenRules, token_rules
-from grains_tl.tokens.text import TokenTexts, common_prefix, encode
+from grains_tl.tokens.text import TokenTexts, common_prefix, decode_after, encode
 from grains_tl.types import HookedModel, Text
 
 
@@ -37,6 +37,7 @@ class TokenizedPair:
         moved_border: how many prompt tokens were given to the responses because a token merges across the border
             (0 almost always). Both responses then begin with those characters, so their comparison stays right.
         images: the images of the prompt as the model takes them; ``None`` without.
+        responses: chosen and rejected after the border as text, without special tokens; for people to read.
 
     Examples:
         >>> t = tokenize_pairs(model, pairs)[0]     # doctest: +SKIP
@@ -52,11 +53,17 @@ class TokenizedPair:
     moved_border: int = 0
     images: ImageInputs | None = None
     starts_word: tuple[bool, ...] = ()
+    responses: tuple[str | None, str | None] = (None, None)
 
     @property
     def is_image(self) -> tuple[bool, ...]:
         """For every prompt token, whether it is an image feature."""
         return (False,) * len(self.prompt) if self.images is None else self.images.is_image
+
+    @property
+    def wordless(self) -> tuple[bool, ...]:
+        """For every prompt token, whether it is part of no word: special tokens, those of a chat template, patches."""
+        return tuple(i or not c for c, i in zip(self.content, self.is_image, strict=True))
 
     @property
     def n_content(self) -> int:
@@ -296,6 +303,7 @@ def _tokenize(model: HookedModel, rules: TokenRules, texts: TokenTexts, pair: Pr
     else:
         refuse_lost_image(model, start.text, ids)
     _require_context(rules, border, {"chosen": chosen, "rejected": rejected})
+    end = ids[:border][-8:]  # what decoding needs to see of the prompt
     return TokenizedPair(
         prompt=tuple(ids[:border]),
         chosen=tuple(chosen),
@@ -305,6 +313,7 @@ def _tokenize(model: HookedModel, rules: TokenRules, texts: TokenTexts, pair: Pr
         moved_border=moved,
         images=images,
         starts_word=texts.word_starts(ids[:border]),
+        responses=(decode_after(model.tokenizer, end, chosen), decode_after(model.tokenizer, end, rejected)),
     )
 
 

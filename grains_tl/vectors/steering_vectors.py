@@ -17,6 +17,7 @@ from grains_tl._util.files import write_atomically
 from grains_tl._util.tensors import lasting
 from grains_tl.hooks.steer import Gate, Operator, Positions
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.display import made_from, vectors_html
 from grains_tl.vectors.matching import require_match
 from grains_tl.vectors.steering import Scale, Steering
 
@@ -79,11 +80,11 @@ class SteeringVectors:
                 raise ValueError(f"{name} are {sizes.tolist()}; finite lengths are needed")
 
     def __repr__(self) -> str:
-        made = [str(self.info["method"])] if "method" in self.info else []
-        made += [str(self.info["model"].get("name"))] if isinstance(self.info.get("model"), Mapping) else []
-        made += [f"{self.info['n_records']} records"] if "n_records" in self.info else []
         what = f"layers {list(self.layers)}, d_model {self.directions.shape[1]}"
-        return f"SteeringVectors({', '.join([what, *made])})"
+        return f"SteeringVectors({', '.join([what, *made_from(self.info)])})"
+
+    def _repr_html_(self) -> str:
+        return vectors_html(self)
 
     @classmethod
     def from_raw(

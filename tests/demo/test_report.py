@@ -227,7 +227,7 @@ def test_data_cannot_act(results: dict[str, Any]) -> None:
 
 def test_widget_keeps_tokens_readable() -> None:
     tokens = ["<|im_start|>", " a", "&lt;", " b\n", "<b>"]
-    shown = show_tokens(tokens, [0.5, math.nan, -2.0, math.inf, 0.0])
+    shown = show_tokens(tokens, [0.5, math.nan, -2.0, math.inf, 0.0], renderer="circuitsvis")
     for html in (shown.local_src, shown.cdn_src):
         call = html[html.rindex("render(") :]
         props = json.loads(re.search(r"\{\"tokens\".*\}", call).group())  # type: ignore[union-attr]
