@@ -14,8 +14,8 @@ import torch
 from grains_tl._util.files import write_atomically
 from grains_tl.demo.one_set import DemoSettings, run_set
 from grains_tl.demo.text_report import write_report
+from grains_tl.plotting.effects import plot_controls, plot_layers
 from grains_tl.plotting.style import figure_png
-from grains_tl.plotting.vectors import plot_controls, plot_layers
 from grains_tl.tokens.rules import token_rules
 from grains_tl.types import HookedModel
 from grains_tl.vectors.manifest import package_versions

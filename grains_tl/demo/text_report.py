@@ -17,10 +17,10 @@ import torch
 from grains_tl._util.files import write_atomically
 from grains_tl._util.html import DASH, count, number, percent, signed, text
 from grains_tl.attribution.result import Attribution
+from grains_tl.plotting.effects import plot_controls, plot_layers
 from grains_tl.plotting.html import image, nothing, page, settings_table, table
 from grains_tl.plotting.sweeps import plot_cost
 from grains_tl.plotting.tokens import plot_tokens, show_tokens
-from grains_tl.plotting.vectors import plot_controls, plot_layers
 
 KEYS = ("settings", "versions", "seconds", "sets")
 

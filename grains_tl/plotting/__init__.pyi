@@ -1,20 +1,20 @@
 from .attribution import plot_comparison as plot_comparison
 from .attribution import plot_convergence as plot_convergence
 from .attribution import plot_curves as plot_curves
+from .effects import plot_controls as plot_controls
+from .effects import plot_layers as plot_layers
 from .hallucination import plot_captions as plot_captions
 from .hallucination import plot_yes_no as plot_yes_no
 from .images import attribution_share as attribution_share
 from .images import plot_image_attribution as plot_image_attribution
+from .records import plot_records as plot_records
+from .records import plot_token_logprobs as plot_token_logprobs
 from .style import figure_png as figure_png
 from .sweeps import plot_cost as plot_cost
 from .sweeps import plot_heatmap as plot_heatmap
-from .sweeps import plot_records as plot_records
-from .sweeps import plot_token_logprobs as plot_token_logprobs
 from .tokens import plot_tokens as plot_tokens
 from .tokens import show_tokens as show_tokens
-from .vectors import plot_controls as plot_controls
 from .vectors import plot_cosines as plot_cosines
-from .vectors import plot_layers as plot_layers
 from .vectors import plot_patching as plot_patching
 from .vectors import plot_probes as plot_probes
 

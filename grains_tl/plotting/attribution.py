@@ -83,12 +83,12 @@ def plot_curves(found: Mapping[str, Curves] | Curves, *, title: str = "") -> Any
     if isinstance(found, Curves):
         found = {"curves": found}
     if not isinstance(found, Mapping):
-        raise ValueError(f"a {type(found).__name__} came; {wanted}")
+        raise ValueError(f"expected curves, got {type(found).__name__}; {wanted}")
     if not found:
         raise ValueError(f"no curves given; {wanted}")
     for name, c in found.items():
         if not isinstance(c, Curves):
-            raise ValueError(f"{name!r} is a {type(c).__name__}, not curves; {wanted}")
+            raise ValueError(f"{name!r}: expected curves, got {type(c).__name__}; {wanted}")
     with style():
         fig = figure(8.0, 4.0, constrained=True)
         axes = fig.subplots(1, 2)
@@ -153,7 +153,7 @@ def plot_comparison(
     known = PANELS if panels is None else panels
     shown = [measure for measure in known if {measure, f"{measure}_se"} <= set(frame.columns)]
     if not shown:
-        raise ValueError(f"a table with one of {list(known)} (and _se) is needed; it has {list(frame.columns)}")
+        raise ValueError(f"expected a table with one of {list(known)} (and _se), got the columns {list(frame.columns)}")
     data = numbers(frame, name, [column for measure in shown for column in (measure, f"{measure}_se")])
     with style():
         fig = figure(2.1 + 2.2 * len(shown), 1.3 + 0.34 * len(data) + 0.25 * bool(title), constrained=True)

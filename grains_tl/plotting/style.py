@@ -104,12 +104,10 @@ def numbers(frame: pd.DataFrame, name: str, columns: Sequence[str]) -> pd.DataFr
     A number as a name that pandas has made a float (as it does where a row is added) is written without ``.0``.
     """
     if not isinstance(frame, pd.DataFrame):
-        raise ValueError(f"a {type(frame).__name__} came; a table with the columns {[name, *columns]} is needed")
+        raise ValueError(f"expected a table with the columns {[name, *columns]}, got {type(frame).__name__}")
     missing = [column for column in (name, *columns) if column not in frame.columns]
     if missing or not len(frame):
-        raise ValueError(
-            f"a table with rows and the columns {[name, *columns]} is needed; missing: {missing or 'rows'}"
-        )
+        raise ValueError(f"expected a table with rows and the columns {[name, *columns]}; missing: {missing or 'rows'}")
     found = {column: pd.to_numeric(frame[column], errors="coerce").astype(float) for column in columns}
     names = frame[name].map(lambda v: f"{v:.0f}" if isinstance(v, float) and v.is_integer() else v, na_action="ignore")
     return pd.DataFrame({name: names.astype(str), **found}).reset_index(drop=True)

@@ -20,9 +20,9 @@ import torch
 
 from grains_tl.attribution.result import Attribution
 from grains_tl.demo.text_report import report_html, write_report
+from grains_tl.plotting.effects import plot_controls, plot_layers
 from grains_tl.plotting.style import figure_png
 from grains_tl.plotting.tokens import plot_tokens, show_tokens
-from grains_tl.plotting.vectors import plot_controls, plot_layers
 
 EVIL = ("<script>alert(1)</script>", "</script>", "<img/src=x/onerror=alert(2)>", "<!--<script>")
 PROMPTS = (

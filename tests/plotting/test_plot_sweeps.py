@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 
+from grains_tl.plotting.records import plot_records, plot_token_logprobs
 from grains_tl.plotting.style import CHOSEN, REJECTED, figure_png
-from grains_tl.plotting.sweeps import plot_cost, plot_heatmap, plot_records, plot_token_logprobs
+from grains_tl.plotting.sweeps import plot_cost, plot_heatmap
 
 HOSTILE = "$x_1$ <b>\\frac & \u96fb"
 

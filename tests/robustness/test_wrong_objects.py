@@ -178,15 +178,15 @@ def test_layers_of_a_sweep(made: Any) -> None:
     [
         (
             lambda m: gr.plotting.plot_cosines(m.vectors),
-            r"a SteeringVectors came; .*plot_cosines\(analysis.cosine_map\(",
+            r"analysis.cosine_map\(vectors\), got SteeringVectors",
         ),
-        (lambda m: gr.plotting.plot_probes(m.vectors), r"a SteeringVectors came; .*fit_probes"),
-        (lambda m: gr.plotting.plot_curves([CURVES]), r"a list came; pass \{name: curves\("),
+        (lambda m: gr.plotting.plot_probes(m.vectors), r"fit_probes.*got SteeringVectors"),
+        (lambda m: gr.plotting.plot_curves([CURVES]), r"got list; pass \{name: curves\("),
         (
             lambda m: gr.plotting.plot_curves({"a": ATTRIBUTION}),
-            r"'a' is a Attribution, not curves; pass \{name: curves\(",
+            r"'a': expected curves, got Attribution; pass \{name: curves\(",
         ),
-        (lambda m: gr.plotting.plot_tokens([ATTRIBUTION] * 2), r"a list came; .*plot_tokens\(attributions\[0\]\)"),
+        (lambda m: gr.plotting.plot_tokens([ATTRIBUTION] * 2), r"got list: plot_tokens\(attributions\[0\]\)"),
         (lambda m: gr.plotting.plot_tokens([" a", " b"]), r"show_tokens\(tokens, scores\)"),
         (
             lambda m: gr.plotting.plot_controls(COMPARISON.table),
@@ -194,11 +194,11 @@ def test_layers_of_a_sweep(made: Any) -> None:
         ),
         (
             lambda m: gr.plotting.plot_controls(m.vectors, {}),
-            r"a SteeringVectors came; a table with the columns .*'effect', 'low'",
+            r"columns .*'effect', 'low'.*got SteeringVectors",
         ),
         (
             lambda m: gr.plotting.plot_layers(m.vectors),
-            r"a SteeringVectors came; a table with the columns .*'layer', 'effect'",
+            r"columns .*'layer', 'effect'.*got SteeringVectors",
         ),
         (lambda m: gr.plotting.plot_layers(m.table.drop(columns="effect_se")), r"missing: \['se'\]"),
     ],
