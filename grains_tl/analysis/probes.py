@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from grains_tl._util import html
 from grains_tl._util.progress import progress_bar
+from grains_tl.analysis.logistic import fit_logistic
 from grains_tl.attribution.selection import Selection
 from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.models.running import existing_layers, hooked
@@ -35,10 +36,15 @@ class Probes:
 
     Attributes:
         frame: one row per layer, see ``fit_probes``.
-        directions: ``[layer, d_model]`` unit vectors, the gradient of each probe's logit (fitted on all records).
+        directions: ``[layer, d_model]`` unit vectors, the gradient of each probe's logit (fitted on all records): along
+            these it tells the sides apart best, discounting what varies for other reasons.
         patterns: ``[layer, d_model]`` unit vectors, the features' covariance times that gradient: what the probe's
-            output goes along with, and the one to compare with a difference of means.
+            output goes along with.
         layers: the layer of each row.
+        mass_means: ``[layer, d_model]`` unit vectors, mean of the chosen sides minus mean of the rejected ones. **Steer
+            with these**: a planted direction is found more closely than by ``directions`` (in one trial cosine 0.9996 against
+            0.945), which are tilted away from directions of large variance. As vectors:
+            ``SteeringVectors.from_raw(probes.mass_means, probes.layers, resid_norms)``.
 
     Examples:
         >>> probes = fit_probes(residuals(model, tokenized, layers=[12], readout="response_end"), [12])     # doctest: +SKIP
@@ -49,6 +55,7 @@ class Probes:
     directions: Float[Tensor, "layer d_model"]
     patterns: Float[Tensor, "layer d_model"]
     layers: tuple[int, ...]
+    mass_means: Float[Tensor, "layer d_model"]
 
     def __repr__(self) -> str:
         best = self.frame.loc[self.frame["accuracy"].idxmax()]
@@ -145,8 +152,8 @@ def fit_probes(
     Returns:
         ``Probes``; ``frame`` has ``layer``, ``accuracy`` (held-out records; 0.5 is chance), ``se`` over records,
         ``floor`` (mean accuracy with shuffled labels), ``floor_high`` (the largest of the draws), ``selectivity``
-        (accuracy - floor), ``n`` records, and with vectors ``cosine`` and ``cosine_pattern`` of their direction to
-        ``directions`` and ``patterns``.
+        (accuracy - floor), ``n`` records, and with vectors ``cosine``, ``cosine_pattern`` and ``cosine_mass_mean`` of
+        their direction to ``directions``, ``patterns`` and ``mass_means``. To steer, take ``mass_means``.
 
     Raises:
         ValueError: shapes that do not fit, fewer records than folds, fewer than two folds.
@@ -165,13 +172,12 @@ def fit_probes(
         raise ValueError(f"{n} records in n_folds={n_folds}; at least 2 folds and one record in each are needed")
     rng = np.random.default_rng(seed)
     fold = rng.permutation(np.arange(n) % n_folds)
-    swaps = rng.random((n_shuffles, n)) < 0.5
-    truth = np.zeros(n, dtype=bool)
-    rows, directions, patterns = [], [], []
+    swapped = np.concatenate([np.zeros((1, n), dtype=bool), rng.random((n_shuffles, n)) < 0.5])
+    rows = []
+    units: dict[str, list[Tensor]] = {"directions": [], "patterns": [], "mass_means": []}
     for column, layer in enumerate(progress_bar(layers, desc="probe", unit="layer")):
         x = features[:, :, column].double().cpu().numpy()
-        right = _held_out(x, truth, fold, strength)
-        floors = [_held_out(x, swap, fold, strength).mean() for swap in swaps]
+        right, *floors = _held_out(x, swapped, fold, strength)
         floor = float(np.mean(floors)) if floors else float("nan")
         rows.append(
             {
@@ -179,22 +185,23 @@ def fit_probes(
                 "accuracy": right.mean(),
                 "se": right.std(ddof=1) / n**0.5,
                 "floor": floor,
-                "floor_high": max(floors, default=float("nan")),
+                "floor_high": max((draw.mean() for draw in floors), default=float("nan")),
                 "selectivity": right.mean() - floor,
                 "n": n,
             }
         )
-        direction, pattern = _direction(x, strength)
-        directions.append(direction)
-        patterns.append(pattern)
-    found = Probes(pd.DataFrame(rows), torch.stack(directions), torch.stack(patterns), tuple(layers))
-    if vectors is None:
-        return found
-    both = {"cosine": found.directions, "cosine_pattern": found.patterns}
-    cosines = {
-        name: [_cosine(vectors, layer, d) for layer, d in zip(layers, ds, strict=True)] for name, ds in both.items()
-    }
-    return Probes(found.frame.assign(**cosines), found.directions, found.patterns, found.layers)
+        for name, unit in _directions(x, strength).items():
+            units[name].append(unit)
+    stacked = {name: torch.stack(each) for name, each in units.items()}
+    frame = pd.DataFrame(rows)
+    if vectors is not None:
+        for column, name in (
+            ("cosine", "directions"),
+            ("cosine_pattern", "patterns"),
+            ("cosine_mass_mean", "mass_means"),
+        ):
+            frame[column] = [_cosine(vectors, layer, u) for layer, u in zip(layers, stacked[name], strict=True)]
+    return Probes(frame, layers=tuple(layers), **stacked)
 
 
 def separation(
@@ -231,7 +238,8 @@ def separation(
         raise ValueError(
             f"features of {features.shape[2]} layers, but layers {list(at)}; name the layers of the features"
         )
-    projections = torch.einsum("rsld,ld->rsl", features.double().cpu(), vectors.at(at).directions.double()).numpy()
+    units = vectors.at(at).directions.double()
+    projections = einsum(features.double().cpu(), units, "record side layer d, layer d -> record side layer").numpy()
     rows = []
     for layer, p in zip(at, np.moveaxis(projections, 2, 0), strict=True):
         spread = np.sqrt((p[:, 0].var(ddof=1) + p[:, 1].var(ddof=1)) / 2)
@@ -252,35 +260,42 @@ def separation(
 def _held_out(
     x: NDArray[np.float64], swapped: NDArray[np.bool_], fold: NDArray[np.int64], strength: float
 ) -> NDArray[np.float64]:
-    """Per record, the share of its two sides that a probe fitted on the other folds gets right."""
-    labels = np.stack([~swapped, swapped], axis=1)  # [record, 2]: is this side called chosen
-    right = np.zeros(len(x))
+    """``[draw, record]``: the share of a record's two sides that a probe fitted on the other folds gets right.
+
+    Args:
+        x: ``[record, 2, d_model]``.
+        swapped: ``[draw, record]``, whether the labels of a record's sides are swapped.
+        fold: ``[record]``.
+        strength: see ``fit_probes``.
+    """
+    labels = np.stack([~swapped, swapped], axis=2)  # [draw, record, 2]: is this side called chosen
+    right = np.zeros(swapped.shape)
     for k in np.unique(fold):
         test = fold == k
-        model = _fit(x[~test].reshape(-1, x.shape[-1]), labels[~test].ravel(), strength)
-        guess = model.predict(x[test].reshape(-1, x.shape[-1])).reshape(-1, 2)
-        right[test] = (guess == labels[test]).mean(1)
+        probes = fit_logistic(
+            rearrange(x[~test], "record side d -> (record side) d"),
+            rearrange(labels[:, ~test], "draw record side -> draw (record side)"),
+            strength,
+            tolerance=1e-4,
+        )
+        guess = probes.logits(rearrange(x[test], "record side d -> (record side) d")) > 0
+        hits = rearrange(guess, "draw (record side) -> draw record side", side=2) == labels[:, test]
+        right[:, test] = hits.mean(2)
     return right
 
 
-def _fit(x: NDArray[np.float64], y: NDArray[np.bool_], strength: float) -> Any:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    with warnings.catch_warnings():  # a probe that stops at the iteration limit is good enough for its accuracy
-        warnings.filterwarnings("ignore", category=UserWarning, module="sklearn")
-        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=500)).fit(x, y)
-
-
-def _direction(x: NDArray[np.float64], strength: float) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model"]]:
-    flat = x.reshape(-1, x.shape[-1])
-    scaler, probe = _fit(flat, np.tile([True, False], len(x)), strength)
-    weights = probe.coef_[0] / scaler.scale_
+def _directions(x: NDArray[np.float64], strength: float) -> dict[str, Float[Tensor, "d_model"]]:
+    """Gradient of the probe on all records, its pattern, and the difference of the sides' means; unit length."""
+    flat = rearrange(x, "record side d -> (record side) d")
+    weights = fit_logistic(flat, np.tile([True, False], len(x))[None], strength).weights[0]
     centred = flat - flat.mean(0)
-    pattern = centred.T @ (centred @ weights)  # Haufe et al. 2014: a filter's weights are not what it filters for
-    direction, pattern = (torch.nn.functional.normalize(torch.from_numpy(v).float(), dim=0) for v in (weights, pattern))
-    return direction, pattern
+    found = {
+        "directions": weights,
+        "patterns": centred.T
+        @ (centred @ weights),  # Haufe et al. 2014: a filter's weights are not what it filters for
+        "mass_means": x[:, 0].mean(0) - x[:, 1].mean(0),
+    }
+    return {name: torch.nn.functional.normalize(torch.from_numpy(v).float(), dim=0) for name, v in found.items()}
 
 
 def _cosine(vectors: SteeringVectors, layer: int, unit: Float[Tensor, "d_model"]) -> float:

@@ -91,7 +91,7 @@ def _layer_lines(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows to draw, with what makes a line: ``vector``, ``positions`` and ``step`` (alpha as text)."""
     rows = numbers(frame, "vector", ("layer", "effect", "se"))
     scopes, steps = frame.get("positions"), frame.get("alpha")
-    rows["positions"] = "" if scopes is None else scopes.astype(str).to_numpy()
+    rows["positions"] = "" if scopes is None else [f"positions {scope}" for scope in scopes]
     rows["step"] = "" if steps is None else [f"alpha {_alpha(a)}" for a in pd.to_numeric(steps, errors="coerce")]
     twice = rows[rows.duplicated(["layer", "vector", "positions", "step"])]
     if len(twice):
@@ -126,7 +126,7 @@ def _mark_choice(ax: Any, lines: pd.DataFrame, choice: int | Choice | None) -> l
     handle = ax.axvline(choice.layer, color=GREY, lw=1.2, ls=":", zorder=1.4)
     handle.set_label(shortened(f"chosen: {choice.vector}, layer {choice.layer}, alpha {_alpha(choice.alpha)}"))
     step = (lines.step == f"alpha {_alpha(choice.alpha)}") | (lines.step == "")
-    scope = (lines.positions == str(choice.positions)) | (lines.positions == "")
+    scope = (lines.positions == f"positions {choice.positions}") | (lines.positions == "")
     point = lines[(lines.vector == choice.vector) & (lines.layer == choice.layer) & step & scope]
     ax.scatter(point.layer, point.effect, s=130, facecolor="none", edgecolor="black", lw=1.6, zorder=5)
     return [handle]

@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 import grains_tl as gr
 from grains_tl import analysis
 from grains_tl.analysis.ablation import span
+from grains_tl.analysis.logistic import fit_logistic
 from tests.conftest import KINDS
 from tests.helpers.oracles import edited, residuals, steered
 from tests.helpers.planted import COPY, axis, planted_model, planted_pairs
@@ -50,13 +51,41 @@ def test_accuracy_and_direction_are_scikit_learns() -> None:
     x = features(shift=1.0)
     found = analysis.fit_probes(x, [4, 5], n_folds=30, n_shuffles=0)  # one record a fold: no draw of folds matters
     flat, y = x[:, :, 1].reshape(60, -1).double().numpy(), np.tile([1, 0], 30)
-    oracle = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    oracle = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000, tol=1e-10))
     scores = cross_val_score(oracle, flat, y, groups=np.repeat(np.arange(30), 2), cv=GroupKFold(30))
     assert found.frame.accuracy[1] == pytest.approx(scores.mean())
     assert found.frame.se[1] == pytest.approx(scores.std(ddof=1) / 30**0.5)
     gradient = oracle.fit(flat, y)[-1].coef_[0] / oracle[0].scale_
     np.testing.assert_allclose(found.directions[1], gradient / np.linalg.norm(gradient), atol=1e-5)
     assert np.isnan(found.frame.floor).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (20, 20)])
+@pytest.mark.parametrize("strength", [0.01, 1.0, 100.0])
+def test_many_labels_at_once_are_scikit_learns_one_by_one(shape: tuple[int, int], strength: float) -> None:
+    """More rows than features and fewer; a constant feature; features of very different size and far from zero."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape) * 10.0 ** rng.integers(-2, 4, shape[1]) + 5.0
+    x[:, 0] = 3.0
+    labels = rng.random((4, shape[0])) < 0.4
+    found = fit_logistic(x, labels, strength)
+    oracle = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=10_000, tol=1e-10))
+    for label, logits in zip(labels, found.logits(x), strict=True):
+        np.testing.assert_allclose(logits, oracle.fit(x, label).decision_function(x), atol=2e-4, rtol=1e-4)
+
+
+def test_mass_means_find_a_planted_direction_that_the_probe_tilts_away_from() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.cat([torch.full((6,), 6.0), torch.ones(26)])  # directions of large variance
+    x = torch.randn(400, 2, 1, 32, generator=generator) * wide
+    planted = torch.nn.functional.normalize(torch.ones(32), dim=0)
+    x[:, 0] += 12 * planted
+    x[:, 1] -= x[:, 1].mean(0) - (x[:, 0].mean(0) - 12 * planted)  # nothing else tells the sides apart
+    found = analysis.fit_probes(x, [3], n_shuffles=0)
+    assert float(found.mass_means[0] @ planted) > 0.999 > float(found.directions[0] @ planted) + 0.05
+    v = gr.SteeringVectors.from_raw(found.mass_means, found.layers, torch.ones(1))
+    again = analysis.fit_probes(x, [3], n_shuffles=0, vectors=v).frame
+    assert again.cosine_mass_mean.item() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_sides_of_one_record_stay_together() -> None:

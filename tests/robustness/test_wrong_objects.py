@@ -134,6 +134,7 @@ PROBES = gr.analysis.Probes(
     torch.eye(2),
     torch.eye(2),
     (1, 2),
+    torch.eye(2),
 )
 COMPARISON = gr.evaluate.Comparison(
     pd.DataFrame({"vector": ["v"], "effect": [2.0], "low": [1.0], "high": [3.0]}),
