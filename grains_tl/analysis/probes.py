@@ -42,8 +42,8 @@ class Probes:
             output goes along with.
         layers: the layer of each row.
         mass_means: ``[layer, d_model]`` unit vectors, mean of the chosen sides minus mean of the rejected ones. **Steer
-            with these**: a planted direction is found more closely than by ``directions`` (in one trial cosine 0.9996 against
-            0.945), which are tilted away from directions of large variance. As vectors:
+            with these**: they find a planted direction more closely than ``directions`` (in one trial cosine 0.9996
+            against 0.945), which are tilted away from directions of large variance. As vectors:
             ``SteeringVectors.from_raw(probes.mass_means, probes.layers, resid_norms)``.
 
     Examples:
@@ -195,12 +195,9 @@ def fit_probes(
     stacked = {name: torch.stack(each) for name, each in units.items()}
     frame = pd.DataFrame(rows)
     if vectors is not None:
-        for column, name in (
-            ("cosine", "directions"),
-            ("cosine_pattern", "patterns"),
-            ("cosine_mass_mean", "mass_means"),
-        ):
-            frame[column] = [_cosine(vectors, layer, u) for layer, u in zip(layers, stacked[name], strict=True)]
+        names = {"cosine": "directions", "cosine_pattern": "patterns", "cosine_mass_mean": "mass_means"}
+        for shown, name in names.items():
+            frame[shown] = [_cosine(vectors, layer, u) for layer, u in zip(layers, stacked[name], strict=True)]
     return Probes(frame, layers=tuple(layers), **stacked)
 
 
