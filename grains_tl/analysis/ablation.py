@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,9 +15,11 @@ from grains_tl._util.checks import layer_numbers, listed
 from grains_tl._util.stats import mean_and_se
 from grains_tl.analysis.runs import margins_and_kl
 from grains_tl.baselines.controls import random_direction_vectors
+from grains_tl.hooks.cache import cache_hook
+from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
 from grains_tl.inference.objectives import Objective
-from grains_tl.models.running import require_layers, resid_post
-from grains_tl.tokens.pairs import Records, as_tokenized
+from grains_tl.models.running import hooked, require_layers, resid_post, run_blocks
+from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
@@ -84,27 +87,29 @@ def span(directions: Sequence[Float[Tensor, "d_model"]]) -> Float[Tensor, "rank 
 def ablation_table(
     model: HookedModel,
     tokenized: Records,
-    vectors: SteeringVectors,
+    vectors: SteeringVectors | Sequence[SteeringVectors],
     *,
     layers: Sequence[Sequence[int] | int] | None = None,
-    others: Sequence[SteeringVectors] = (),
     from_layer: int | None = None,
-    center: Mapping[int, Float[Tensor, "d_model"]] | None = None,
+    center: Literal["mean", "zero"] | Mapping[int, Float[Tensor, "d_model"]] = "mean",
     n_random: int = 10,
     seed: int = 0,
     objective: Objective = "sum",
 ) -> pd.DataFrame:
     """What the model loses without the direction, beside random directions of the same rank.
 
+    The component along the direction is set to its mean over the records' content tokens. Setting it to zero instead
+    (``center="zero"``) takes away the typical position of the residual stream too, which can push a model far off for
+    reasons that have nothing to do with what varies along the direction.
+
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         tokenized: the records to measure on, tokenized or not.
-        vectors: the direction.
-        layers: sets of layers to ablate at, one measurement each (a number is a set of one); default every stored layer
-            alone, then all at once.
-        others: further vectors whose span with ``vectors`` is taken out.
+        vectors: the direction, or several whose span is taken out.
+        layers: sets of layers to ablate at, one measurement each (a number is a set of one); default every layer stored in
+            the first of the vectors alone, then all at once.
         from_layer: see ``ablate_hooks``.
-        center: ``[d_model]`` per layer, see ``ablate_hooks``.
+        center: what the component is set to: ``"mean"``, ``"zero"``, or that of a residual ``[d_model]`` per layer.
         n_random: draws of random directions, as many in each as vectors are given.
         seed: of the draws.
         objective: as elsewhere.
@@ -112,47 +117,110 @@ def ablation_table(
     Returns:
         One row per set of layers for ``vector`` ``"own"`` and one for every random ``draw`` (-1 for own): ``layers``
         as text, ``rank``, ``margin`` and ``change`` (mean over records, nats), ``change_se``, ``kl`` = KL(ablated ||
-        whole) of the token after the prompt (nats) and ``kl_se``, ``n``.
+        whole) of the token after the prompt (nats) and ``kl_se``, ``n``. Rows of ``"own"`` also have ``z``, the distance of
+        ``change`` from the mean of the random draws in their standard deviations, and ``p``, the share of draws, own one
+        included, whose change is at least as large either way: at least 1 / (n_random + 1).
 
     Raises:
-        ValueError: layers that do not exist or are not stored, vectors of another model; before anything runs.
+        ValueError: layers that do not exist or are not stored, vectors of another model, an unknown ``center``; before
+            anything runs.
 
     Examples:
         >>> table = ablation_table(model, tokenized, vectors, layers=[[18], [21], [18, 21]])   # doctest: +SKIP
-        >>> table.groupby(["layers", "vector"]).change.mean()                                  # doctest: +SKIP
+        >>> table[table.vector == "own"][["layers", "change", "z", "p"]]                       # doctest: +SKIP
     """
     tokenized = as_tokenized(model, tokenized)
-    every = [vectors, *others]
+    every = [vectors] if isinstance(vectors, SteeringVectors) else list(vectors)
+    if not every:
+        raise ValueError("no vectors given; at least one direction is needed to take out")
     for v in every:
         v.require_match(model)
-    stored = list(vectors.layers)
+    stored = list(every[0].layers)
     wanted = [*stored, stored] if len(stored) > 1 else stored
     given: list[Any] = wanted if layers is None else listed("layers", layers)
     sets = [require_layers(model, s if hasattr(s, "__iter__") else [s]) for s in given]
     if from_layer is not None:
         every = [v.at([from_layer]) for v in every]
+    for at in sets:  # refuse layers that are not stored before anything runs
+        ablate_hooks(every, at, from_layer=from_layer)
+    centers = _centers(model, tokenized, sorted({layer for at in sets for layer in at}), center)
     drawn = [random_direction_vectors(v, n_draws=n_random, seed=seed + i) for i, v in enumerate(every)]
     subjects: list[tuple[str, int, list[SteeringVectors]]] = [("own", -1, every)]
     subjects += [("random", i, list(draw)) for i, draw in enumerate(zip(*drawn, strict=True))]
     rows: list[dict[str, Any]] = []
     settings: list[FwdHooks] = []
     for at in sets:
+        label = ", ".join(map(str, at)) if len(at) <= 3 else f"{len(at)} layers"
+        source = at[0] if from_layer is None else from_layer
         for name, draw, subject in subjects:
-            settings.append(ablate_hooks(subject, at, from_layer=from_layer, center=center))
-            label = ", ".join(map(str, at)) if len(at) <= 3 else f"{len(at)} layers"
-            source = at[0] if from_layer is None else from_layer
+            settings.append(ablate_hooks(subject, at, from_layer=from_layer, center=centers))
             rank = len(span([v.at([source]).directions[0] for v in subject]))
             rows.append({"layers": label, "vector": name, "draw": draw, "rank": rank})
-    base, found, kl = margins_and_kl(model, tokenized, settings, objective=objective)
-    (change, change_se), (kl_mean, kl_se) = mean_and_se(found - base), mean_and_se(kl)
-    return pd.DataFrame(rows).assign(
-        margin=found.mean(-1).tolist(),
+    base, margins, kl = margins_and_kl(model, tokenized, settings, objective=objective)
+    return _ablation_frame(pd.DataFrame(rows), base, margins, kl)
+
+
+def _ablation_frame(
+    rows: pd.DataFrame,
+    base: Float[Tensor, "record"],
+    margins: Float[Tensor, "setting record"],
+    kl: Float[Tensor, "setting record"],
+) -> pd.DataFrame:
+    """The settings with their measures; every own one is followed by its random draws."""
+    (change, change_se), (kl_mean, kl_se) = mean_and_se(margins - base), mean_and_se(kl)
+    by_set = rearrange(change, "(set subject) -> set subject", subject=int(rows["draw"].max()) + 2)
+    own, random = by_set[:, :1], by_set[:, 1:]
+    z, p = torch.full_like(by_set, torch.nan), torch.full_like(by_set, torch.nan)
+    if random.shape[1] > 1:
+        z[:, :1] = (own - random.mean(1, keepdim=True)) / random.std(1, keepdim=True)
+    if random.shape[1]:
+        p[:, 0] = (1 + (random.abs() >= own.abs()).sum(1)) / (1 + random.shape[1])
+    return rows.assign(
+        margin=margins.mean(-1).tolist(),
         change=change.tolist(),
         change_se=change_se.tolist(),
         kl=kl_mean.tolist(),
         kl_se=kl_se.tolist(),
-        n=len(tokenized),
+        z=z.flatten().tolist(),
+        p=p.flatten().tolist(),
+        n=len(base),
     )
+
+
+def _centers(
+    model: HookedModel, tokenized: Sequence[TokenizedPair], layers: Sequence[int], center: Any
+) -> Mapping[int, Float[Tensor, "d_model"]] | None:
+    if isinstance(center, Mapping):
+        return center
+    if center not in ("mean", "zero"):
+        raise ValueError(f"center={center!r}; expected 'mean', 'zero' or a residual per layer, {{layer: [d_model]}}")
+    return mean_residuals(model, tokenized, layers) if center == "mean" else None
+
+
+def mean_residuals(
+    model: HookedModel, tokenized: Sequence[TokenizedPair], layers: Sequence[int]
+) -> dict[int, Float[Tensor, "d_model"]]:
+    """Mean residual after each layer over the content tokens of all prompts, in residual units.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        tokenized: the records.
+        layers: counted from 0.
+    """
+    total = torch.zeros(len(layers), int(model.cfg.d_model))
+    n_tokens = sum(t.n_content for t in tokenized)
+    for group in by_token_budget([len(t.prompt) for t in tokenized]):
+        records = [tokenized[g] for g in group]
+        ids, mask, offset = pad_rows(model, [t.prompt for t in records])
+        weights = torch.zeros(ids.shape)
+        for row, t in enumerate(records):
+            weights[row, : len(t.prompt)] = torch.tensor(t.content, dtype=torch.float32) / n_tokens
+        sums = torch.zeros(len(group), *total.shape)
+        inputs = image_inputs(model, [t.images for t in records], ids, offset)
+        with torch.no_grad(), hooked(model, cache_hook(list(layers), weights, sums)):
+            run_blocks(model, ids, mask, max(layers) + 1, inputs)
+        total += sums.sum(0)
+    return dict(zip(layers, total, strict=True))
 
 
 def _project_out(basis: Float[Tensor, "rank d_model"], center: Float[Tensor, "d_model"] | None) -> Any:

@@ -230,15 +230,28 @@ def test_from_layer_takes_one_direction_out_everywhere(model: Any) -> None:
     assert all(seen[layer].abs().max() < 1e-4 for layer in range(3))
 
 
-def test_table_against_single_runs(model: Any, pairs: list[gr.PreferencePair]) -> None:
+def content_means(hf: Any, tokenized: Any, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    """Mean residual of content tokens, from the plain Hugging Face model one prompt at a time."""
+    kept = [residuals(hf, t.prompt)[:, torch.tensor(t.content)] for t in tokenized]
+    return {layer: torch.cat([one[layer] for one in kept]).mean(0) for layer in layers}
+
+
+@pytest.mark.parametrize("center", ["mean", "zero", "given"])
+def test_table_against_single_runs(model: Any, hf: Any, pairs: list[gr.PreferencePair], center: str) -> None:
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
     v, other = random_vectors(), random_vectors(seed=5)
-    table = analysis.ablation_table(model, tokenized, v, layers=[[1], [0, 2]], others=[other], n_random=2)
+    centers = {
+        "mean": content_means(hf, tokenized, (0, 1, 2)),
+        "zero": None,
+        "given": dict(enumerate(torch.ones(3, 32))),
+    }
+    options: dict[str, Any] = {} if center == "mean" else {"center": centers[center] or "zero"}
+    table = analysis.ablation_table(model, tokenized, [v, other], layers=[[1], [0, 2]], n_random=2, **options)
     assert table.layers.tolist() == ["1"] * 3 + ["0, 2"] * 3 and (table["rank"] == 2).all()
     assert table.vector.tolist() == ["own", "random", "random"] * 2 and table.draw.tolist() == [-1, 0, 1] * 2
     base = gr.score_pairs(model, tokenized)
     for row, layers in ((0, [1]), (3, [0, 2])):
-        hooks = analysis.ablate_hooks([v, other], layers)
+        hooks = analysis.ablate_hooks([v, other], layers, center=centers[center])
         scores = gr.score_pairs(model, tokenized, hooks)
         change = (scores - base)[:, 0] - (scores - base)[:, 1]
         assert table.change[row] == pytest.approx(change.mean().item(), abs=ATOL)
@@ -248,10 +261,30 @@ def test_table_against_single_runs(model: Any, pairs: list[gr.PreferencePair]) -
             gr.evaluate.next_token_kl(model, tokenized, hooks).mean().item(), abs=ATOL
         )
     assert table.change.nunique() == 6
-    whole = analysis.ablation_table(model, tokenized, v, n_random=0)
+
+
+def test_table_of_default_layers_and_of_one_direction_everywhere(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    tokenized, v = gr.tokens.tokenize_pairs(bridge, pairs), random_vectors()
+    whole = analysis.ablation_table(bridge, tokenized, v, n_random=0)
     assert whole.layers.tolist() == ["0", "1", "2", "0, 1, 2"]
-    one = analysis.ablation_table(model, tokenized, v, layers=[[0, 2]], from_layer=1, n_random=1)
+    assert whole.z.isna().all() and whole.p.isna().all()
+    one = analysis.ablation_table(bridge, tokenized, v, layers=[[0, 2]], from_layer=1, n_random=1)
     assert one.n.tolist() == [4, 4] and one["rank"].tolist() == [1, 1]
+
+
+def test_z_and_p_are_those_of_the_random_draws(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    table = analysis.ablation_table(bridge, pairs, random_vectors(), layers=[[1], [0, 2]], n_random=6)
+    for _, rows in table.groupby("layers"):
+        own, random = rows.change.iloc[0], rows.change.iloc[1:].to_numpy()
+        assert rows.z.iloc[0] == pytest.approx((own - random.mean()) / random.std(ddof=1), rel=1e-3)
+        assert rows.p.iloc[0] == pytest.approx((1 + (np.abs(random) >= abs(own)).sum()) / 7)
+        assert rows.z.iloc[1:].isna().all() and rows.p.iloc[1:].isna().all()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_centre_is_refused(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    with pytest.raises(ValueError, match="center='median'"):
+        analysis.ablation_table(bridge, pairs, random_vectors(), center="median")
 
 
 def test_the_planted_axis_is_what_the_preference_needs(planted: Any) -> None:
@@ -260,7 +293,7 @@ def test_the_planted_axis_is_what_the_preference_needs(planted: Any) -> None:
         for w in ("good", "warm")
     ]
     tokenized = gr.tokens.tokenize_pairs(planted, pairs)
-    table = analysis.ablation_table(planted, tokenized, axis(COPY, [1, 2]), n_random=5)
+    table = analysis.ablation_table(planted, tokenized, axis(COPY, [1, 2]), n_random=5, center="zero")
     own, random = table[table.vector == "own"], table[table.vector == "random"]
     assert own.margin.abs().max() < ATOL  # nothing else can tell the two words apart
     assert (-own.change).min() > 3 * random.change.abs().max()
