@@ -284,7 +284,7 @@ def test_z_and_p_are_those_of_the_random_draws(bridge: Any, pairs: list[gr.Prefe
 @pytest.mark.usefixtures("unchecked")
 def test_an_unknown_centre_is_refused(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     with pytest.raises(ValueError, match="center='median'"):
-        analysis.ablation_table(bridge, pairs, random_vectors(), center="median")
+        analysis.ablation_table(bridge, pairs, random_vectors(), center="median")  # type: ignore[arg-type]
 
 
 def test_the_planted_axis_is_what_the_preference_needs(planted: Any) -> None:

@@ -18,6 +18,7 @@ from grains_tl.models import _scenes as tv__scenes
 from grains_tl.models import tiny_vlm as tv_model
 from grains_tl.models import tiny_vlm as tv_tiny_vlm
 from grains_tl.models._scenes import COLOURS, N_TRAIN, QUESTIONS, vocabulary
+from studies.tiny_vlm import model_card
 from studies.tiny_vlm.train import PREFIX, SEGMENTS, TrainConfig, Trainer, train
 
 BUNDLED = Path(tv_model.__file__).parent.parent / "data_files" / "tiny_vlm"
@@ -227,7 +228,7 @@ def test_the_bridge_computes_what_hugging_face_does(vlm: Any) -> None:
 
 def test_it_looks_and_it_fails_as_its_card_says(vlm: Any) -> None:
     """On 200 held-out scenes: skills far above chance, gone without the image; partners named that are not there."""
-    figures = ev.evaluate(vlm, 200, seed=5)
+    figures = model_card.evaluate(vlm, 200, seed=5)
     for kind in ("position", "colour", "count"):
         f = figures["skills"][kind]
         assert f["accuracy"] > 0.85
@@ -238,4 +239,4 @@ def test_it_looks_and_it_fails_as_its_card_says(vlm: Any) -> None:
     captions = figures["captions"]
     assert 0.2 < captions["hallucinating"] < 0.7 and captions["coverage"] > 0.85
     assert captions["absent_are_partners"] > 0.6
-    assert "Held-out figures" in ev.model_card(figures, asdict(TrainConfig()))
+    assert "Held-out figures" in model_card.model_card(figures, asdict(TrainConfig()))

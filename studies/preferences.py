@@ -1,10 +1,10 @@
 """What steers, and better than what: five preference sets on SmolLM2, every choice of the recipe, and its controls.
 
-    python -m benchmarks.study --data FOLDER --out benchmarks/results/study        # about an hour on one core
+    python -m studies.preferences --data FOLDER --out studies/results/preferences        # about an hour on one core
 
 ``FOLDER`` holds ``truthfulqa/truthfulqa_half.csv`` and ``anthropic_evals/*.jsonl``; without it the two bundled sets are
 run. A set that has its results file is not run again. Attributions are kept record by record, so that an interrupted
-set goes on where it stopped. ``python -m benchmarks.study --tables OUT`` prints the tables of finished sets as markdown.
+set goes on where it stopped. ``python -m studies.preferences --tables OUT`` prints the tables of finished sets as markdown.
 
 Per set: records to build vectors, to choose a layer, and to report on. Every variant changes one choice of the default
 recipe (leave-one-out, mean embedding as mask, k = 3, read at the end of the prompt, mean difference). On the choosing
@@ -210,7 +210,7 @@ def main() -> None:
     """Parse the command line and run the sets that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with truthfulqa/ and anthropic_evals/")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study"))
+    parser.add_argument("--out", type=Path, default=Path("studies/results/preferences"))
     parser.add_argument("--sets", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--tables", type=Path, help="print the tables of a folder of results and stop")
     parser.add_argument("--threads", type=int, default=1)

@@ -1,6 +1,6 @@
-"""Can anything move these margins? A system prompt and LoRA on the same records, for the sets of ``benchmarks.study``.
+"""Can anything move these margins? A system prompt and LoRA on the same records, for the sets of ``studies.preferences``.
 
-    python -m benchmarks.study_rivals --data FOLDER --out benchmarks/results/study     # about five minutes a set
+    python -m studies.rivals --data FOLDER --out studies/results/preferences     # about five minutes a set
 
 Where no vector steers a set, either vectors fail or the set cannot be moved; this tells them apart. Effects are on the
 report records of the study, in nats: half the difference between an instruction and its opposite, and the change of the
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 import grains_tl as gr
-from benchmarks.study import SIZES, records
 from grains_tl._util.files import write_atomically
 from grains_tl._util.stats import mean_and_se
 from grains_tl.inference.objectives import margins
+from studies.preferences import SIZES, records
 
 FACTS = ("Answer with facts that experts have checked.", "Answer with what people wrongly believe.")
 #: an instruction toward the chosen responses, and one toward the rejected ones
@@ -59,7 +59,7 @@ def main() -> None:
     """Parse the command line and run the sets that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with truthfulqa/ and anthropic_evals/")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study"))
+    parser.add_argument("--out", type=Path, default=Path("studies/results/preferences"))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,7 +1,8 @@
 """Does steering keep the tiny model's captions from naming what is not there, and does attribution add anything?
 
-``python -m benchmarks.tiny_vlm_study --out benchmarks/results`` (about ten minutes on one core; finished vectors are kept
-and not run again). Building seeds give different scenes and so different vectors; choosing and test scenes are fixed.
+``python -m studies.tiny_vlm.captions_study --out studies/tiny_vlm/results`` (about ten minutes on one core; finished
+vectors are kept and not run again). Building seeds give different scenes and so different vectors; choosing and test
+scenes are fixed.
 Writes ``tiny_vlm_captions.csv`` (every vector at every KL), ``tiny_vlm_yes_no.csv`` and ``tiny_vlm_partner.json``.
 """
 
@@ -95,7 +96,7 @@ def partner_study(model: Any, out: Path, n: int = 150) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--out", default="studies/tiny_vlm/results")
     parser.add_argument("--seeds", type=int, default=5, help="building seeds")
     parser.add_argument("--only", action="append", choices=["captions", "partner", "yes_no"], help="only this part")
     parser.add_argument("--random", type=int, default=2, help="random directions per seed")
