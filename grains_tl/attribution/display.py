@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from grains_tl._util import html
-
-if TYPE_CHECKING:
-    from grains_tl.attribution.groups import Grouped
-    from grains_tl.attribution.result import Attribution
-    from grains_tl.tokens.patches import ImageSpan
+from grains_tl.attribution.groups import Grouped, spaced
+from grains_tl.attribution.result import Attribution
+from grains_tl.tokens.patches import ImageSpan
 
 #: What to do with tokens of the chat template and special tokens: leave them out, fold runs of them, or show them all.
 Template = Literal["hide", "fold", "show"]
@@ -80,24 +78,6 @@ def tokens_html(tokens: Sequence[str], scores: Sequence[float]) -> str:
     pieces = [Piece(token, score) for token, score in zip(tokens, scores, strict=True)]
     top = _largest(pieces)
     return html.frame(_text(pieces, top, "show"), html.note(_scale(top)))
-
-
-def spaced(tokens: Sequence[str], starts_word: Sequence[bool]) -> list[str]:
-    """Tokens with the space that decoding puts in front of them, where their own text does not have it.
-
-    Word-level and SentencePiece tokenizers (those of many vision models) drop it from a token decoded alone.
-
-    Examples:
-        >>> spaced(["what", "is", "it", "?"], [True, True, True, False])
-        ['what', ' is', ' it', '?']
-    """
-    if not starts_word:
-        return list(tokens)
-    texts = list(tokens[:1])
-    for before, token, begins in zip(tokens, tokens[1:], starts_word[1:], strict=False):
-        missing = begins and not token[:1].isspace() and not before[-1:].isspace()
-        texts.append(" " + token if missing else token)
-    return texts
 
 
 def _display(a: Attribution, about: str, pieces: Sequence[Piece], template: Template) -> str:

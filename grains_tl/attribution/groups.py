@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.attribution.display import grouped_html, spaced
 from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import Selection
 
@@ -53,6 +52,8 @@ class Grouped:
         return f"Grouped({self})"
 
     def _repr_html_(self) -> str:
+        from grains_tl.attribution.display import grouped_html  # which imports this module
+
         return grouped_html(self)
 
 
@@ -142,6 +143,24 @@ def groups_of(
         raise ValueError(f"grouping {by!r}; it is 'word', 'sentence' or a list of spans")
     pieces = spaced(tokens, starts_word)
     return _with_spans(len(tokens), [_span(pieces, one) for one in by])
+
+
+def spaced(tokens: Sequence[str], starts_word: Sequence[bool]) -> list[str]:
+    """Tokens with the space that decoding puts in front of them, where their own text does not have it.
+
+    Word-level and SentencePiece tokenizers (those of many vision models) drop it from a token decoded alone.
+
+    Examples:
+        >>> spaced(["what", "is", "it", "?"], [True, True, True, False])
+        ['what', ' is', ' it', '?']
+    """
+    if not starts_word:
+        return list(tokens)
+    texts = list(tokens[:1])
+    for before, token, begins in zip(tokens, tokens[1:], starts_word[1:], strict=False):
+        missing = begins and not token[:1].isspace() and not before[-1:].isspace()
+        texts.append(" " + token if missing else token)
+    return texts
 
 
 def _words(tokens: Sequence[str], begins: Sequence[bool], alone: Sequence[bool]) -> list[tuple[int, ...]]:

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from grains_tl.attribution.display import attribution_html
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attribution:
@@ -76,4 +74,6 @@ class Attribution:
         return f"Attribution({self})"
 
     def _repr_html_(self) -> str:
+        from grains_tl.attribution.display import attribution_html  # which imports this module
+
         return attribution_html(self)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from grains_tl._util import html
 from grains_tl._util.settings import with_settings
 from grains_tl.evaluate.costs import text_costs
-from grains_tl.evaluate.display import choice_html
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid
 from grains_tl.evaluate.summary import summarize
@@ -55,7 +55,16 @@ class Choice:
         return f"Choice({self})"
 
     def _repr_html_(self) -> str:
-        return choice_html(self)
+        cells = {
+            "layer": html.number(self.layer, "d"),
+            "alpha": html.number(self.alpha, "+g"),
+            "positions": html.text(self.positions),
+            "operator": html.text(self.operator),
+            "objective": html.text(self.objective),
+            "chosen on": html.count(len(self.records), "record"),
+        }
+        table = html.table(list(cells), [list(cells.values())])
+        return html.frame(html.title("Choice", self.vector), table, html.note(self.why))
 
     def __str__(self) -> str:
         return f"{self.vector}, layer {self.layer}, alpha {self.alpha:+g}, positions {self.positions}: {self.why}"

@@ -1,15 +1,12 @@
-"""Tables of effects and choices in a notebook."""
+"""Tables of effects in a notebook."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from grains_tl._util import html
-
-if TYPE_CHECKING:
-    from grains_tl.evaluate.choosing import Choice
 
 #: Grids of more vectors and scopes than this are left to the folded table.
 MAX_GRIDS = 8
@@ -71,18 +68,3 @@ def _cell(row: dict[str, Any]) -> str:
         about.append(f"KL {html.number(row['kl'], '.3f')} nats per token")
     sure = row.get("verdict") in ("steers", "wrong way")
     return html.element("span", html.signed(row["effect"]), "font-weight:bold" if sure else "", title=", ".join(about))
-
-
-def choice_html(choice: Choice) -> str:
-    """The display of a chosen cell."""
-    cells = {
-        "layer": html.number(choice.layer, "d"),
-        "alpha": html.number(choice.alpha, "+g"),
-        "positions": html.text(choice.positions),
-        "operator": html.text(choice.operator),
-        "objective": html.text(choice.objective),
-        "chosen on": html.count(len(choice.records), "record"),
-    }
-    return html.frame(
-        html.title("Choice", choice.vector), html.table(list(cells), [list(cells.values())]), html.note(choice.why)
-    )

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 from grains_tl._util import html
-
-if TYPE_CHECKING:
-    from grains_tl.vectors.steering_vectors import SteeringVectors
+from grains_tl.vectors.steering_vectors import SteeringVectors, made_from
 
 
 def vectors_html(
@@ -39,13 +36,6 @@ def vectors_html(
     note = "Norm: length of the mean difference in residual units; share: of the layer's typical residual norm."
     parts = [title, html.note(made) if made else "", html.table(heads, rows, numbers=range(4), styles=styles)]
     return html.frame(*parts, html.note(note))
-
-
-def made_from(info: Mapping[str, Any]) -> list[str]:
-    """Method, model and number of records, as far as they are known."""
-    made = [str(info["method"])] if "method" in info else []
-    made += [str(info["model"].get("name"))] if isinstance(info.get("model"), Mapping) else []
-    return [*made, f"{info['n_records']} records"] if "n_records" in info else made
 
 
 def _bar(share: float, top: float) -> str:

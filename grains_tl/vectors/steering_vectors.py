@@ -17,7 +17,6 @@ from grains_tl._util.files import write_atomically
 from grains_tl._util.tensors import lasting
 from grains_tl.hooks.steer import Gate, Operator, Positions
 from grains_tl.types import FwdHooks, HookedModel
-from grains_tl.vectors.display import made_from, vectors_html
 from grains_tl.vectors.matching import require_match
 from grains_tl.vectors.steering import Scale, Steering
 
@@ -84,6 +83,8 @@ class SteeringVectors:
         return f"SteeringVectors({', '.join([what, *made_from(self.info)])})"
 
     def _repr_html_(self) -> str:
+        from grains_tl.vectors.display import vectors_html  # which imports this module
+
         return vectors_html(self)
 
     @classmethod
@@ -366,3 +367,10 @@ class SteeringVectors:
 
 def _combined(a: SteeringVectors, sign: str, b: SteeringVectors) -> dict[str, Any]:
     return {**a.info, "combined": [a.info.get("method", "?"), sign, b.info.get("method", "?")]}
+
+
+def made_from(info: Mapping[str, Any]) -> list[str]:
+    """Method, model and number of records, as far as they are known."""
+    made = [str(info["method"])] if "method" in info else []
+    made += [str(info["model"].get("name"))] if isinstance(info.get("model"), Mapping) else []
+    return [*made, f"{info['n_records']} records"] if "n_records" in info else made

@@ -9,8 +9,8 @@ import torch
 
 import grains_tl as gr
 from grains_tl._util import html
-from grains_tl.attribution.display import attribution_html, spaced
-from grains_tl.attribution.groups import groups_of
+from grains_tl.attribution.display import attribution_html
+from grains_tl.attribution.groups import groups_of, spaced
 from grains_tl.attribution.result import Attribution
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.tokens.patches import ImageSpan
