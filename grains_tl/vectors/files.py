@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +23,44 @@ FORMAT_VERSION = 2
 
 def file_content(vectors: SteeringVectors) -> bytes:
     """What ``SteeringVectors.save`` writes: tensors, and a header with the manifest and the checksum of both."""
+    tensors = {name: getattr(vectors, name) for name in ("directions", "magnitudes", "resid_norms")}
+    about = {**vectors.info, "layers": list(vectors.layers), "hook_point": "blocks.{layer}.hook_resid_post"}
+    return with_checksum(FORMAT, FORMAT_VERSION, about, tensors)
+
+
+def with_checksum(kind: str, version: int, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file: tensors, and a header with a manifest and the checksum of both."""
     from safetensors.torch import save
 
-    # safetensors refuses tensors that share memory, such as one tensor given as both norms
-    tensors = {
-        "directions": vectors.directions.clone().contiguous(),
-        "magnitudes": vectors.magnitudes.clone().contiguous(),
-        "resid_norms": vectors.resid_norms.clone().contiguous(),
-    }
-    about = {**vectors.info, "layers": list(vectors.layers), "hook_point": "blocks.{layer}.hook_resid_post"}
     manifest = json.dumps(about, default=plain)
-    header = {"format": FORMAT, "version": str(FORMAT_VERSION), "manifest": manifest}
-    header["sha256"] = _digest(manifest, tensors)
-    return save(tensors, metadata=header)
+    # safetensors refuses tensors that share memory, such as one tensor given as both norms
+    own = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    header = {"format": kind, "version": str(version), "manifest": manifest, "sha256": digest(manifest, own)}
+    return save(own, metadata=header)
+
+
+def read_tensors(path: str | Path, write_with: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a safetensors file, neither checked yet.
+
+    Args:
+        path: the file.
+        write_with: the call that writes such files, for the message.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; write one with {write_with}")
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            return handle.metadata() or {}, tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
 
 
 def load_vectors(path: str | Path, model: HookedModel | None = None) -> SteeringVectors:
@@ -55,17 +81,8 @@ def load_vectors(path: str | Path, model: HookedModel | None = None) -> Steering
     Examples:
         >>> vectors = load_vectors("vectors.safetensors", model)     # doctest: +SKIP
     """
-    from safetensors import SafetensorError, safe_open
-
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}; write one with vectors.save(path)")
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            header = handle.metadata() or {}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
+    header, tensors = read_tensors(file, "vectors.save(path)")
     if header.get("format") != FORMAT:
         raise ValueError(f"{file} holds {header.get('format')!r}, not {FORMAT!r}; write it with vectors.save(path)")
     version = header.get("version", "none")
@@ -74,7 +91,7 @@ def load_vectors(path: str | Path, model: HookedModel | None = None) -> Steering
     wanted = {"directions", "magnitudes", "resid_norms"}
     if set(tensors) != wanted:
         raise ValueError(f"{file} holds the tensors {sorted(tensors)}; {sorted(wanted)} are needed")
-    if int(version) > 1 and header.get("sha256") != _digest(header.get("manifest", ""), tensors):
+    if int(version) > 1 and header.get("sha256") != digest(header.get("manifest", ""), tensors):
         raise ValueError(f"{file} is damaged (its checksum does not fit what it holds); take a copy, or build it again")
     try:
         info = json.loads(header["manifest"])
@@ -91,7 +108,8 @@ def load_vectors(path: str | Path, model: HookedModel | None = None) -> Steering
     return vectors
 
 
-def _digest(manifest: str, tensors: Mapping[str, Tensor]) -> str:
+def digest(manifest: str, tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of a manifest and tensors."""
     found = hashlib.sha256(manifest.encode())
     for name in sorted(tensors):
         one = tensors[name]

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from grains_tl._util.checks import whole
 from grains_tl._util.errors import OptionError, numbered
-from grains_tl._util.files import hash_of, plain, write_atomically
+from grains_tl._util.files import hash_of, write_atomically
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.settings import current
 from grains_tl._util.tensors import lasting
@@ -35,11 +34,13 @@ from grains_tl.models.identity import model_identity, same_fingerprint
 from grains_tl.models.running import require_layers
 from grains_tl.models.state import autograd
 from grains_tl.types import HookedModel
+from grains_tl.vectors.files import digest, read_tensors, with_checksum
 from grains_tl.vectors.shrunken import ShrunkenInverse
 from grains_tl.vectors.zero_steps import StepOperator, check_step, zero_steps
 
 FORMAT = "grains_tl.fisher"
 FORMAT_VERSION = 1
+TENSORS = {"samples", "text", "n_tokens"}
 
 #: Logits of one pass, in numbers: several tensors of that size are held at once, 64 MB each in float32.
 MAX_LOGITS = 2**24
@@ -220,8 +221,9 @@ class Fisher:
         """sqrt(2 kl g'F_s^-1 g): to first order, the largest change of the margin by any vector that costs ``kl``.
 
         An estimate and not a bound: margin and KL are taken as linear and quadratic, g and F come from samples, and the
-        number falls as the shrinkage grows (on SmolLM2 by a factor of two between small and large ones), so state the
-        shrinkage with it.
+        number depends on the shrinkage, so state it. On SmolLM2, layer 18, 20 sentiment records and 608 samples, it is 9.4
+        nats at a shrinkage of 0.1, 7.4 at 0.5 and 8.1 at 0.9 for a KL of 0.05, where 4.0 were reached. The recipe's
+        ``predicted_effect`` on held-out data was nearer (4.6).
 
         Args:
             gradient: the mean gradient of the margin per layer.
@@ -238,17 +240,9 @@ class Fisher:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file; complete or not at all."""
-        from safetensors.torch import save
-
-        tensors = {n: getattr(self, n).clone().contiguous() for n in ("samples", "text", "n_tokens")}
-        about = json.dumps({**self.info, "layers": list(self.layers)}, default=plain)
-        header = {
-            "format": FORMAT,
-            "version": str(FORMAT_VERSION),
-            "manifest": about,
-            "sha256": _digest(about, tensors),
-        }
-        return write_atomically(path, save(tensors, metadata=header))
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        about = {**self.info, "layers": list(self.layers)}
+        return write_atomically(path, with_checksum(FORMAT, FORMAT_VERSION, about, tensors))
 
     @classmethod
     def load(cls, path: str | Path, model: HookedModel | None = None) -> Fisher:
@@ -265,25 +259,15 @@ class Fisher:
             FileNotFoundError: no such file.
             ValueError: not such a file, a newer version, damaged content, or samples of another model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        file = Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"no file {file}; write one with Fisher.save(path)")
-        try:
-            with safe_open(str(file), framework="pt") as handle:
-                header = handle.metadata() or {}
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
-        if header.get("format") != FORMAT or header.get("version") != str(FORMAT_VERSION):
+        header, tensors = read_tensors(path, "Fisher.save(path)")
+        if header.get("format") != FORMAT or header.get("version") != str(FORMAT_VERSION) or set(tensors) != TENSORS:
             raise ValueError(
-                f"{file} holds {header.get('format')!r} version {header.get('version')!r}; expected {FORMAT!r} version "
-                f"{FORMAT_VERSION}, as Fisher.save(path) writes it"
+                f"{path} holds {header.get('format')!r} version {header.get('version')!r} with {sorted(tensors)}; expected "
+                f"{FORMAT!r} version {FORMAT_VERSION} with {sorted(TENSORS)}, as Fisher.save(path) writes it"
             )
-        if header.get("sha256") != _digest(header.get("manifest", ""), tensors):
+        if header.get("sha256") != digest(header.get("manifest", ""), tensors):
             raise ValueError(
-                f"{file} is damaged (its checksum does not fit what it holds); delete it and estimate again"
+                f"{path} is damaged (its checksum does not fit what it holds); delete it and estimate again"
             )
         info = json.loads(header["manifest"])
         fisher = cls(layers=tuple(info.pop("layers")), info=info, **tensors)
@@ -336,12 +320,3 @@ def _text_batch(model: HookedModel, rows: Sequence[Sequence[int]]) -> Batch:
     targets = [(r, p, ids[p + 1], 1.0, r) for r, ids in enumerate(rows) for p in range(len(ids) - 1)]
     halves = [max(1, len(ids) // 2) for ids in rows]
     return batch_of(model, rows, list(range(len(rows))), halves, targets, (len(rows) + 1) // 2)
-
-
-def _digest(manifest: str, tensors: dict[str, Tensor]) -> str:
-    found = hashlib.sha256(manifest.encode())
-    for name in sorted(tensors):
-        one = tensors[name]
-        found.update(f"{name}{one.dtype}{tuple(one.shape)}".encode())
-        found.update(one.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

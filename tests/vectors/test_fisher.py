@@ -197,6 +197,8 @@ def test_default_texts_leave_some_for_the_cost(bridge: Any, pairs: list[gr.Prefe
     assert "texts 13 to 30" in vectors.info["fisher_texts"] and "4 building prompts" in vectors.info["fisher_texts"]
     assert len(vectors.info["fisher"]["texts"]) == 22
     assert vectors.info["shrinkage"][0] in SHRINKAGES and len(vectors.info["held_out_gain"]) == len(SHRINKAGES)
+    best = max(gains[0] for gains in vectors.info["held_out_gain"].values())
+    assert vectors.info["predicted_effect_kl_0.05"][0] == pytest.approx((2 * 0.05) ** 0.5 * best)
 
 
 def test_planted_direction() -> None:
