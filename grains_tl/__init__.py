@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 #: In the order of the story: load, find the tokens, build, steer, measure, look.
 __all__ = [  # noqa: RUF022
     "load_model",
+    "wrap_model",
     "check_model",
     "load_pairs",
     "load_bundled",

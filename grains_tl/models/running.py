@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grains_tl._util.checks import layer_numbers
 from grains_tl.models.precision import exact_unembedding, full_precision
-from grains_tl.models.state import require_ready
+from grains_tl.models.state import require_hooked_model, require_ready
 from grains_tl.types import BridgeModel, FwdHooks, HookedModel, PromptHooks
 
 
@@ -70,6 +70,7 @@ def existing_layers(model: HookedModel, layers: Sequence[int]) -> list[int]:
     Raises:
         ValueError: a layer is not in ``0 .. n_layers - 1``, or none is given.
     """
+    require_hooked_model(model)
     n_layers = int(model.cfg.n_layers)
     layers = layer_numbers(layers)
     bad = [layer for layer in layers if not 0 <= layer < n_layers]

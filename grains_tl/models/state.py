@@ -15,6 +15,19 @@ from grains_tl.types import HookedModel
 RANDOM_IN_TRAINING = ("attention_dropout", "layerdrop", "router_jitter_noise", "jitter_noise")
 
 
+def require_hooked_model(model: Any) -> None:
+    """Refuse a Hugging Face model as it is, saying how to wrap it.
+
+    Raises:
+        ValueError: no TransformerLens model.
+    """
+    if not hasattr(model, "hook_dict"):
+        raise ValueError(
+            f"expected a model with TransformerLens hook points, got {type(model).__name__}; wrap a Hugging Face model "
+            "first: model = gr.wrap_model(hf_model, tokenizer)"
+        )
+
+
 def require_ready(model: HookedModel) -> None:
     """Refuse a model in a state that changes its numbers, or that TransformerLens cannot run.
 
@@ -22,8 +35,9 @@ def require_ready(model: HookedModel) -> None:
     activations (gradient checkpointing): it then keeps no key-value cache and runs every hook twice.
 
     Raises:
-        ValueError: saying what to call: ``model.eval()``, ``set_attn_implementation``, ...
+        ValueError: no TransformerLens model, or what to call: ``model.eval()``, ``set_attn_implementation``, ...
     """
+    require_hooked_model(model)
     inner: Any = getattr(model, "original_model", model)
     _require_usual_outputs(getattr(inner, "config", None))
     # the modules are walked only if something is in train mode: this runs before every forward pass

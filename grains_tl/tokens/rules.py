@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from grains_tl.models.state import require_hooked_model
 from grains_tl.tokens.images import template_owner
 from grains_tl.types import HookedModel
 
@@ -66,6 +67,7 @@ def token_rules(model: HookedModel) -> TokenRules:
         >>> token_rules(model).describe()  # doctest: +SKIP
         'no BOS added; pad id 2, padded right and masked; end id 2; context 8192; chat template present'
     """
+    require_hooked_model(model)
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("the model has no tokenizer; set model.tokenizer (or model.set_tokenizer) first")
