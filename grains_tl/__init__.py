@@ -41,6 +41,7 @@ __all__ = [  # noqa: RUF022
     "Choice",
     "report_choice",
     "compare_with_controls",
+    "find_vector",
     "attribution",
     "hooks",
     "baselines",

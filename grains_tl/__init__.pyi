@@ -47,6 +47,7 @@ from .evaluate.controls import compare_with_controls as compare_with_controls
 from .evaluate.model_check import check_model as check_model
 from .evaluate.sweeps import sweep as sweep
 from .faithfulness.compare import compare_attributions as compare_attributions
+from .finding.api import find_vector as find_vector
 from .hooks.mask import Mask as Mask
 from .inference.generation import generate as generate
 from .inference.logprobs import score_pairs as score_pairs

@@ -1,0 +1,166 @@
+"""The search for a vector that steers, in five steps.
+
+1. Split: some records to build on, some to choose on, some to report on.
+2. Build: one vector per recipe and layer from the first part.
+3. Calibrate: per recipe and layer, the alpha at which the KL on neutral text reaches the budget.
+4. Choose: per recipe, the layer with the largest effect on the second part, at that alpha or at half of it.
+5. Report: each recipe's choice on the third part, beside random directions that spend as much KL at the same layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grains_tl._util.checks import finite, listed
+from grains_tl._util.errors import OptionError
+from grains_tl._util.settings import settings as run_with
+from grains_tl.evaluate.costs import cost_rows
+from grains_tl.evaluate.store import open_checkpoint
+from grains_tl.finding.measuring import Run, report, search
+from grains_tl.finding.records import split_for_search
+from grains_tl.finding.result import Found, examples_of
+from grains_tl.finding.verdict import with_verdicts
+from grains_tl.inference.objectives import require_objective
+from grains_tl.models.running import require_layers
+from grains_tl.records.loading import neutral_texts
+from grains_tl.records.pairs import PreferencePair
+from grains_tl.tokens.pairs import tokenize_pairs
+from grains_tl.types import HookedModel
+from grains_tl.vectors.building import BuildingRecords
+from grains_tl.vectors.recipes import Recipe, RecipeFunction, recipe_of
+
+#: Layers that are tried where none are named.
+N_LAYERS = 8
+
+#: What find_vector takes besides its own arguments, with the defaults.
+OPTIONS: dict[str, Any] = {
+    "n_draws": 8,
+    "neutral": 8,
+    "objective": "sum",
+    "positions": "all",
+    "level": 0.95,
+    "n_examples": 3,
+    "max_new_tokens": 40,
+}
+
+
+def find_vector(
+    model: HookedModel,
+    pairs: Iterable[PreferencePair] | Mapping[str, Iterable[PreferencePair]],
+    recipes: Sequence[Recipe | str | RecipeFunction] = ("grains", "caa", "random_direction"),
+    kl: float = 0.05,
+    *,
+    layers: Sequence[int] | None = None,
+    alphas: Sequence[float] = (0.05, 0.1, 0.2, 0.4),
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    **options: Any,
+) -> Found:
+    """From preference records to a vector that steers, with the evidence that it does, or that none does.
+
+    The records are split in three. Each recipe builds on the first part, chooses its own layer and alpha within the KL
+    budget on the second, and is measured on the third, against random directions at the same layer and KL.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        pairs: at least 8 different records, better 30 or more; or a mapping with your own parts ``"build"``, ``"choose"``
+            and ``"report"``, for example with other wordings in the last.
+        recipes: what to compare: names in ``gr.vectors.RECIPES``, recipes as values, or functions. Recipes that draw at
+            random, such as ``"random_direction"``, are controls: they are drawn ``n_draws`` times at every chosen layer.
+        kl: the budget: KL(steered || base) on neutral text, nats per token.
+        layers: which to try; default eight spread over the depth without the first two.
+        alphas: steps at which the KL is measured, fractions of the layer's typical residual norm; between them it is
+            interpolated to the alpha that spends the budget.
+        seed: of the split and of the draws.
+        checkpoint: a ``.jsonl`` file for finished measurements (attributions go beside it); the same call goes on there.
+        options: ``n_draws`` (8) of each control; ``neutral`` (8): texts, or how many of the bundled ones;
+            ``objective`` (``"sum"``); ``positions`` (``"all"``); ``level`` (0.95) of the intervals; ``n_examples`` (3)
+            prompts to continue, up to ``max_new_tokens`` (40); ``max_tokens`` and ``progress`` as in ``gr.settings``.
+
+    Returns:
+        ``Found``: ``best`` (the steering), ``table`` (effects in nats), ``verdict``, ``examples``, ``plot()``.
+
+    Raises:
+        ValueError: before anything runs: too few records, a record in two parts or both ways round, unknown recipes or
+            options, only controls, layers the model lacks, alphas or a budget that are not positive.
+
+    Examples:
+        >>> found = find_vector(model, load_pairs("pairs.jsonl"))                   # doctest: +SKIP
+        >>> print(found.verdict)                                                    # doctest: +SKIP
+        >>> generate(model, ["The film was"], found.best.hooks())                   # doctest: +SKIP
+    """
+    start = time.time()
+    own = {name: options.pop(name, None) for name in ("max_tokens", "progress")}
+    run = _run(model, options, kl=kl, alphas=alphas, seed=seed)
+    recipes = _recipes(recipes)
+    parts = split_for_search(pairs, seed)
+    tried = tuple(require_layers(model, _spread(int(model.cfg.n_layers)) if layers is None else layers))
+    tokenized = {name: tokenize_pairs(model, getattr(parts, name)) for name in parts.sizes}
+    attributions = None if checkpoint is None else Path(f"{checkpoint}.attributions.jsonl")
+    building = BuildingRecords(model, tokenized["build"], tried, attributions)
+    for recipe in recipes:
+        if not recipe.draws:
+            recipe.check(building)
+    cost_rows(model, run.texts)
+    run.store = open_checkpoint(checkpoint, model)
+    with run_with(**own):
+        vectors = {recipe.name: recipe.build(building) for recipe in recipes if not recipe.draws}
+        choices, searched = search(run, vectors, parts.choose)
+        controls = [recipe for recipe in recipes if recipe.draws]
+        table, effects = report(run, choices, controls, building, parts.report)
+        table, best, verdict = with_verdicts(table, effects, choices, run, parts)
+        chosen = choices[best]
+        steering = chosen.steering(run.positions)
+        examples = examples_of(model, parts.report, steering, run.n_examples, run.max_new_tokens)
+    return Found(
+        best=steering,
+        table=table,
+        verdict=verdict,
+        examples=examples,
+        vectors=vectors,
+        effects=effects,
+        search=searched,
+        notes=parts.notes,
+        about={"kl": kl, "seed": seed, "level": run.level, "records": parts.sizes, "seconds": time.time() - start},
+    )
+
+
+def _run(model: HookedModel, options: dict[str, Any], *, kl: float, alphas: Sequence[float], seed: int) -> Run:
+    """All options, checked."""
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise OptionError(f"find_vector takes no {', '.join(unknown)}; its options are {', '.join(OPTIONS)}")
+    given = {**OPTIONS, **options}
+    if not finite("kl", kl) > 0:
+        raise OptionError(f"kl={kl}; expected a budget above 0 nats per token, such as 0.05")
+    steps = sorted({finite("alpha", alpha) for alpha in listed("alphas", alphas)})
+    if not steps or steps[0] <= 0:
+        raise OptionError(f"alphas={list(alphas)}; expected positive steps such as [0.05, 0.1, 0.2, 0.4]")
+    if not 0 < finite("level", given["level"]) < 1:
+        raise OptionError(f"level={given['level']}; expected a share between 0 and 1, such as 0.95")
+    require_objective(given["objective"])
+    neutral = given.pop("neutral")
+    texts = neutral_texts(neutral) if isinstance(neutral, int) else listed("neutral", neutral)
+    return Run(model, texts, float(kl), tuple(steps), seed, **given)
+
+
+def _recipes(given: Sequence[Recipe | str | RecipeFunction]) -> list[Recipe]:
+    if isinstance(given, (str, Recipe)) or callable(given):
+        given = [given]
+    recipes = [recipe_of(recipe) for recipe in given]
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise OptionError(f"recipes {names}: two have one name; give a recipe of your own as a function with another name")
+    if all(recipe.draws for recipe in recipes):
+        raise OptionError(f"recipes {names}: expected at least one that is no control, such as 'caa' or 'grains'")
+    return recipes
+
+
+def _spread(n_layers: int) -> list[int]:
+    """About eight layers over the depth; not the first two, where a residual holds little but its own token."""
+    first, last = min(2, n_layers - 1), n_layers - 1
+    n = min(N_LAYERS, last - first + 1)
+    return sorted({round(first + (last - first) * i / max(n - 1, 1)) for i in range(n)})

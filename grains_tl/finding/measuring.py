@@ -1,0 +1,204 @@
+"""What a search measures: KL and effect of every recipe, layer by layer, then of the chosen ones and their controls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from grains_tl.evaluate.costs import text_costs
+from grains_tl.evaluate.records import record_effects
+from grains_tl.evaluate.settings import Setting, grid
+from grains_tl.evaluate.store import Checkpoint
+from grains_tl.hooks.steer import Positions
+from grains_tl.inference.objectives import Objective
+from grains_tl.records.pairs import PreferencePair
+from grains_tl.types import HookedModel
+from grains_tl.vectors.building import BuildingRecords
+from grains_tl.vectors.recipes import Recipe
+from grains_tl.vectors.steering import Steering
+from grains_tl.vectors.steering_vectors import SteeringVectors
+
+
+@dataclass
+class Run:
+    """The options of a search, and where its results are kept.
+
+    Attributes:
+        model: what is steered.
+        texts: neutral texts.
+        kl: the budget, nats per token.
+        alphas: where the KL is measured, in rising order.
+        seed: of split and draws.
+        n_draws: draws of each control.
+        objective: how response tokens are combined.
+        positions: where is steered.
+        level: of the intervals.
+        n_examples: prompts to continue.
+        max_new_tokens: of a continuation.
+        store: finished results.
+    """
+
+    model: HookedModel
+    texts: Sequence[str]
+    kl: float
+    alphas: tuple[float, ...]
+    seed: int
+    n_draws: int
+    objective: Objective
+    positions: Positions
+    level: float
+    n_examples: int
+    max_new_tokens: int
+    store: Checkpoint = field(default_factory=Checkpoint)
+
+    def costs(self, settings: Sequence[Setting]) -> NDArray[np.float64]:
+        """``[setting]`` mean KL per token of the neutral texts, nats."""
+        frame = text_costs(self.model, settings, self.texts, checkpoint=self.store)
+        weight = frame["n_tokens"].to_numpy(dtype=float).reshape(len(settings), -1)
+        return np.average(frame["kl"].to_numpy().reshape(weight.shape), axis=1, weights=weight)
+
+    def effects(self, settings: Sequence[Setting], records: Sequence[PreferencePair]) -> NDArray[np.float64]:
+        """``[setting, record]`` change of the margin, nats."""
+        with _shared_store():
+            frame = record_effects(
+                self.model, records, settings, objective=self.objective, checkpoint=self.store
+            )
+        return frame["change"].to_numpy().reshape(len(settings), len(records))
+
+    def setting(self, vectors: SteeringVectors, layer: int, alpha: float) -> Setting:
+        """One cell."""
+        return grid({"vector": vectors}, [layer], [alpha], positions=self.positions)[0]
+
+    def spending(self, cells: Sequence[tuple[SteeringVectors, int]], kl: float) -> NDArray[np.float64]:
+        """``[cell]`` the alpha at which each spends a KL; the largest alpha where that is never reached."""
+        settings = [self.setting(v, layer, alpha) for v, layer in cells for alpha in self.alphas]
+        spent = self.costs(settings).reshape(len(cells), len(self.alphas))
+        return np.array([alpha_at(self.alphas, row, kl) for row in spent])
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a recipe came to.
+
+    Attributes:
+        vectors: at all layers that were tried.
+        layer: with the largest effect on the choosing records.
+        alpha: the step.
+        effect: on the choosing records, nats.
+    """
+
+    vectors: SteeringVectors
+    layer: int
+    alpha: float
+    effect: float
+
+    def steering(self, positions: Positions) -> Steering:
+        """The choice as a value."""
+        return self.vectors.at([self.layer]).steering(self.alpha, [self.layer], positions=positions)
+
+
+@contextmanager
+def _shared_store() -> Iterator[None]:
+    """Several measurements share one file on purpose, so that it holds results of other settings is no surprise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*none of these records and settings")
+        yield
+
+
+def alpha_at(alphas: Sequence[float], kls: Sequence[float], budget: float) -> float:
+    """Where the KL first reaches the budget: linear in its root, as the KL grows with alpha squared.
+
+    Examples:
+        >>> alpha_at([0.1, 0.2], [0.01, 0.04], 0.0225)
+        0.15
+        >>> alpha_at([0.1, 0.2], [0.01, 0.04], 1.0)
+        0.2
+    """
+    steps, roots = [0.0, *alphas], [0.0, *np.sqrt(np.maximum(np.nan_to_num(kls, nan=np.inf), 0))]
+    wanted = budget**0.5
+    for i in range(1, len(steps)):
+        if roots[i] >= wanted:
+            share = (wanted - roots[i - 1]) / (roots[i] - roots[i - 1])
+            return float(round(steps[i - 1] + share * (steps[i] - steps[i - 1]), 6))
+    return float(steps[-1])
+
+
+def search(
+    run: Run, vectors: Mapping[str, SteeringVectors], records: Sequence[PreferencePair]
+) -> tuple[dict[str, Chosen], pd.DataFrame]:
+    """Each recipe's layer and alpha, and the table of all that were tried.
+
+    Returns:
+        The choices by recipe; columns ``recipe``, ``layer``, ``alpha``, ``effect`` (nats, mean over the choosing records).
+    """
+    cells = [(name, one, layer) for name, one in vectors.items() for layer in one.layers]
+    alphas = run.spending([(one, layer) for _, one, layer in cells], run.kl)
+    tried = [(*cell, float(alpha) * part) for cell, alpha in zip(cells, alphas, strict=True) for part in (0.5, 1.0)]
+    effects = run.effects([run.setting(one, layer, alpha) for _, one, layer, alpha in tried], records)
+    table = pd.DataFrame(
+        {
+            "recipe": [name for name, *_ in tried],
+            "layer": [layer for *_, layer, _ in tried],
+            "alpha": [alpha for *_, alpha in tried],
+            "effect": effects.mean(1),
+            "n": len(records),
+        }
+    )
+    choices = {}
+    for name in vectors:
+        own = table[(table["recipe"] == name) & np.isfinite(table["effect"])]
+        if own.empty:
+            raise ValueError(f"every step of recipe {name!r} gives NaN or infinite log-likelihoods; give smaller alphas")
+        row = own.loc[own["effect"].idxmax()]
+        choices[name] = Chosen(vectors[name], int(row["layer"]), float(row["alpha"]), float(row["effect"]))
+    return choices, table
+
+
+def report(
+    run: Run,
+    choices: Mapping[str, Chosen],
+    controls: Sequence[Recipe],
+    building: BuildingRecords,
+    records: Sequence[PreferencePair],
+) -> tuple[pd.DataFrame, dict[tuple[str, int], NDArray[np.float64]]]:
+    """The choices and the draws of the controls on the report records.
+
+    Returns:
+        A row per choice, and per control and chosen layer, with ``kl``; effects by recipe and layer: ``[record]``, of
+        controls ``[draw, record]``, nats.
+    """
+    rows: list[dict[str, Any]] = []
+    effects: dict[tuple[str, int], NDArray[np.float64]] = {}
+    settings = [run.setting(c.vectors, c.layer, c.alpha) for c in choices.values()]
+    spent = run.costs(settings)
+    for (name, c), kl, change in zip(choices.items(), spent, run.effects(settings, records), strict=True):
+        effects[name, c.layer] = change
+        rows.append({"recipe": name, "layer": c.layer, "alpha": c.alpha, "kl": kl, "control": False})
+    for layer in sorted({c.layer for c in choices.values()}):
+        here = {name: c for name, c in choices.items() if c.layer == layer}
+        like = max(here.values(), key=lambda c: c.effect)
+        allowed = max(row["kl"] for row in rows if row["layer"] == layer and not row["control"])
+        for control in controls:
+            draws = _draws(run, control, building, like)
+            alphas = run.spending([(one, layer) for one in draws], allowed)
+            settings = [run.setting(one, layer, alpha) for one, alpha in zip(draws, alphas, strict=True)]
+            effects[control.name, layer] = run.effects(settings, records)
+            kl = run.costs(settings).mean()
+            row = {"recipe": control.name, "layer": layer, "alpha": alphas.mean(), "kl": kl, "control": True}
+            rows.append({**row, "n_draws": len(draws)})
+    return pd.DataFrame(rows), effects
+
+
+def _draws(run: Run, control: Recipe, building: BuildingRecords, like: Chosen) -> list[SteeringVectors]:
+    """Draws of a control at the chosen layer, each with a seed of its own."""
+    # a control at right angles to a vector needs to know which
+    given: dict[str, Any] = {"like": like.vectors} if getattr(control, "like", like) is None else {}
+    seeds = [run.seed * 100_003 + 1 + draw for draw in range(run.n_draws)]
+    return [replace(control, **given, seed=seed).build(building).at([like.layer]) for seed in seeds]
