@@ -14,6 +14,9 @@ from . import (
     faithfulness as faithfulness,
 )
 from . import (
+    finding as finding,
+)
+from . import (
     hallucination as hallucination,
 )
 from . import (

@@ -1,4 +1,4 @@
-"""The same things from a shell: ``grains-tl demo | build | steer | sweep | export | attribute | compare-attributions``."""
+"""The same things from a shell: ``grains-tl demo | find | build | steer | sweep | export | attribute``, and more."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 
 from grains_tl._util.checks import finite
 from grains_tl.cli.export import add_export, run_export
+from grains_tl.cli.find import add_find_options, find_checkpoint, run_find
 from grains_tl.cli.sweep import add_sweep_options, sweep_checkpoint
 
 EXAMPLES = """examples:
   grains-tl demo --quick
   grains-tl demo --model tiny-vlm
+  grains-tl find --pairs pairs.jsonl --out refusal
   grains-tl build --pairs pairs.jsonl --model smollm2 --out vectors.safetensors
   grains-tl steer --vectors vectors.safetensors --prompt "The film was" --layer 18 --alpha 0.3
 
@@ -52,6 +54,8 @@ def _finished(args: argparse.Namespace) -> Path | None:
         place = _partial(args)
     elif args.command == "sweep":
         place = sweep_checkpoint(args)
+    elif args.command == "find":
+        place = find_checkpoint(args)
     elif args.command in ("demo", "compare-attributions"):
         place = Path(args.out)
     return place if place is not None and place.exists() else None
@@ -79,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_options(demo)
     demo.set_defaults(run=_demo)
+
+    find = commands.add_parser("find", help="from your own pairs to a vector that steers, with the evidence")
+    add_find_options(find, _layers, _numbers)
+    _pair_options(find)
+    _model_options(find)
+    find.set_defaults(run=lambda args: run_find(args, _pairs(args), lambda: _load(args)))
 
     build = commands.add_parser("build", help="steering vectors from preference pairs")
     build.add_argument("--out", required=True, type=_file, help="file to write, e.g. vectors.safetensors")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grains_tl._util.checks import finite, listed
+from grains_tl._util.checks import finite, listed, whole
 from grains_tl._util.errors import OptionError
 from grains_tl._util.settings import settings as run_with
 from grains_tl.evaluate.costs import cost_rows
@@ -142,6 +142,8 @@ def _run(model: HookedModel, options: dict[str, Any], *, kl: float, alphas: Sequ
     if not 0 < finite("level", given["level"]) < 1:
         raise OptionError(f"level={given['level']}; expected a share between 0 and 1, such as 0.95")
     require_objective(given["objective"])
+    for name, least in (("n_draws", 2), ("n_examples", 0), ("max_new_tokens", 0)):
+        given[name] = whole(name, given[name], least)
     neutral = given.pop("neutral")
     texts = neutral_texts(neutral) if isinstance(neutral, int) else listed("neutral", neutral)
     return Run(model, texts, float(kl), tuple(steps), seed, **given)
@@ -153,7 +155,9 @@ def _recipes(given: Sequence[Recipe | str | RecipeFunction]) -> list[Recipe]:
     recipes = [recipe_of(recipe) for recipe in given]
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
-        raise OptionError(f"recipes {names}: two have one name; give a recipe of your own as a function with another name")
+        raise OptionError(
+            f"recipes {names}: two have one name; give a recipe of your own as a function with another name"
+        )
     if all(recipe.draws for recipe in recipes):
         raise OptionError(f"recipes {names}: expected at least one that is no control, such as 'caa' or 'grains'")
     return recipes

@@ -67,9 +67,7 @@ class Run:
     def effects(self, settings: Sequence[Setting], records: Sequence[PreferencePair]) -> NDArray[np.float64]:
         """``[setting, record]`` change of the margin, nats."""
         with _shared_store():
-            frame = record_effects(
-                self.model, records, settings, objective=self.objective, checkpoint=self.store
-            )
+            frame = record_effects(self.model, records, settings, objective=self.objective, checkpoint=self.store)
         return frame["change"].to_numpy().reshape(len(settings), len(records))
 
     def setting(self, vectors: SteeringVectors, layer: int, alpha: float) -> Setting:
@@ -80,7 +78,7 @@ class Run:
         """``[cell]`` the alpha at which each spends a KL; the largest alpha where that is never reached."""
         settings = [self.setting(v, layer, alpha) for v, layer in cells for alpha in self.alphas]
         spent = self.costs(settings).reshape(len(cells), len(self.alphas))
-        return np.array([alpha_at(self.alphas, row, kl) for row in spent])
+        return np.array([alpha_at(self.alphas, row.tolist(), kl) for row in spent])
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,8 @@ def alpha_at(alphas: Sequence[float], kls: Sequence[float], budget: float) -> fl
     for i in range(1, len(steps)):
         if roots[i] >= wanted:
             share = (wanted - roots[i - 1]) / (roots[i] - roots[i - 1])
-            return float(round(steps[i - 1] + share * (steps[i] - steps[i - 1]), 6))
+            alpha = steps[i - 1] + share * (steps[i] - steps[i - 1])
+            return float(round(alpha, 6)) or steps[1] / 2  # a smallest step that breaks the model
     return float(steps[-1])
 
 
@@ -155,7 +154,9 @@ def search(
     for name in vectors:
         own = table[(table["recipe"] == name) & np.isfinite(table["effect"])]
         if own.empty:
-            raise ValueError(f"every step of recipe {name!r} gives NaN or infinite log-likelihoods; give smaller alphas")
+            raise ValueError(
+                f"every step of recipe {name!r} gives NaN or infinite log-likelihoods; give smaller alphas"
+            )
         row = own.loc[own["effect"].idxmax()]
         choices[name] = Chosen(vectors[name], int(row["layer"]), float(row["alpha"]), float(row["effect"]))
     return choices, table

@@ -69,7 +69,7 @@ def split_for_search(pairs: Iterable[PreferencePair] | Mapping[str, Iterable[Pre
             )
         parts, unsplit = _split(records, seed)
         notes += unsplit
-    return Parts(**parts, notes=tuple([*notes, *_notes(parts)]))
+    return Parts(**parts, notes=(*notes, *_notes(parts)))
 
 
 def _own_parts(pairs: Mapping[str, Any]) -> tuple[dict[str, list[PreferencePair]], list[str]]:
@@ -127,7 +127,9 @@ def _split(records: Sequence[PreferencePair], seed: int) -> tuple[dict[str, list
         groups.setdefault(_prompt(record), []).append(i)
     notes = []
     if max(map(len, groups.values())) > len(records) // 5:  # such groups would not fit the smallest part
-        notes.append("Many records share a prompt, so prompts stand in several parts; the effect on new ones may be smaller.")
+        notes.append(
+            "Many records share a prompt, so some prompts are in several parts: on new ones the effect may be smaller."
+        )
         groups = {str(i): [i] for i in range(len(records))}
     listed = list(groups.values())
     order = np.random.default_rng(seed).permutation(len(listed))

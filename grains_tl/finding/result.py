@@ -78,14 +78,23 @@ class Found:
         return bool((self.table["verdict"] == "steers").any())
 
     def plot(self) -> Any:
-        """Effects with their intervals, and the controls; a matplotlib ``Figure`` (see ``gr.plotting.plot_found``)."""
+        """Every recipe's effect with its interval, and the single draws of the controls; a matplotlib ``Figure``."""
+        rows = self.table[~self.table["control"]]
+        named = rows.assign(vector=rows["recipe"] + ", layer " + rows["layer"].astype(str))
+        controls = self.table[self.table["control"]]
+        draws = {
+            f"{name}, layer {layer}": self.effects[name, layer].mean(1).tolist()
+            for name, layer in zip(controls["recipe"], controls["layer"], strict=True)
+        }
         # named as text: plotting is above this package
-        return importlib.import_module("grains_tl.plotting").plot_found(self.table)
+        return importlib.import_module("grains_tl.plotting").plot_controls(named, draws)
 
     def save(self, path: str | Path) -> Path:
         """Write the best vector, with its alpha and evidence in the manifest, for ``load_vectors``."""
         row = self.table.iloc[0].to_dict()
-        found = {name: row[name] for name in ("recipe", "layer", "alpha", "effect", "low", "high", "kl", "n", "verdict")}
+        found = {
+            name: row[name] for name in ("recipe", "layer", "alpha", "effect", "low", "high", "kl", "n", "verdict")
+        }
         vectors = self.vectors[row["recipe"]].at([int(row["layer"])])
         return replace(vectors, info={**vectors.info, "found": found}).save(path)
 
@@ -134,6 +143,4 @@ def examples_of(
     base, steered = (
         generate(model, prompts, hooks, max_new_tokens=length, images=pictures) for hooks in (None, steering)
     )
-    return tuple(
-        Example(plain_text(prompt), a, b) for prompt, a, b in zip(prompts, base, steered, strict=True)
-    )
+    return tuple(Example(plain_text(prompt), a, b) for prompt, a, b in zip(prompts, base, steered, strict=True))

@@ -36,7 +36,9 @@ def with_verdicts(
         ``(table, name of the best recipe, verdict)``.
     """
     level = 1 - (1 - run.level) / len(choices)
-    rows = [_control_row(r, effects, run.level) if r["control"] else _row(r, table, effects, level) for r in _rows(table)]
+    rows = [
+        _control_row(r, effects, run.level) if r["control"] else _row(r, table, effects, level) for r in _rows(table)
+    ]
     full = pd.DataFrame(rows).reindex(columns=COLUMNS).assign(control=lambda f: f["control"].astype(bool))
     # the best first: those that steer before the others
     order = full.assign(steers=full["verdict"] == STEERS)
@@ -108,8 +110,8 @@ def above(change: NDArray[np.float64], draws: NDArray[np.float64], level: float)
 
 def _found(best: pd.Series, table: pd.DataFrame) -> Iterator[str]:
     yield (
-        f"{best['recipe']} steers: at layer {best['layer']} and alpha {best['alpha']:.3g} the margin of the {best['n']} report "
-        f"records moves by {_nats(best)} nats, for a KL of {best['kl']:.3f} nats per token of neutral text."
+        f"{best['recipe']} steers: at layer {best['layer']} and alpha {best['alpha']:.3g} the margin of the {best['n']} "
+        f"report records moves by {_nats(best)} nats, for a KL of {best['kl']:.3f} nats per token of neutral text."
     )
     for _, control in table[table["control"] & (table["layer"] == best["layer"])].iterrows():
         yield (
@@ -127,7 +129,8 @@ def _found(best: pd.Series, table: pd.DataFrame) -> Iterator[str]:
 def _nothing(best: pd.Series, choices: Mapping[str, Chosen], run: Run) -> Iterator[str]:
     yield (
         f"Nothing steers within a KL of {run.kl:g} nats per token. The strongest is {best['recipe']}, at layer "
-        f"{best['layer']} and alpha {best['alpha']:.3g}: {_nats(best)} nats on {best['n']} report records ({best['verdict']})."
+        f"{best['layer']} and alpha {best['alpha']:.3g}: {_nats(best)} nats on {best['n']} report records "
+        f"({best['verdict']})."
     )
     effect, reach = best["effect"], best["high"] - best["effect"]
     chosen = choices[best["recipe"]].effect
@@ -138,11 +141,14 @@ def _nothing(best: pd.Series, choices: Mapping[str, Chosen], run: Run) -> Iterat
         )
     elif effect > 0 and reach < 4 * effect:
         need = int(np.ceil(best["n"] * (reach / effect) ** 2 * 1.3))
-        yield f"The interval is too wide for an effect of this size: about {need} report records instead of {best['n']} might show it."
+        yield (
+            f"The interval is too wide for an effect of this size: about {need} report records instead of {best['n']} might "
+            "show it."
+        )
     elif chosen > 0:
         yield (
-            f"On the choosing records the same setting moved it by {chosen:+.2f} nats, and that did not carry over: the pairs "
-            "may have too little in common, or chosen and rejected may be mixed up in some. Look at the pairs, or give more."
+            f"On the choosing records the same setting moved it by {chosen:+.2f} nats, and that did not carry over: the "
+            "pairs may have too little in common, or chosen and rejected may be mixed up in some. Read them, or give more."
         )
     else:
         yield (
@@ -152,7 +158,10 @@ def _nothing(best: pd.Series, choices: Mapping[str, Chosen], run: Run) -> Iterat
     if best["kl"] < 0.8 * run.kl:
         yield f"The KL reached only {best['kl']:.3g} of the {run.kl:g} allowed: try larger alphas."
     else:
-        yield f"A larger budget (kl={2 * run.kl:g}), other layers or other recipes can be tried on the same records only as a guess: report on new ones."
+        yield (
+            f"To go on, try a larger budget (kl={2 * run.kl:g}), other layers or other recipes, and report on records that "
+            "were not in this search."
+        )
 
 
 def _between(best: pd.Series, own: pd.DataFrame, effects: Effects, level: float) -> Iterator[str]:

@@ -30,6 +30,7 @@ PLACES = (
         gr.baselines,
         gr.evaluate,
         gr.faithfulness,
+        gr.finding,
         gr.hallucination,
         gr.hooks,
         gr.inference,

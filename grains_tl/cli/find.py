@@ -1,0 +1,84 @@
+"""``grains-tl find``: from a file of pairs to a vector, a table and a report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grains_tl.finding.result import Found
+
+
+def add_find_options(
+    parser: argparse.ArgumentParser, layers: Callable[[str], list[int]], numbers: Callable[[str], list[float]]
+) -> None:
+    """The options of ``find`` alone; ``layers`` and ``numbers`` read lists."""
+    parser.add_argument("--out", required=True, help="folder for report.html, table.csv and vectors.safetensors")
+    parser.add_argument("--recipes", default="grains,caa,random_direction", help="what to compare, controls included")
+    parser.add_argument("--kl", type=float, default=0.05, help="budget, nats per token of neutral text (default 0.05)")
+    parser.add_argument("--layers", type=layers, help="e.g. 12,18 or 10-20; default eight over the depth")
+    parser.add_argument("--alphas", type=numbers, default=[0.05, 0.1, 0.2, 0.4], help="where the KL is measured")
+    parser.add_argument("--draws", type=int, default=8, help="of each control (default 8)")
+    parser.add_argument("--split", metavar="COLUMN", help="column with build, choose or report; default at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the draws")
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path:
+    """Where finished measurements are kept."""
+    return Path(args.out) / "results.jsonl"
+
+
+def run_find(args: argparse.Namespace, pairs: Any, load: Callable[[], Any]) -> None:
+    """Search, print what came out, and write the files."""
+    from grains_tl.finding.api import find_vector
+
+    folder = Path(args.out)
+    if folder.is_file():
+        raise ValueError(f"--out {args.out} is a file; name a folder")
+    records = pairs if args.split is None else _parts(pairs, args.split)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = find_vector(
+        load(),
+        records,
+        recipes=[name.strip() for name in args.recipes.split(",")],
+        kl=args.kl,
+        layers=args.layers,
+        alphas=args.alphas,
+        seed=args.seed,
+        n_draws=args.draws,
+        checkpoint=find_checkpoint(args),
+    )
+    print(found.verdict)
+    for path in write_report(found, folder):
+        print(path)
+
+
+def _parts(pairs: Any, column: str) -> dict[str, list[Any]]:
+    """The records by what a column says."""
+    parts: dict[str, list[Any]] = {}
+    for number, pair in enumerate(pairs, start=1):
+        if column not in pair.meta:
+            raise ValueError(f"--split {column}: record {number} has no such column; it has {sorted(pair.meta)}")
+        parts.setdefault(str(pair.meta[column]), []).append(pair)
+    return parts
+
+
+def write_report(found: Found, folder: Path) -> list[Path]:
+    """``report.html``, ``table.csv`` and ``vectors.safetensors``, each complete or not there."""
+    import base64
+
+    from grains_tl._util.files import write_atomically
+    from grains_tl.plotting.html import page
+    from grains_tl.plotting.style import figure_png
+
+    picture = base64.b64encode(figure_png(found.plot())).decode()
+    body = (
+        f'<h1>Search for a steering vector</h1>{found._repr_html_()}<img src="data:image/png;base64,{picture}" alt="">'
+    )
+    return [
+        write_atomically(folder / "report.html", page("Search for a steering vector", body).encode()),
+        write_atomically(folder / "table.csv", found.table.to_csv(index=False).encode()),
+        found.save(folder / "vectors.safetensors"),
+    ]
