@@ -38,7 +38,7 @@ N_LAYERS = 8
 #: What find_vector takes besides its own arguments, with the defaults.
 OPTIONS: dict[str, Any] = {
     "n_draws": 8,
-    "neutral": 8,
+    "neutral": 5,
     "objective": "sum",
     "positions": "all",
     "level": 0.95,
@@ -54,7 +54,7 @@ def find_vector(
     kl: float = 0.05,
     *,
     layers: Sequence[int] | None = None,
-    alphas: Sequence[float] = (0.05, 0.1, 0.2, 0.4),
+    alphas: Sequence[float] = (0.1, 0.2, 0.4),
     seed: int = 0,
     checkpoint: str | Path | None = None,
     **options: Any,
@@ -76,7 +76,7 @@ def find_vector(
             interpolated to the alpha that spends the budget.
         seed: of the split and of the draws.
         checkpoint: a ``.jsonl`` file for finished measurements (attributions go beside it); the same call goes on there.
-        options: ``n_draws`` (8) of each control; ``neutral`` (8): texts, or how many of the bundled ones;
+        options: ``n_draws`` (8) of each control; ``neutral`` (5): texts, or how many of the bundled ones;
             ``objective`` (``"sum"``); ``positions`` (``"all"``); ``level`` (0.95) of the intervals; ``n_examples`` (3)
             prompts to continue, up to ``max_new_tokens`` (40); ``max_tokens`` and ``progress`` as in ``gr.settings``.
 
@@ -138,7 +138,7 @@ def _run(model: HookedModel, options: dict[str, Any], *, kl: float, alphas: Sequ
         raise OptionError(f"kl={kl}; expected a budget above 0 nats per token, such as 0.05")
     steps = sorted({finite("alpha", alpha) for alpha in listed("alphas", alphas)})
     if not steps or steps[0] <= 0:
-        raise OptionError(f"alphas={list(alphas)}; expected positive steps such as [0.05, 0.1, 0.2, 0.4]")
+        raise OptionError(f"alphas={list(alphas)}; expected positive steps such as [0.1, 0.2, 0.4]")
     if not 0 < finite("level", given["level"]) < 1:
         raise OptionError(f"level={given['level']}; expected a share between 0 and 1, such as 0.95")
     require_objective(given["objective"])

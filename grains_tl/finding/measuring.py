@@ -16,13 +16,13 @@ from grains_tl.evaluate.costs import text_costs
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Setting, grid
 from grains_tl.evaluate.store import Checkpoint
+from grains_tl.finding.steering import Steering
 from grains_tl.hooks.steer import Positions
 from grains_tl.inference.objectives import Objective
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.recipes import Recipe
-from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
@@ -74,11 +74,19 @@ class Run:
         """One cell."""
         return grid({"vector": vectors}, [layer], [alpha], positions=self.positions)[0]
 
-    def spending(self, cells: Sequence[tuple[SteeringVectors, int]], kl: float) -> NDArray[np.float64]:
-        """``[cell]`` the alpha at which each spends a KL; the largest alpha where that is never reached."""
+    def spending(self, cells: Sequence[tuple[SteeringVectors, int]]) -> NDArray[np.float64]:
+        """``[cell]`` the alpha at which each spends the budget; the largest alpha where that is never reached."""
         settings = [self.setting(v, layer, alpha) for v, layer in cells for alpha in self.alphas]
         spent = self.costs(settings).reshape(len(cells), len(self.alphas))
-        return np.array([alpha_at(self.alphas, row.tolist(), kl) for row in spent])
+        return np.array([alpha_at(self.alphas, row.tolist(), self.kl) for row in spent])
+
+    def spending_as_much(
+        self, draws: Sequence[SteeringVectors], layer: int, alpha: float, kl: float
+    ) -> NDArray[np.float64]:
+        """``[draw]`` the alpha at which each spends a KL, from its KL at one alpha (the KL grows with alpha squared)."""
+        spent = self.costs([self.setting(one, layer, alpha) for one in draws])
+        factor = np.sqrt(kl / np.maximum(np.nan_to_num(spent, nan=np.inf), 1e-12))
+        return np.round(alpha * np.clip(factor, 0.25, 4), 6)
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Chosen:
 
     def steering(self, positions: Positions) -> Steering:
         """The choice as a value."""
-        return self.vectors.at([self.layer]).steering(self.alpha, [self.layer], positions=positions)
+        return Steering(self.vectors.at([self.layer]), self.alpha, (self.layer,), positions=positions)
 
 
 @contextmanager
@@ -138,7 +146,7 @@ def search(
         The choices by recipe; columns ``recipe``, ``layer``, ``alpha``, ``effect`` (nats, mean over the choosing records).
     """
     cells = [(name, one, layer) for name, one in vectors.items() for layer in one.layers]
-    alphas = run.spending([(one, layer) for _, one, layer in cells], run.kl)
+    alphas = run.spending([(one, layer) for _, one, layer in cells])
     tried = [(*cell, float(alpha) * part) for cell, alpha in zip(cells, alphas, strict=True) for part in (0.5, 1.0)]
     effects = run.effects([run.setting(one, layer, alpha) for _, one, layer, alpha in tried], records)
     table = pd.DataFrame(
@@ -188,7 +196,7 @@ def report(
         allowed = max(row["kl"] for row in rows if row["layer"] == layer and not row["control"])
         for control in controls:
             draws = _draws(run, control, building, like)
-            alphas = run.spending([(one, layer) for one in draws], allowed)
+            alphas = run.spending_as_much(draws, layer, like.alpha, allowed)
             settings = [run.setting(one, layer, alpha) for one, alpha in zip(draws, alphas, strict=True)]
             effects[control.name, layer] = run.effects(settings, records)
             kl = run.costs(settings).mean()
@@ -202,4 +210,4 @@ def _draws(run: Run, control: Recipe, building: BuildingRecords, like: Chosen) -
     # a control at right angles to a vector needs to know which
     given: dict[str, Any] = {"like": like.vectors} if getattr(control, "like", like) is None else {}
     seeds = [run.seed * 100_003 + 1 + draw for draw in range(run.n_draws)]
-    return [replace(control, **given, seed=seed).build(building).at([like.layer]) for seed in seeds]
+    return [replace(control, **{**given, "seed": seed}).build(building).at([like.layer]) for seed in seeds]

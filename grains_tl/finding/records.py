@@ -61,7 +61,7 @@ def split_for_search(pairs: Iterable[PreferencePair] | Mapping[str, Iterable[Pre
     if isinstance(pairs, Mapping) and not {"prompt", "chosen"} & set(pairs):
         parts, notes = _own_parts(pairs)
     else:
-        records, notes = _different(preference_pairs(pairs))  # type: ignore[arg-type]
+        records, notes = _different(preference_pairs(pairs))
         if len(records) < FEWEST:
             raise RecordError(
                 f"{len(records)} different records; expected at least {FEWEST}, which are split into some to build vectors "
@@ -75,7 +75,9 @@ def split_for_search(pairs: Iterable[PreferencePair] | Mapping[str, Iterable[Pre
 def _own_parts(pairs: Mapping[str, Any]) -> tuple[dict[str, list[PreferencePair]], list[str]]:
     if set(pairs) != set(SHARES):
         raise RecordError(f"the parts are {sorted(map(str, pairs))}; expected {list(SHARES)}, or one list of records")
-    parts, notes, seen = {}, [], {}
+    parts: dict[str, list[PreferencePair]] = {}
+    notes: list[str] = []
+    seen: dict[str, str] = {}
     for name in SHARES:
         parts[name], found = _different(preference_pairs(pairs[name]))
         notes += [f"{name}: {note}" for note in found]
