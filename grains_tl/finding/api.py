@@ -26,7 +26,7 @@ from grains_tl.finding.verdict import with_verdicts
 from grains_tl.inference.objectives import require_objective
 from grains_tl.models.running import require_layers
 from grains_tl.records.loading import neutral_texts
-from grains_tl.records.pairs import PreferencePair
+from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
@@ -49,7 +49,7 @@ OPTIONS: dict[str, Any] = {
 
 def find_vector(
     model: HookedModel,
-    pairs: Iterable[PreferencePair] | Mapping[str, Iterable[PreferencePair]],
+    pairs: Iterable[PairLike] | Mapping[str, Iterable[PairLike]],
     recipes: Sequence[Recipe | str | RecipeFunction] = ("grains", "caa", "random_direction"),
     kl: float = 0.05,
     *,

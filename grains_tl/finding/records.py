@@ -10,7 +10,8 @@ import numpy as np
 
 from grains_tl._util.errors import RecordError
 from grains_tl._util.files import hash_of
-from grains_tl.records.pairs import PreferencePair, plain_text, preference_pairs
+from grains_tl.records.loading import preference_pairs
+from grains_tl.records.pairs import PairLike, PreferencePair, plain_text
 from grains_tl.records.splits import record_id
 
 #: The parts and the share of the records that each gets.
@@ -45,7 +46,7 @@ class Parts:
         return {name: len(getattr(self, name)) for name in SHARES}
 
 
-def split_for_search(pairs: Iterable[PreferencePair] | Mapping[str, Iterable[PreferencePair]], seed: int) -> Parts:
+def split_for_search(pairs: Iterable[PairLike] | Mapping[str, Any], seed: int) -> Parts:
     """Check the records and split them, or check the caller's own split.
 
     Records with the same prompt stay together. A record that is given several times counts once.
