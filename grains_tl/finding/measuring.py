@@ -16,13 +16,13 @@ from grains_tl.evaluate.costs import text_costs
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Setting, grid
 from grains_tl.evaluate.store import Checkpoint
-from grains_tl.finding.steering import Steering
 from grains_tl.hooks.steer import Positions
 from grains_tl.inference.objectives import Objective
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.recipes import Recipe
+from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
