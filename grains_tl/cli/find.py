@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from grains_tl.finding.result import Found
+from typing import Any
 
 
 def add_find_options(
@@ -65,7 +62,7 @@ def _parts(pairs: Any, column: str) -> dict[str, list[Any]]:
     return parts
 
 
-def write_report(found: Found, folder: Path) -> list[Path]:
+def write_report(found: Any, folder: Path) -> list[Path]:
     """``report.html``, ``table.csv`` and ``vectors.safetensors``, each complete or not there."""
     import base64
 
