@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl.attribution.groups import spaced
 from grains_tl.attribution.selection import Selection
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.vectors.differences import Differences
@@ -206,7 +207,7 @@ def building_records(
             kind = type(pair).__name__
             raise ValueError(f"record {number} is a {kind}; a TokenizedPair is needed: tokenize_pairs(model, pairs)")
     if tokenized is not None:
-        table["prompt"] = ["".join(t.strings) for t in tokenized]
+        table["prompt"] = ["".join(spaced(t.strings, t.starts_word)) for t in tokenized]
         if selections is not None:
             table["toward_chosen"] = [_words(t, s.toward_chosen) for t, s in zip(tokenized, selections, strict=True)]
             table["toward_rejected"] = [

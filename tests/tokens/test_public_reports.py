@@ -10,10 +10,12 @@ import pytest
 
 import grains_tl as gr
 from grains_tl._util.errors import RecordError
+from grains_tl.attribution.groups import spaced
 from grains_tl.tokens.pairs import prompt_ids
 from grains_tl.tokens.text import decode_after
+from tests.conftest import tiny_model, tiny_tokenizer
 from tests.helpers.templates import TEMPLATES, TokenizerOnly, bytes_tokenizer
-from tests.helpers.tokenizers import sentencepiece_like, starting_with
+from tests.helpers.tokenizers import sentencepiece_like, starting_with, wordpiece_like
 
 USER = {"role": "user", "content": "Is tea hot?"}
 QWEN35 = (  # the generation prompt opens the thoughts, and an answer without thoughts gets an empty block
@@ -183,3 +185,21 @@ def test_ids_are_those_of_transformers(front: tuple[str, ...]) -> None:
     tokenizer = starting_with(*front, bos="<bos>")
     t = gr.tokens.tokenize_pairs(TokenizerOnly(tokenizer), [gr.PreferencePair("film was", " good", " bad")])[0]
     assert [*t.prompt, *t.chosen] == tokenizer("film was good")["input_ids"]
+
+
+# the same fault in tables: words of a prompt run together
+@pytest.mark.parametrize("make", [sentencepiece_like, wordpiece_like, tiny_tokenizer])
+def test_texts_of_groups_and_spans_keep_their_spaces(make: Any) -> None:
+    model = tiny_model(tokenizer=make())
+    a = gr.attribute(model, gr.PreferencePair("the film was good . the soup was great", " and warm", " and cold"))
+    texts = gr.attribution.group(a, by=["film was good"]).texts
+    assert next(t for t in texts if "film" in t).strip() == "film was good"
+    sentences = gr.attribution.group(a, by="sentence").texts
+    assert any("soup was great" in t for t in sentences)
+
+
+def test_joined_token_texts_are_the_prompt() -> None:
+    for make in (sentencepiece_like, bytes_tokenizer):
+        pair = gr.PreferencePair("the film was good", " and warm", " and cold")
+        t = gr.tokens.tokenize_pairs(TokenizerOnly(make()), [pair])[0]
+        assert "".join(spaced(t.strings, t.starts_word)).removeprefix("<bos>").strip() == pair.prompt
