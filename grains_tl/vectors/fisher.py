@@ -222,8 +222,8 @@ class Fisher:
 
         An estimate and not a bound: margin and KL are taken as linear and quadratic, g and F come from samples, and the
         number depends on the shrinkage, so state it. On SmolLM2, layer 18, 20 sentiment records and 608 samples, it is 9.4
-        nats at a shrinkage of 0.1, 7.4 at 0.5 and 8.1 at 0.9 for a KL of 0.05, where 4.0 were reached. The recipe's
-        ``predicted_effect`` on held-out data was nearer (4.6).
+        nats at a shrinkage of 0.1, 7.4 at 0.5 and 8.1 at 0.9 for a KL of 0.05, where 4.0 were reached on test records. The
+        recipe's held-out prediction was nearer (4.6), and still too high.
 
         Args:
             gradient: the mean gradient of the margin per layer.

@@ -46,7 +46,8 @@ class KLOptimal(Recipe):
     same KL. F is shrunk towards a multiple of the identity. Without ``shrinkage``, each layer takes the one that does best
     on held-out data: v from four fifths of the texts (and of the records, if there are at least five), then the margin it
     gains on the other records for the KL it costs on the other texts, (g'v) / sqrt(v'Fv), averaged over the five parts.
-    Times sqrt(2 KL), that is the effect to expect at a small KL (``vectors.info["predicted_effect_kl_0.05"]``).
+    Times sqrt(2 KL), that is the effect to first order on records like the building ones
+    (``vectors.info["predicted_effect_kl_0.05"]``).
 
     Attributes:
         gradient: which gradient; its ``scope`` and ``operator`` hold for F too.
