@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def vector_table(vectors: SteeringVectors, differences: Differences | None = Non
     if differences is None:
         return table
     each = _per_record(differences, vectors)
-    along = torch.einsum("rld,ld->rl", each, units)
+    along = einsum(each, units, "record layer d, layer d -> record layer")
     centred = each - each.mean(0)
     spread = (along - along.mean(0)).square().sum(0)
     return table.assign(

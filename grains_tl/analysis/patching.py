@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -65,7 +66,7 @@ def patch_hook(
         if act.shape != source.shape:
             raise ValueError(f"{name} is {tuple(act.shape)} here and was {tuple(source.shape)} in the other run")
         mask = torch.ones(act.shape[:2], dtype=torch.bool) if where is None else where
-        mask = mask.to(act.device).view(*act.shape[:2], *[1] * (act.ndim - 2))
+        mask = rearrange(mask.to(act.device), f"batch pos -> batch pos{' 1' * (act.ndim - 2)}")
         if head >= 0:
             mask = mask & (torch.arange(act.shape[2], device=act.device) == head)[:, None]
         return torch.where(mask, source.to(act), act)
@@ -177,13 +178,15 @@ def compare_patching(exact: pd.DataFrame, quick: pd.DataFrame, *, n_top: int = 5
         raise ValueError(
             f"the tables have {len(exact)} and {len(quick)} sites, {len(both)} in common; patch the same sites"
         )
+    from scipy.stats import rankdata
+
     a, b = both.effect.to_numpy(dtype=float), both.effect_quick.to_numpy(dtype=float)
     error = np.abs(b - a)
     top = [set(np.argsort(-np.abs(x), kind="stable")[:n_top].tolist()) for x in (a, b)]
     return pd.Series(
         {
             "correlation": _correlation(a, b),
-            "rank_correlation": _correlation(a.argsort().argsort(), b.argsort().argsort()),
+            "rank_correlation": _correlation(rankdata(a), rankdata(b)),
             "slope": float(a @ b / (a @ a)),
             "mean_error": float(error.mean()),
             "relative_error": float(error.sum() / np.abs(a).sum()),

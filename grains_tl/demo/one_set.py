@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,13 @@ from grains_tl.baselines.controls import (
     random_token_vectors,
     shuffled_label_vectors,
 )
-from grains_tl.evaluate.controls import RANDOM_TOKENS, SIGN_TUNED, Comparison, compare_with_controls
+from grains_tl.demo.settings import ABOUT, AT_MOST, DemoSettings
+from grains_tl.demo.verdicts import verdict
+from grains_tl.evaluate.controls import RANDOM_TOKENS, Comparison, compare_with_controls
 from grains_tl.evaluate.equal_cost import effect_at_kl
 from grains_tl.evaluate.measuring import effects, next_token_kl
 from grains_tl.evaluate.summary import summarize
 from grains_tl.evaluate.sweeps import sweep_records
-from grains_tl.hooks.mask import Masker
 from grains_tl.inference.generation import generate
 from grains_tl.records.loading import load_bundled
 from grains_tl.records.pairs import PreferencePair
@@ -43,20 +43,6 @@ from grains_tl.vectors.differences import Differences, collect_differences
 from grains_tl.vectors.reduce import reduce_vectors
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
-ABOUT = {
-    "sentiment": "Mixed reviews: one good and one bad detail, then the verdict. Chosen is a favourable completion, "
-    "rejected an unfavourable one. Built on restaurants, hotels, cafes and travel; tested on films, phones, clothes "
-    "and courses.",
-    "misconceptions": "Questions with a popular wrong answer. Chosen is the correct sentence, rejected the "
-    "misconception. Built on biology, the body, physics and food; tested on space, history, language and technology.",
-}
-
-#: At most so many records of a set: whole sentences as responses cost several times as much as single words.
-AT_MOST = {
-    "sentiment": {"build": 48, "choose": 24, "test": 104, "draws": 30},
-    "misconceptions": {"build": 24, "choose": 12, "test": 40, "draws": 10},
-}
-
 #: Controls that are drawn from the chosen vector or its differences: ``fn(differences, n_draws=, seed=)``.
 CONTROLS: dict[str, Callable[..., list[SteeringVectors]]] = {
     "random direction": lambda own, **options: random_direction_vectors(reduce_vectors(own), **options),
@@ -65,138 +51,117 @@ CONTROLS: dict[str, Callable[..., list[SteeringVectors]]] = {
 }
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """How large the demo is.
-
-    Attributes:
-        sets: which bundled preference sets.
-        n_build: records to build on (at most ``AT_MOST``).
-        n_choose: records to choose the layer on.
-        n_test: records to measure on.
-        n_test_draws: test records the many draws are measured on.
-        n_draws: draws of random tokens, and bootstrap resamples.
-        n_control_draws: draws of each of ``controls``.
-        controls: besides random tokens, keys of ``CONTROLS``.
-        n_cost: test records for the curve of effect against cost; 0 leaves it out.
-        n_neutral: neutral texts the cost is measured on.
-        kl: nats per token, where effects are compared at equal cost.
-        methods: attributions to compare, with their number of path steps.
-        layers: candidate layers of the sweep; of a model that has none of them, three of its own.
-        alpha: step of the sweep and of the comparison, fraction of the layer's typical residual norm.
-        alphas: of the cost curve, and candidates for the continuations: the largest whose KL stays under ``max_kl``.
-        max_kl: nats, mean KL of the next-token distribution on the choosing split.
-        top_k: tokens masked on each side.
-        masker: what replaces a masked token.
-        spare_end: keep the prompt's last token, where the residual is read, out of the selections.
-        seed: of all draws and of the choice of records.
-    """
-
-    sets: tuple[str, ...] = ("sentiment", "misconceptions")
-    n_build: int = 48
-    n_choose: int = 24
-    n_test: int = 104
-    n_test_draws: int = 30
-    n_draws: int = 20
-    n_control_draws: int = 10
-    controls: tuple[str, ...] = ("random direction", "orthogonal direction", "shuffled labels")
-    n_cost: int = 16
-    n_neutral: int = 8
-    kl: float = 0.05
-    methods: tuple[tuple[str, int], ...] = (
-        ("leave_one_out", 1),
-        ("integrated_gradients", 16),
-        ("gradient_x_input", 1),
-    )
-    layers: tuple[int, ...] = (6, 9, 12, 15, 18, 21, 24, 27)
-    alpha: float = 0.2
-    alphas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
-    max_kl: float = 0.5
-    top_k: int = 2
-    masker: Masker = "mean_embedding"
-    spare_end: bool = False
-    seed: int = 0
-
-
 def run_set(
     model: HookedModel,
     name: str,
     settings: DemoSettings,
     checkpoint: Path,
 ) -> dict[str, Any]:
-    """Attribute, build, choose and measure on one set of records; every figure of its part of the report."""
-    limit = AT_MOST[name]
-    n_draw_records = min(settings.n_test_draws, settings.n_test, limit["draws"])
-    build, choose, test = (
-        _pick(load_bundled(name, split), min(n, limit[split]), settings.seed)
-        for split, n in (("build", settings.n_build), ("choose", settings.n_choose), ("test", settings.n_test))
-    )
-    tokens = [tokenize_pairs(model, part) for part in (build, choose, test)]
-    TopK(settings.top_k).check(tokens[0])
-    _say(f"{name}: attribution of {len(build)} records")
-    attributions, seconds = _attribute(model, tokens[0], settings, checkpoint)
+    """Attribute, build, choose and measure on one set of records; every figure of its part of the report.
+
+    1. Records are split into those to build on, to choose on and to test on.
+    2. Every method's attributions select tokens, and the differences that masking them makes are collected.
+    3. Method, layer and alpha are chosen on the choosing split.
+    4. The chosen vector is compared with its controls, and at equal cost with CAA, on the test split.
+    """
+    records, n = _splits(name, settings)
+    tokens = {part: tokenize_pairs(model, pairs) for part, pairs in records.items()}
+    TopK(settings.top_k).check(tokens["build"])
+    _say(f"{name}: attribution of {n['build']} records")
+    attributions, seconds = _attribute(model, tokens["build"], settings, checkpoint)
     selections = {
         m: [select_tokens(a, settings.top_k, spare_end=settings.spare_end) for a in found]
         for m, found in attributions.items()
     }
-    layers = _layers(model, settings)
-    differences = {
-        method: collect_differences(model, tokens[0], chosen, layers=layers, mask=settings.masker)
-        for method, chosen in selections.items()
-    }
-    norms = next(iter(differences.values())).resid_norms
-    differences["CAA"] = caa_differences(model, tokens[0], layers=layers, resid_norms=norms)
+    differences = _differences(model, tokens["build"], selections, settings)
 
-    _say(f"{name}: layer sweep on {len(choose)} records of the choosing split")
-    sweep = _sweep(model, tokens[1], differences, settings)
+    _say(f"{name}: layer sweep on {n['choose']} records of the choosing split")
+    sweep = _sweep(model, tokens["choose"], differences, settings)
     method, layer = _best(sweep, list(selections))
     _, caa_layer = _best(sweep, ["CAA"])
     vectors = {m: reduce_vectors(d).at([layer]) for m, d in differences.items()}
-    alpha = _largest_alpha(model, tokens[1], vectors[method], layer, settings)
+    alpha = _largest_alpha(model, tokens["choose"], vectors[method], layer, settings)
 
     _say(f"{name}: {method} at layer {layer}; controls and test split")
-    draws = _draws(model, tokens[0], selections[method], differences, method, layer, settings)
+    draws = _draws(model, tokens["build"], selections[method], differences, method, layer, settings)
     compared = compare_with_controls(
         model,
-        tokens[1],
-        tokens[2],
+        tokens["choose"],
+        tokens["test"],
         vectors,
         draws,
         name=method,
         alpha=settings.alpha,
-        n_test_draws=n_draw_records,
+        n_test_draws=n["test_for_draws"],
         seed=settings.seed,
     )
     # each at the layer that was best for it on the choosing split
     rivals = {method: vectors[method], "CAA": reduce_vectors(differences["CAA"]).at([caa_layer])}
-    cost = _cost(model, test[: settings.n_cost], rivals, settings)
-    base, base_se = mean_and_se(compared.base)
+    cost = _cost(model, records["test"][: settings.n_cost], rivals, settings)
     return {
         "name": name,
         "about": ABOUT[name],
-        "n": {
-            "build": len(build),
-            "choose": len(choose),
-            "test": len(test),
-            "test_for_draws": n_draw_records,
-        },
-        "base": {
-            "margin": base.item(),
-            "margin_se": base_se.item(),
-            "accuracy": (compared.base > 0).float().mean().item(),
-        },
-        "tokens": [_token_row(attributions[m][i], build[i]) for i in range(min(2, len(build))) for m in attributions],
-        "attribution": [
-            {"method": m, "median_relative_gap": _median_gap(found), "seconds": seconds[m], "n": len(found)}
-            for m, found in attributions.items()
-        ],
+        "n": n,
+        "base": _base(compared),
+        **_attribution_figures(attributions, seconds, records["build"]),
         "sweep": _records(sweep),
         "chosen": {"method": method, "layer": layer, "alpha": alpha},
         "table": _records(compared.table),
         "draws": compared.draws,
         "cost": cost,
-        "continuations": _continuations(model, test, vectors[method], layer, alpha),
-        "verdict": _verdict(compared, method, layer, settings.alpha, cost),
+        "continuations": _continuations(model, records["test"], vectors[method], layer, alpha),
+        "verdict": verdict(compared, list(CONTROLS), cost, method=method, layer=layer, alpha=settings.alpha),
+    }
+
+
+def _splits(name: str, settings: DemoSettings) -> tuple[dict[str, list[PreferencePair]], dict[str, int]]:
+    """The records of each split, and how many there are."""
+    limit = AT_MOST[name]
+    sizes = {"build": settings.n_build, "choose": settings.n_choose, "test": settings.n_test}
+    records = {
+        split: _pick(load_bundled(name, split), min(n, limit[split]), settings.seed) for split, n in sizes.items()
+    }
+    for_draws = min(settings.n_test_draws, settings.n_test, limit["draws"])
+    return records, {**{split: len(pairs) for split, pairs in records.items()}, "test_for_draws": for_draws}
+
+
+def _differences(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    selections: dict[str, list[Selection]],
+    settings: DemoSettings,
+) -> dict[str, Differences]:
+    """What masking each method's tokens changes, and CAA's differences beside them."""
+    layers = _layers(model, settings)
+    differences = {
+        method: collect_differences(model, tokenized, chosen, layers=layers, mask=settings.masker)
+        for method, chosen in selections.items()
+    }
+    norms = next(iter(differences.values())).resid_norms
+    differences["CAA"] = caa_differences(model, tokenized, layers=layers, resid_norms=norms)
+    return differences
+
+
+def _base(compared: Comparison) -> dict[str, float]:
+    """The unsteered model on the test split."""
+    mean, se = mean_and_se(compared.base)
+    return {
+        "margin": mean.item(),
+        "margin_se": se.item(),
+        "accuracy": (compared.base > 0).float().mean().item(),
+    }
+
+
+def _attribution_figures(
+    attributions: dict[str, list[Attribution]], seconds: dict[str, float], build: Sequence[PreferencePair]
+) -> dict[str, Any]:
+    """Two records as examples, and how well each method did."""
+    return {
+        "tokens": [_token_row(attributions[m][i], build[i]) for i in range(min(2, len(build))) for m in attributions],
+        "attribution": [
+            {"method": m, "median_relative_gap": _median_gap(found), "seconds": seconds[m], "n": len(found)}
+            for m, found in attributions.items()
+        ],
     }
 
 
@@ -315,40 +280,6 @@ def _cost(
         "curve": _records(summarize(found, costs)),
         "at_kl": _records(effect_at_kl(found, costs, settings.kl, against="CAA")),
     }
-
-
-def _verdict(found: Comparison, method: str, layer: int, alpha: float, cost: dict[str, Any] | None) -> str:
-    def say(name: str) -> str:
-        c = found.against[name]
-        yes = c["low"] > 0 and c["beaten"] >= 0.95 * c["n_draws"]
-        return (
-            f"{'yes' if yes else 'no'}, by {c['difference']:+.2f} nats (95 % interval {c['low']:+.2f} to "
-            f"{c['high']:+.2f}; above {c['beaten']:.0f} of {c['n_draws']:.0f} draws)"
-        )
-
-    caa = found.table.set_index("vector")["effect"]["CAA"]
-    lines = [
-        f"attribution beats random tokens: {say(RANDOM_TOKENS)}",
-        f"random tokens, sign tuned on the choosing split: {say(SIGN_TUNED)}",
-        *(f"{name}: {say(name)}" for name in CONTROLS if name in found.against),
-        f"attribution by {method}, layer {layer}, alpha {alpha}; CAA at the same size: {caa:+.2f} nats",
-    ]
-    if cost is not None:
-        lines.append(_at_equal_cost(cost, method))
-    return "\n".join(lines)
-
-
-def _at_equal_cost(cost: dict[str, Any], method: str) -> str:
-    rows = {row["vector"]: row for row in cost["at_kl"]}
-    own, caa = rows[method], rows["CAA"]
-    if own["effect"] is None or own["difference_low"] is None:
-        return f"at {cost['kl']:g} nats KL on neutral text: not reached with the alphas that were tried"
-    better = "yes" if own["difference_low"] > 0 else "no"
-    return (
-        f"better than CAA at its own best layer (layer {caa['layer']}), both at {cost['kl']:g} nats KL on neutral text: "
-        f"{better}, by {own['difference']:+.2f} nats ({own['difference_low']:+.2f} to {own['difference_high']:+.2f}; "
-        f"{own['effect']:+.2f} against {caa['effect']:+.2f})"
-    )
 
 
 def _token_row(a: Attribution, pair: PreferencePair) -> dict[str, Any]:

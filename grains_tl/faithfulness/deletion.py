@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -100,7 +101,8 @@ def curves(
     unique = sorted({(r, tuple(sorted(gone))) for r, gone in removals})
     found = values_without(model, tokenized, unique, objective=objective, mask=mask).tolist()
     value = dict(zip(unique, found, strict=True))
-    table = torch.tensor([value[r, tuple(sorted(gone))] for r, gone in removals]).view(len(tokenized), 2, len(steps))
+    values = torch.tensor([value[r, tuple(sorted(gone))] for r, gone in removals])
+    table = rearrange(values, "(record way step) -> record way step", way=2, step=len(steps))
     return Curves(torch.tensor(steps), table[:, 0], table[:, 1])
 
 
@@ -124,7 +126,7 @@ def removal_table(
     for r, (t, s) in enumerate(zip(tokenized, selections, strict=True)):
         removals.append((r, [p for p, content in enumerate(t.content) if content and p not in s.toward_chosen]))
     f = values_without(model, tokenized, removals, objective=objective, mask=mask)
-    whole, no_up, no_down, only_up = f.view(4, len(tokenized))
+    whole, no_up, no_down, only_up = rearrange(f, "(removed record) -> removed record", removed=4)
     return torch.stack([whole - no_up, no_down - whole, whole - only_up])
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from grains_tl._util.html import Html
 from grains_tl.attribution.display import Template, attribution_html, grouped_html, tokens_html
-from grains_tl.attribution.groups import Grouped
+from grains_tl.attribution.groups import Grouped, spaced
 from grains_tl.attribution.result import Attribution
 from grains_tl.plotting.style import (
     CHOSEN,
@@ -120,10 +120,6 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
         ...                 torch.tensor([False] * 2), None, 1.5, None, "leave_one_out")
         >>> fig = plot_tokens(a)
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.patches import Rectangle
-
     if not isinstance(attribution, Attribution):
         raise ValueError(
             f"expected one Attribution, got {type(attribution).__name__}: plot_tokens(attributions[0]) for the first of "
@@ -132,11 +128,11 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
     scores = finite(attribution.scores)
     top = largest(scores)
     labelled = sorted((i for i, s in enumerate(scores) if s != 0), key=lambda i: -abs(scores[i]))[:n_labels]
-    margin, box_height, pitch, head, foot = 0.15, 0.27, 0.47, 0.42, 0.72  # inches
     with style():
         words = [visible(token) for token in attribution.tokens]
-        places, n_lines = wrapped(attribution.tokens, text_widths(words), width - 2 * margin)
-        height = head + n_lines * pitch + foot
+        texts = spaced(attribution.tokens, () if attribution.starts_word is None else attribution.starts_word.tolist())
+        places, n_lines = wrapped(texts, text_widths(words), width - 2 * _MARGIN)
+        height = _HEAD + n_lines * _PITCH + _FOOT
         fig = figure(width, height)
         ax = fig.add_axes((0, 0, 1, 1))
         ax.set(xlim=(0, width), ylim=(height, 0))
@@ -144,35 +140,59 @@ def plot_tokens(attribution: Attribution, *, width: float = 8.0, n_labels: int =
         gap = "none" if attribution.gap is None else f"{signed(attribution.gap)} nats"
         method, objective = shortened(attribution.method, 40), signed(attribution.objective)
         title = f"{method}:  f(x) = {objective} nats,  completeness gap {gap}"
-        ax.text(margin, head / 2, title, va="center", fontsize=10.5, parse_math=False)
-        colours = LinearSegmentedColormap.from_list("tokens", [REJECTED, "white", CHOSEN])
+        ax.text(_MARGIN, _HEAD / 2, title, va="center", fontsize=10.5, parse_math=False)
+        colours = _colours()
         taken: list[tuple[int, float]] = []  # labels written high; a neighbour too close to one goes lower
-        for i, (word, (line, left, box_width), score) in enumerate(zip(words, places, scores, strict=True)):
-            x, y = margin + left, head + line * pitch
+        for i, (word, place, score) in enumerate(zip(words, places, scores, strict=True)):
             face = colours(0.5 + 0.5 * score / top)
-            content = bool(attribution.content[i])
-            dashes = "-" if content else (0, (2, 2))
-            ax.add_patch(Rectangle((x, y), box_width, box_height, fc=face, ec="#BBBBBB", lw=0.7, ls=dashes))
-            # white letters where the box is dark (relative luminance)
-            dark = 0.2126 * face[0] + 0.7152 * face[1] + 0.0722 * face[2] < 0.45
-            ink = "white" if dark else ("black" if content else GREY)
-            middle = x + box_width / 2
-            ax.text(middle, y + box_height / 2, word, ha="center", va="center_baseline", color=ink, parse_math=False)
+            middle = _box(ax, word, place, face, bool(attribution.content[i]))
             if i in labelled:
+                line = place[0]
                 close = any(line == other and abs(middle - x) < 0.4 for other, x in taken)
-                down = y + box_height + (0.165 if close else 0.07)
+                down = _HEAD + line * _PITCH + _BOX + (0.165 if close else 0.07)
                 ax.text(middle, down, signed(score), ha="center", va="center", fontsize=7, color=GREY)
-                if not close:
-                    taken.append((line, middle))
-        bar_width = min(3.6, width - 2 * margin)
-        bar = fig.add_axes((margin / width, 0.46 / height, bar_width / width, 0.12 / height))
-        colorbar = fig.colorbar(
-            ScalarMappable(Normalize(-top, top), colours), cax=bar, orientation="horizontal", ticks=[-top, 0, top]
-        )
-        colorbar.ax.set_xticklabels([signed(-top), "0", signed(top)], fontsize=8)
-        for label, side in zip(colorbar.ax.get_xticklabels(), ("left", "center", "right"), strict=True):
-            label.set_ha(side)
-        colorbar.outline.set_linewidth(0.5)
-        note = "score, nats: blue toward chosen, red toward rejected"
-        ax.text(margin + bar_width + 0.2, height - 0.52, note, va="center", fontsize=8.5, color="#333333")
+                taken += [] if close else [(line, middle)]
+        _colour_bar(fig, ax, width, height, top)
     return fig
+
+
+#: Inches: around everything, a token's box, from line to line, over and under the lines.
+_MARGIN, _BOX, _PITCH, _HEAD, _FOOT = 0.15, 0.27, 0.47, 0.42, 0.72
+
+
+def _colours() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("tokens", [REJECTED, "white", CHOSEN])
+
+
+def _box(ax: Any, word: str, place: tuple[int, float, float], face: Any, content: bool) -> float:
+    """One token; where its middle is, in inches."""
+    from matplotlib.patches import Rectangle
+
+    line, left, width = place
+    x, y = _MARGIN + left, _HEAD + line * _PITCH
+    ax.add_patch(Rectangle((x, y), width, _BOX, fc=face, ec="#BBBBBB", lw=0.7, ls="-" if content else (0, (2, 2))))
+    # white letters where the box is dark (relative luminance)
+    dark = 0.2126 * face[0] + 0.7152 * face[1] + 0.0722 * face[2] < 0.45
+    ink = "white" if dark else ("black" if content else GREY)
+    middle = x + width / 2
+    ax.text(middle, y + _BOX / 2, word, ha="center", va="center_baseline", color=ink, parse_math=False)
+    return middle
+
+
+def _colour_bar(fig: Any, ax: Any, width: float, height: float, top: float) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    bar_width = min(3.6, width - 2 * _MARGIN)
+    bar = fig.add_axes((_MARGIN / width, 0.46 / height, bar_width / width, 0.12 / height))
+    colorbar = fig.colorbar(
+        ScalarMappable(Normalize(-top, top), _colours()), cax=bar, orientation="horizontal", ticks=[-top, 0, top]
+    )
+    colorbar.ax.set_xticklabels([signed(-top), "0", signed(top)], fontsize=8)
+    for label, side in zip(colorbar.ax.get_xticklabels(), ("left", "center", "right"), strict=True):
+        label.set_ha(side)
+    colorbar.outline.set_linewidth(0.5)
+    note = "score, nats: blue toward chosen, red toward rejected"
+    ax.text(_MARGIN + bar_width + 0.2, height - 0.52, note, va="center", fontsize=8.5, color="#333333")

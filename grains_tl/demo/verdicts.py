@@ -1,0 +1,61 @@
+"""What a set's figures come to, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from grains_tl.evaluate.controls import RANDOM_TOKENS, SIGN_TUNED, Comparison
+
+
+def verdict(
+    found: Comparison,
+    controls: Sequence[str],
+    cost: dict[str, Any] | None,
+    *,
+    method: str,
+    layer: int,
+    alpha: float,
+) -> str:
+    """One line per question: better than random tokens, than each control, than CAA at the same cost?
+
+    Args:
+        found: the chosen vector beside its controls.
+        controls: names of further controls, those of them that were drawn.
+        cost: effects at one KL; ``None`` where they were not measured.
+        method: the chosen attribution method.
+        layer: the chosen layer.
+        alpha: the step of the comparison.
+    """
+
+    def say(name: str) -> str:
+        c = found.against[name]
+        yes = c["low"] > 0 and c["beaten"] >= 0.95 * c["n_draws"]
+        return (
+            f"{'yes' if yes else 'no'}, by {c['difference']:+.2f} nats (95 % interval {c['low']:+.2f} to "
+            f"{c['high']:+.2f}; above {c['beaten']:.0f} of {c['n_draws']:.0f} draws)"
+        )
+
+    caa = found.table.set_index("vector")["effect"]["CAA"]
+    lines = [
+        f"attribution beats random tokens: {say(RANDOM_TOKENS)}",
+        f"random tokens, sign tuned on the choosing split: {say(SIGN_TUNED)}",
+        *(f"{name}: {say(name)}" for name in controls if name in found.against),
+        f"attribution by {method}, layer {layer}, alpha {alpha}; CAA at the same size: {caa:+.2f} nats",
+    ]
+    if cost is not None:
+        lines.append(_at_equal_cost(cost, method))
+    return "\n".join(lines)
+
+
+def _at_equal_cost(cost: dict[str, Any], method: str) -> str:
+    rows = {row["vector"]: row for row in cost["at_kl"]}
+    own, caa = rows[method], rows["CAA"]
+    if own["effect"] is None or own["difference_low"] is None:
+        return f"at {cost['kl']:g} nats KL on neutral text: not reached with the alphas that were tried"
+    better = "yes" if own["difference_low"] > 0 else "no"
+    return (
+        f"better than CAA at its own best layer (layer {caa['layer']}), both at {cost['kl']:g} nats KL on neutral text: "
+        f"{better}, by {own['difference']:+.2f} nats ({own['difference_low']:+.2f} to {own['difference_high']:+.2f}; "
+        f"{own['effect']:+.2f} against {caa['effect']:+.2f})"
+    )
