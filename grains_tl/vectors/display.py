@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from grains_tl._util import html
+from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors, made_from
 
 
@@ -36,6 +37,30 @@ def vectors_html(
     note = "Norm: length of the mean difference in residual units; share: of the layer's typical residual norm."
     parts = [title, html.note(made) if made else "", html.table(heads, rows, numbers=range(4), styles=styles)]
     return html.frame(*parts, html.note(note))
+
+
+def steering_html(steering: Steering) -> str:
+    """The display of a step along steering vectors: how long it is at each layer."""
+    vectors = steering.vectors
+    rows = []
+    for layer in steering.layers:
+        row = list(vectors.layers).index(layer)
+        residual, length = float(vectors.resid_norms[row]), float(vectors.magnitudes[row])
+        step = steering.alpha * (residual if steering.scale == "residual" else length)
+        removed = steering.operator == "ablate"
+        rows.append(
+            [html.number(layer, "d"), html.DASH if removed else html.signed(step), html.number(residual, ".1f")]
+        )
+    scope = steering.positions if isinstance(steering.positions, str) else "masked"
+    about = [f"operator {steering.operator}", f"positions {scope}", f"alpha in units of the {_UNITS[steering.scale]}"]
+    about += [] if steering.gate is None else ["gated"]
+    title = html.title("Steering", steering.label)
+    return html.frame(
+        title, html.table(["layer", "step", "residual norm"], rows, numbers=range(3)), html.note(", ".join(about))
+    )
+
+
+_UNITS = {"residual": "layer's typical residual norm", "raw": "vector's own length"}
 
 
 def _bar(share: float, top: float) -> str:

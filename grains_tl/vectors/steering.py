@@ -40,7 +40,7 @@ class DirectionSet(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Steering:
     """A step along steering vectors; whatever takes ``fwd_hooks`` takes it.
 
@@ -106,6 +106,14 @@ class Steering:
 
     def __str__(self) -> str:
         return self.label
+
+    def __repr__(self) -> str:
+        return f"Steering({self.label})"
+
+    def _repr_html_(self) -> str:
+        from grains_tl.vectors.display import steering_html  # which imports this module
+
+        return steering_html(self)
 
     @property
     def key(self) -> str:

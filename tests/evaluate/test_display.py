@@ -58,7 +58,8 @@ def test_names_are_only_text(hostile: str) -> None:
     choice = gr.choose(frame)
     info = {"method": hostile, "model": {"name": hostile}, "n_records": 3}
     vectors = gr.SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0), info)
-    for page in (frame._repr_html_(), choice._repr_html_(), vectors._repr_html_()):
+    steering = vectors.steering(0.2, 4)
+    for page in (frame._repr_html_(), choice._repr_html_(), vectors._repr_html_(), steering._repr_html_()):
         found = Reader(page)
         assert not {"script", "img"} & set(found.tags)
         assert not any(name.startswith("on") for name, _ in found.attributes)
@@ -74,8 +75,14 @@ def test_choice_vectors_and_probes_say_what_they_are() -> None:
     vectors = gr.SteeringVectors(torch.eye(2), (4, 5), torch.tensor([5.0, 10.0]), torch.full((2,), 50.0))
     shown = Reader(vectors._repr_html_()).data
     assert "10 %" in shown and "20 %" in shown and "2 layers, d_model 2" in shown
+    steering = vectors.steering(0.2, [4, 5], positions="last")
+    assert repr(steering) == f"Steering({steering.label})"
+    table = Reader(steering._repr_html_()).data
+    assert "+10.00" in table and "positions last" in table  # 0.2 of 50
+    raw = Reader(vectors.steering(2.0, [5], scale="raw")._repr_html_()).data
+    assert "+20.00" in raw and "own length" in raw
     features = torch.randn(12, 2, 2, 8, generator=torch.Generator().manual_seed(0))
     probes = fit_probes(features, [3, 7], n_shuffles=2)
     assert len(repr(probes)) < 120 and "layers [3, 7]" in repr(probes)
-    table = Reader(probes._repr_html_())
-    assert html.number(probes.frame.accuracy[0]) in table.data and "12 records" in table.data
+    shown = Reader(probes._repr_html_()).data
+    assert html.number(probes.frame.accuracy[0]) in shown and "12 records" in shown
