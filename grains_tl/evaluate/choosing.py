@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from warnings import warn
 
 import numpy as np
 import pandas as pd
@@ -104,6 +105,9 @@ def choose(
 ) -> Choice:
     """The cell with the largest effect that does not cost too much.
 
+    The effect is the ``change`` of the margin, at alpha minus at 0, whatever other alphas were swept. Where the chosen
+    cell's interval contains 0 there is a warning, and the choice's ``why`` says so.
+
     Cells with negative alpha are not chosen: a vector that only works backwards is found out, not turned round.
 
     Args:
@@ -120,6 +124,9 @@ def choose(
     Raises:
         ValueError: no cell fits, no costs to compare with the budget, cells of different objectives, or a frame that does
             not say on which records it was measured.
+
+    Warns:
+        UserWarning: the interval of the chosen cell contains 0.
 
     Examples:
         >>> frame = pd.DataFrame({"vector": "v", "positions": "all", "layer": [3, 4, 5], "alpha": 0.2, "n": 8,
@@ -165,6 +172,10 @@ def choose(
         why += f" of the {len(cells)} of {n_cells} cells within {max_kl:g} nats per token (this one {best['kl']:.3g})"
     if best["effect"] <= 0:
         why += "; no cell moves the margin up: expect no effect, or the wrong way"
+    elif best.get("low", 1.0) <= 0 <= best.get("high", 1.0):
+        unsure = f"its interval, {best['low']:+.3f} to {best['high']:+.3f} nats, contains 0"
+        why += f"; {unsure}: not told apart from no effect"
+        warn(f"the chosen cell may do nothing: {unsure}; measure more records, or larger alphas", stacklevel=2)
     return Choice(
         vector=str(best["vector"]),
         layer=int(best["layer"]),

@@ -30,9 +30,10 @@ class Comparison:
     """Effects of vectors and controls.
 
     Attributes:
-        table: one row per vector and control: ``vector``, ``effect`` (nats, mean over test records; over draws for
-            controls), ``se``, ``low`` and ``high`` (95 %), ``interval`` (over what), ``n_draws``, ``n``,
-            ``p_random_tokens`` (share of random-token draws with at least this effect, on the same records).
+        table: one row per vector and control: ``vector``, ``effect`` (the swing of the margin in nats, as ``estimand``
+            says; mean over test records, for controls over draws), ``se``, ``low`` and ``high`` (95 %), ``interval``
+            (over what), ``n_draws``, ``n``, ``p_random_tokens`` (share of random-token draws with at least this effect,
+            on the same records).
         draws: mean effect of every draw, by name.
         base: ``[record]`` unsteered margins of the test split, nats.
         against: for every random control, how far the named vector lies above it (``_util.stats.compare``).
@@ -114,7 +115,7 @@ def compare_with_controls(
     rows = [_vector_row(label, effect, samples, len(part), seed) for label, effect in own.items()]
     rows += [_control_row(label, samples[label]) for label in controls]
     return Comparison(
-        table=pd.DataFrame(rows),
+        table=pd.DataFrame(rows).assign(estimand="swing"),
         draws={label: s.mean(-1).tolist() for label, s in samples.items()},
         base=base,
         against={

@@ -21,6 +21,7 @@ def effect_at_kl(
     kl: float = 0.05,
     *,
     against: str | None = None,
+    best_layer: bool = False,
     level: float = 0.95,
     n: int = 2000,
     seed: int = 0,
@@ -37,14 +38,17 @@ def effect_at_kl(
         kl: the budget, nats per token.
         against: name of a vector to compare the others with, on the same layer and scope where it has them, else on its
             only setting.
+        best_layer: each vector at its own best layer and scope, chosen on one half of the records (drawn with ``seed``) and
+            reported on the other, so that the choice does not flatter the effect.
         level: of the intervals.
         n: resamples; test records and neutral texts are both drawn anew.
         seed: of the resampling.
 
     Returns:
         One row per vector, scope and layer: ``kl``, ``alpha`` (where the budget is reached), ``effect``, ``se``, ``low``,
-        ``high`` (nats), ``n`` (records), ``largest_kl`` (measured). Where the budget is never reached ``effect`` is NaN:
-        measure larger alphas. With ``against``: ``difference``, ``difference_low``, ``difference_high`` (paired).
+        ``high`` (nats), ``n`` (records), ``largest_kl`` (measured), ``estimand`` (``"change"``: the margin at alpha minus
+        that at 0). Where the budget is never reached ``effect`` is NaN: measure larger alphas. With ``against``:
+        ``difference``, ``difference_low``, ``difference_high`` (paired).
 
     Raises:
         ValueError: no costs, tables of something else (a summary, say), a budget that is not positive, settings without
@@ -52,6 +56,8 @@ def effect_at_kl(
 
     Examples:
         >>> effect_at_kl(effects, costs, kl=0.05, against="caa")                       # doctest: +SKIP
+        >>> tables = sweep_records(model, {"ours": a, "caa": b}, pairs, alphas=[0.1, 0.2, 0.4], neutral=10)  # doctest: +SKIP
+        >>> effect_at_kl(*tables, kl=0.05, against="caa", best_layer=True)             # doctest: +SKIP
     """
     if costs is None:
         raise ValueError("no costs were measured; give neutral texts to sweep_records, or the table of text_costs")
@@ -60,6 +66,8 @@ def effect_at_kl(
     require_columns(costs, (*SETTING, "draw", "text", "n_tokens", "kl"), per_text, "table of costs")
     if not kl > 0:
         raise ValueError(f"kl={kl}; a budget above 0 nats per token is needed")
+    if best_layer:
+        frame, costs = _at_best_layers(frame, costs, kl, seed)
     curves = {setting: _curve(*parts) for setting, *parts in _curves(frame, costs)}
     if not curves:
         raise ValueError(f"no positive alphas to interpolate between; the alphas are {sorted(set(frame['alpha']))}")
@@ -89,6 +97,7 @@ def effect_at_kl(
                 "high": high,
                 "n": curve[1].shape[1],
                 "largest_kl": float(_mean_kl(curve, None).max()),
+                "estimand": "change",
             }
         )
     if against is not None:
@@ -98,6 +107,21 @@ def effect_at_kl(
             row["difference"] = samples[setting][0] - samples[other][0]
             row["difference_low"], row["difference_high"] = _interval(draws, tail)
     return pd.DataFrame(rows)
+
+
+def _at_best_layers(
+    frame: pd.DataFrame, costs: pd.DataFrame, kl: float, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables with the best layer and scope of every vector alone, and the records that did not choose it."""
+    name = "record_id" if "record_id" in frame else "record"  # copies of a record stay on one side
+    records = np.random.default_rng(seed).permutation(sorted(frame[name].unique()))
+    if len(records) < 2:
+        raise ValueError("best_layer needs two records or more: one half chooses, the other reports")
+    choosing = frame[name].isin(records[: len(records) // 2])
+    found = effect_at_kl(frame[choosing], costs, kl, n=2, seed=seed)
+    best = found.sort_values("effect", ascending=False, na_position="last").drop_duplicates("vector")
+    by = ["vector", "positions", "layer"]
+    return frame[~choosing].merge(best[by], on=by), costs.merge(best[by], on=by)
 
 
 def _curves(

@@ -164,14 +164,15 @@ def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
         frame: from ``record_effects``; settings that lack one of the signs are dropped.
 
     Returns:
-        The same columns as far as they mean something for both signs together, rows of positive alpha only; nats.
+        Rows of positive alpha only, and the columns that mean something for both signs together; the swing of the margin in
+        nats is in ``swing`` (and in ``change``, from where ``summarize`` takes it), ``swing_token`` per token.
 
     Raises:
         ValueError: no setting was measured with both signs, or a frame without the columns of ``record_effects``.
 
     Examples:
         >>> found = record_effects(model, pairs, grid({"v": vectors}, alphas=[-0.2, 0.2]))     # doctest: +SKIP
-        >>> two_sided(found)["change"].mean()                                                 # doctest: +SKIP
+        >>> two_sided(found)["swing"].mean()                                                  # doctest: +SKIP
     """
     by = [*SETTING, "draw", "record"]
     needed = [*by, "record_id", "base_margin", "base_margin_token", "change", "change_token"]
@@ -184,7 +185,8 @@ def two_sided(frame: pd.DataFrame) -> pd.DataFrame:
         both[name] = (both[name] - both.pop(f"{name}_down")) / 2
     both["win"], both["wrong_way"] = both["change"] > 0, both["change"] < 0
     out = both[[*by, "record_id", "base_margin", "base_margin_token", "change", "change_token", "win", "wrong_way"]]
-    out.attrs = dict(frame.attrs)
+    out = out.assign(swing=out["change"], swing_token=out["change_token"])
+    out.attrs = {**frame.attrs, "estimand": "swing"}
     return out
 
 

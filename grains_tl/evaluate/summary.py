@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 
 from grains_tl._util.stats import resampled_means, standard_error
@@ -34,6 +35,9 @@ def summarize(
 
         - ``effect``, ``effect_se``, ``low``, ``high``: mean paired change of the margin over the records (nats), its
           standard error, and its interval (Student's t); ``effect_token``, ``effect_token_se`` per token;
+        - ``estimand``: what ``effect`` is: ``"change"``, the margin at alpha minus the margin at 0, or (of ``two_sided``)
+          ``"swing"``, half of the margin at +alpha minus that at -alpha;
+        - where both signs of an alpha were run: ``swing`` with ``swing_se``, ``swing_low``, ``swing_high``, in both rows;
         - ``verdict``: ``"steers"`` where the interval lies on alpha's side of zero, ``"wrong way"`` on the other side
           (anti-steering), else ``"no effect"``;
         - ``win``, ``wrong_way``: share of records moved with, against alpha's sign;
@@ -62,6 +66,10 @@ def summarize(
     if costs is not None:
         spent = pd.DataFrame([{**setting, **_cost(group)} for setting, group in _settings(costs)])
         table = table.merge(spent, on=SETTING, how="left")
+    estimand = frame.attrs.get("estimand", "change")
+    table["estimand"] = estimand
+    if estimand == "change":
+        table = _with_swing(table, frame, level)
     table.attrs = dict(frame.attrs)
     if "operator" in table.attrs:  # of a sweep: columns survive a csv file and joined tables, attrs do not
         table = table.assign(operator=table.attrs["operator"], objective=table.attrs["objective"])
@@ -91,15 +99,43 @@ def _settings(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFram
         yield dict(zip(SETTING, values, strict=True)), group
 
 
+def _with_swing(table: pd.DataFrame, frame: pd.DataFrame, level: float) -> pd.DataFrame:
+    """The table with the swing of every alpha whose two signs were run; unchanged where there is none."""
+    by = ["vector", "positions", "layer", "size"]
+    main = frame.loc[frame["draw"] < 0, [*SETTING, "record", "change"]].assign(size=lambda f: f["alpha"].abs())
+    up, down = (main[main["alpha"] * sign > 0].set_index([*by, "record"])["change"] for sign in (1, -1))
+    swing = ((up - down) / 2).dropna()
+    if swing.empty or not up.index.is_unique or not down.index.is_unique:
+        return table
+    rows = []
+    for setting, values in swing.groupby(by, sort=False):
+        mean, se, low, high = mean_interval(values.to_numpy(), level)
+        rows.append((*setting, mean, se, low, high))
+    columns = ["swing", "swing_se", "swing_low", "swing_high"]
+    found = pd.DataFrame(rows, columns=[*by, *columns])
+    return table.assign(size=table["alpha"].abs()).merge(found, on=by, how="left").drop(columns="size")
+
+
+def mean_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float, float, float]:
+    """Mean over records, its standard error, and its interval (Student's t); NaN where one record is all there is.
+
+    Examples:
+        >>> [round(x, 3) for x in mean_interval(np.array([1.0, 2.0, 3.0]))]
+        [2.0, 0.577, -0.484, 4.484]
+    """
+    mean, se, n = float(values.mean()), standard_error(values), len(values)
+    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * se if n > 1 and se > 0 else (0.0 if n > 1 else np.nan)
+    return mean, se, mean - reach, mean + reach
+
+
 def _effect(group: pd.DataFrame, level: float, seed: int) -> dict[str, Any]:
     drawn = group[group["draw"] >= 0]
     main = group[group["draw"] < 0]
     if main.empty:
         main = drawn.groupby("record", as_index=False).mean(numeric_only=True)
     change, n = main["change"].to_numpy(), len(main)
-    effect, se = float(change.mean()), standard_error(change)
-    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * se if n > 1 and se > 0 else (0.0 if n > 1 else np.nan)
-    row: dict[str, Any] = {"effect": effect, "effect_se": se, "low": effect - reach, "high": effect + reach}
+    effect, se, low, high = mean_interval(change, level)
+    row: dict[str, Any] = {"effect": effect, "effect_se": se, "low": low, "high": high}
     row["verdict"] = verdict(row["low"], row["high"], float(group["alpha"].iloc[0]))
     if "change_token" in main:
         row |= {

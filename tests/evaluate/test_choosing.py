@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,44 @@ def test_the_command(bridge: Any, tmp_path: Path, monkeypatch: Any, capsys: Any)
     assert len(list((tmp_path / "out").iterdir())) == 2  # the table and its checkpoint
     assert main([*command, "--max-kl", "1e-9", "--neutral", "2"]) == 2
     assert "add smaller alphas" in capsys.readouterr().err
+
+
+# -- the two estimands ------------------------------------------------------------------------------------------------
+
+
+def test_change_and_swing_by_hand(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    """change = margin at +alpha minus margin at 0; swing = half of margin at +alpha minus margin at -alpha."""
+    vectors = gr.SteeringVectors.from_raw(torch.randn(1, 32), [1], torch.tensor([20.0]))
+    frame = gr.sweep(bridge, vectors, pairs, alphas=[-0.2, 0.2, 0.4], progress=False)
+    at = {
+        a: gr.score_pairs(bridge, pairs, vectors.steering(a)) @ torch.tensor([1.0, -1.0]) for a in (-0.2, 0.0, 0.2, 0.4)
+    }
+    change, swing = (at[0.2] - at[0.0]).numpy(), ((at[0.2] - at[-0.2]) / 2).numpy()
+    row = frame.set_index("alpha").loc[0.2]
+    assert row["estimand"] == "change"
+    assert row["effect"] == pytest.approx(change.mean(), abs=1e-4)
+    assert row["swing"] == pytest.approx(swing.mean(), abs=1e-4)
+    low, high = stats.t.interval(0.95, len(swing) - 1, swing.mean(), stats.sem(swing))
+    assert (row["swing_low"], row["swing_high"]) == pytest.approx((low, high), abs=1e-4)
+    assert row["swing_se"] == pytest.approx(stats.sem(swing), abs=1e-4)
+    assert frame["swing"].isna().tolist() == [False, False, True]  # 0.4 has no -0.4
+    assert "swing" not in gr.sweep(bridge, vectors, pairs, alphas=[0.2], progress=False)
+    records, _ = gr.evaluate.sweep_records(bridge, vectors, pairs, progress=False)
+    both = gr.evaluate.two_sided(records)
+    assert both["swing"].to_numpy() == pytest.approx(swing, abs=1e-4)
+    table = gr.evaluate.summarize(both)
+    assert table["estimand"].tolist() == ["swing"] and table["effect"].item() == pytest.approx(swing.mean(), abs=1e-4)
+
+
+def test_a_choice_that_may_do_nothing_says_so() -> None:
+    cells = {"vector": "v", "positions": "all", "layer": [3, 4], "alpha": 0.2, "n": 8, "effect_se": 0.1}
+    unsure = pd.DataFrame({**cells, "effect": [0.1, 0.2], "low": [-0.1, -0.05], "high": [0.3, 0.4]})
+    unsure.attrs["records"] = ["a", "b"]
+    with pytest.warns(UserWarning, match=r"-0.050 to \+0.400 nats, contains 0"):
+        choice = gr.choose(unsure)
+    assert choice.layer == 4 and "contains 0" in str(choice)
+    sure = unsure.assign(low=0.01)
+    sure.attrs = unsure.attrs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "contains 0" not in gr.choose(sure).why

@@ -206,3 +206,21 @@ def test_bad_budgets_are_refused(change: dict[str, Any], message: str) -> None:
         gr.evaluate.effect_at_kl(frame, costs.query("alpha != 0.2"), n=10)
     with pytest.raises(ValueError, match="no positive alphas"):
         gr.evaluate.effect_at_kl(frame.query("alpha < 0"), costs, n=10)
+
+
+def test_each_vector_at_its_own_best_layer() -> None:
+    """a is best at layer 5, b at layer 3; one half of the records chooses, the other reports."""
+    frames, costs = [], []
+    for layer, gain in ((3, {"a": 1.0, "b": 4.0}), (5, {"a": 3.0, "b": 2.0})):
+        frame, cost = curves(gain, {"a": 1.0, "b": 1.0}, noise=0.5)
+        frames.append(frame.assign(layer=layer))
+        costs.append(cost.assign(layer=layer))
+    found = gr.evaluate.effect_at_kl(pd.concat(frames), pd.concat(costs), 0.04, against="a", best_layer=True, n=200)
+    best = found.set_index("vector")
+    assert best["layer"].to_dict() == {"a": 5, "b": 3}
+    assert best["n"].tolist() == [20, 20]  # half of 40 records; the other half chose
+    assert best.loc["b", "difference"] == pytest.approx(0.2, abs=1e-6)  # (4 - 3) * sqrt(0.04), the noise is paired
+    assert found["estimand"].unique().tolist() == ["change"]
+    with pytest.raises(ValueError, match="two records"):
+        one = [f[f["record"] == 0] for f in frames]
+        gr.evaluate.effect_at_kl(pd.concat(one), pd.concat(costs), 0.04, best_layer=True)
