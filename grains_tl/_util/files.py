@@ -48,7 +48,7 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise cannot_write(error, target, "what stood there before is unchanged") from error
+            raise cannot_write(error, target, "the existing file is unchanged") from error
         raise
     return target
 

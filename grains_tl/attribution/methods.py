@@ -407,7 +407,7 @@ def method_of(method: Method | str, **given: Any) -> Method:
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(method, Method):
         if given:
-            raise OptionError(f"{', '.join(given)}: set on the method itself, {type(method).__name__}(...)")
+            raise OptionError(f"{', '.join(given)}: set these on the method itself: {type(method).__name__}(...)")
         return method
     if method not in METHODS:
         raise OptionError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")

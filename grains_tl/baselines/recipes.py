@@ -22,7 +22,7 @@ from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.differences import Differences
-from grains_tl.vectors.recipes import DirectRecipe, FunctionRecipe, RecipeFunction
+from grains_tl.vectors.recipes import RECIPES, DirectRecipe, FunctionRecipe, RecipeFunction
 from grains_tl.vectors.reduce import reduce_vectors
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
@@ -205,10 +205,9 @@ def _as_many(pair: TokenizedPair, top_k: int) -> Selection:
     return Selection(k, k)
 
 
-#: Every baseline and control by name.
+#: Every baseline and control by name: the recipes of ``RECIPES`` that are defined in this module.
 BASELINES: dict[str, type[DirectRecipe]] = {
-    kind.name: kind
-    for kind in (CAA, ICV, PromptMean, RandomDirection, OrthogonalDirection, ShuffledLabels, RandomTokens)
+    name: globals()[place.partition(":")[2]] for name, place in RECIPES.items() if place.startswith(f"{__name__}:")
 }
 
 #: Those that are drawn at random: one draw says little.

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
     names = [*args.pairs, *(args.set or ([] if args.pairs else BUNDLED))]
     stems = [Path(name).stem for name in names]  # what the table and the page call them
     if len(set(stems)) < len(stems):
-        raise ValueError(f"--pairs, --set: some are called alike ({', '.join(stems)}); rename a file")
+        raise ValueError(f"--pairs, --set: several files share a name ({', '.join(stems)}); rename a file")
     sets = {name: _records(args, name, read) for name in names}
     model = load(args)
     folder = Path(args.out)

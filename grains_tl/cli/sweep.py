@@ -58,7 +58,7 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
         pairs, test = split_records(pairs, args.report_share, seed=args.seed)
     stems = [Path(path).stem for path in args.vectors]
     if len(set(stems)) < len(stems):
-        raise ValueError(f"--vectors: the files are called alike ({', '.join(stems)}); rename one")
+        raise ValueError(f"--vectors: several files share a name ({', '.join(stems)}); rename one")
     vectors = {stem: load_vectors(path) for stem, path in zip(stems, args.vectors, strict=True)}
     for stem, one in vectors.items():
         lacking = sorted(set(args.layers or []) - set(one.layers))
@@ -67,7 +67,7 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
     both = {record_id(pair) for pair in pairs} & {record_id(pair) for pair in test}
     if both:
         raise ValueError(
-            f"--test: {len(both)} of its records are in --pairs too; a report needs records that chose nothing"
+            f"--test: {len(both)} of its records are in --pairs too; report on records that were not used to choose"
         )
     model = load(next(iter(vectors.values())).info.get("model", {}).get("name"))
     checkpoint = sweep_checkpoint(args)

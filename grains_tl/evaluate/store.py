@@ -97,7 +97,7 @@ def _is_result(row: dict[str, Any]) -> bool:
 
 def _require_same_model(file: Path, header: dict[str, Any], identity: dict[str, Any]) -> None:
     if header.get("format") != FORMAT:
-        raise ValueError(f"{file} is no checkpoint of results (its first line says something else); give another path")
+        raise ValueError(f"{file} is not a checkpoint of results (unexpected first line); give another path")
     if header.get("version") not in range(1, FORMAT_VERSION + 1):
         raise ValueError(f"{file} has version {header.get('version')}, this package reads up to {FORMAT_VERSION}")
     made = header.get("model")

@@ -259,7 +259,7 @@ def _options(value: Any, number: int) -> tuple[str, ...]:
         try:
             value = ast.literal_eval(value) if value.strip() else []
         except (ValueError, SyntaxError):
-            raise ValueError(f"row {number}: options {value!r} are no list") from None
+            raise ValueError(f"row {number}: options {value!r} are not a list") from None
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"row {number}: options are a {type(value).__name__}; a list is needed")
     return tuple(str(option) for option in value)

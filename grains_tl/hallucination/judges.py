@@ -178,4 +178,4 @@ def _content(raw: bytes) -> str:
     try:
         return str(json.loads(raw)["choices"][0]["message"]["content"])
     except (json.JSONDecodeError, KeyError, IndexError, TypeError):
-        raise ValueError(f"the server's reply is no chat completion: {raw[:200]!r}") from None
+        raise ValueError(f"the server's reply is not a chat completion: {raw[:200]!r}") from None

@@ -79,7 +79,7 @@ def replacement_embedding(model: HookedModel, how: str) -> Float[Tensor, "d_mode
     rules = token_rules(model)
     token = {"eos": rules.eos, "pad": rules.pad, "mask": getattr(model.tokenizer, "mask_token_id", None)}
     if how not in token:
-        raise ValueError(f"mask {how!r}; it is one of {get_args(Masker)}")
+        raise ValueError(f"mask {how!r} has no embedding that could stand in; choose one of {get_args(Masker)}")
     if token[how] is None:
         raise ValueError("mask 'mask': the tokenizer has no mask token; use 'eos', 'mean_embedding' or 'attention'")
     return embed_tokens(model, torch.tensor([[token[how]]], device=device_of(model)))[0, 0]
@@ -98,7 +98,7 @@ def mask_hook(
         masked: ``[batch, pos]``, True at the tokens to take out.
         how: what to put there; ``"attention"`` leaves the token where it is and lets no other position attend to it.
         replacement: ``[d_model]``, to avoid computing it again, or ``[batch, pos, d_model]`` for a stand-in of its own
-            at every position (``replacements.Replacements.rows`` makes one for images).
+            at every position (``hooks.stand_ins.Replacements.rows`` makes one for images).
 
     Returns:
         ``[(name, fn)]`` for ``run_with_hooks``: one hook at the attribution point, or one per layer for ``"attention"``.

@@ -184,9 +184,11 @@ def _stand_ins(
     if how == "blurred_image":
         kinds.append(prompt_embeddings(model, pair, blurred(model, images))[patches])
         which[patches] = 2 + torch.arange(len(patches))
-    elif how != "zero":
+    elif how in ("mean_patch", "neighbour_patch"):
         for image in sorted({span.image for span in images.spans}):
             places = [p for s in images.spans if s.image == image for p in s.positions.flatten().tolist()]
             which[places] = len(kinds)
             kinds.append(found[places].mean(0, keepdim=True))
+    elif how != "zero":
+        raise NotImplementedError(f"nothing says what {how!r} puts in the place of a patch")
     return torch.cat(kinds), which

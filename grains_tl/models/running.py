@@ -102,7 +102,9 @@ def listed_hooks(fwd_hooks: Any) -> FwdHooks:
             )
         return fwd_hooks.for_prompt(None)
     if hasattr(fwd_hooks, "hooks"):
-        raise ValueError(f"a {type(fwd_hooks).__name__} is no list of hooks; give vectors.hooks(alpha, layers=[...])")
+        raise ValueError(
+            f"a {type(fwd_hooks).__name__} is not a list of hooks; pass vectors.hooks(alpha, layers=[...])"
+        )
     pairs = list(fwd_hooks) if isinstance(fwd_hooks, (list, tuple)) else None
     if pairs is None or not all(isinstance(p, (list, tuple)) and len(p) == 2 and callable(p[1]) for p in pairs):
         raise ValueError(f"hooks are a list of (name, fn) pairs, fn(act, hook); got {type(fwd_hooks).__name__}")
@@ -178,9 +180,7 @@ def forward_logits(
 def _require_images(model: HookedModel, ids: Int[Tensor, "batch pos"], inputs: Mapping[str, Tensor] | None) -> None:
     """Image tokens without an image would run as placeholder embeddings, silently (the authors' code does that)."""
     if not inputs and not torch.equal(ids, without_image_tokens(model, ids)):
-        raise ValueError(
-            "the ids hold image tokens, but no image came with them; pass the processor's tensors as inputs"
-        )
+        raise ValueError("the ids hold image tokens, but no image was given; pass the processor's tensors as inputs")
 
 
 def without_image_tokens(model: HookedModel, ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:

@@ -54,7 +54,7 @@ class MultipleChoice:
         both = list(zip(self.choices, self.labels, strict=True))
         twice = [choice for i, (choice, label) in enumerate(both) if (choice, label) in both[:i]]
         if twice:
-            raise ValueError(f"the choice {twice[0]!r} stands there twice; drop one of them")
+            raise ValueError(f"the choice {twice[0]!r} is listed twice; remove one")
         if not any(self.labels) or self.wrong is None:
             raise ValueError(
                 f"the labels are {self.labels}; at least one right choice and another wrong one are needed"

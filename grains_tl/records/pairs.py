@@ -110,7 +110,7 @@ def require_text(name: str, value: Any) -> None:
     except UnicodeEncodeError as error:
         before = text[max(0, error.start - 20) : error.start]
         raise ValueError(
-            f"{name} has half a character in it ({text[error.start]!r} after {before!r}), as of an emoji cut in two; repair "
+            f"{name} contains half a character ({text[error.start]!r} after {before!r}), as of an emoji cut in two; repair "
             "the text, for example with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from None
 

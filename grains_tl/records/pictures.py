@@ -43,7 +43,7 @@ def _load_image(image: Any) -> Any:
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
             raise FileNotFoundError(
-                f"image {str(image)!r} is no file; give a path on this machine, or the picture itself"
+                f"image {str(image)!r} is not a file; give a path on this machine, or the picture itself"
             )
         return _read_file(Path(image))
     if isinstance(image, Tensor):
@@ -80,7 +80,7 @@ def _read_file(path: Path) -> Any:
         with file:
             return _converted(file, str(path))
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is no picture that Pillow can read; give a png or jpeg file") from None
+        raise ValueError(f"{path} cannot be read by Pillow; give a png or jpeg file") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: {error}; make the picture smaller first") from None
 

@@ -137,9 +137,7 @@ def refuse_lost_image(model: HookedModel, text: str, ids: Sequence[int]) -> None
         return
     processor = getattr(model, "processor", None)
     if image_token_id(model) in ids or (processor is not None and _placeholder(model) in text):
-        raise ValueError(
-            "the prompt has a place for an image, but no image came with it; give image=..., or take it out"
-        )
+        raise ValueError("the prompt has a place for an image, but no image was given; pass image=..., or take it out")
 
 
 def as_parts(message: Message) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def recipe_of(recipe: Recipe | str | RecipeFunction, **given: Any) -> Recipe:
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(recipe, Recipe) or callable(recipe):
         if given:
-            raise OptionError(f"{', '.join(given)}: set on the recipe itself; it is a value already")
+            raise OptionError(f"{', '.join(given)}: set these on the recipe itself, it is a value already")
         return recipe if isinstance(recipe, Recipe) else FunctionRecipe(function=recipe)
     if recipe not in RECIPES:
         raise OptionError(f"recipe={recipe!r} is not known; choose one of {', '.join(RECIPES)}")

@@ -73,7 +73,7 @@ class SteeringVectors:
         if bad:
             raise ValueError(f"directions at layers {bad} are not unit vectors; use SteeringVectors.from_raw")
         if len(set(self.layers)) < n or any(layer < 0 for layer in self.layers):
-            raise ValueError(f"layers {list(self.layers)}; each is a number from 0 and stands there once")
+            raise ValueError(f"layers {list(self.layers)}; expected different whole numbers from 0")
         for name, sizes in (("magnitudes", self.magnitudes), ("resid_norms", self.resid_norms)):
             if not bool(torch.isfinite(sizes).all()) or bool((sizes < 0).any()):
                 raise ValueError(f"{name} are {sizes.tolist()}; finite lengths are needed")

@@ -325,7 +325,7 @@ def test_half_a_character_is_refused_when_read(row: dict[str, Any], tmp_path: Pa
 def test_half_a_character_elsewhere(bridge: Any) -> None:
     with pytest.raises(RecordError, match="prompt 1: .*half a character"):
         gr.generate(bridge, HALF)
-    with pytest.raises(ValueError, match="choice 2 has half a character"):
+    with pytest.raises(ValueError, match="choice 2 contains half a character"):
         gr.MultipleChoice("So", (" a", HALF), (True, False))
 
 

@@ -99,7 +99,7 @@ def test_files_on_a_full_disk_keep_what_was_there(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device: cannot write; what stood there before is unchanged"):
+    with pytest.raises(OSError, match="No space left on device: cannot write; the existing file is unchanged"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["r.html"]
 

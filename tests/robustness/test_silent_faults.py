@@ -171,7 +171,7 @@ def test_comparison_of_files_called_alike(tmp_path: Path, capsys: pytest.Capture
         (tmp_path / folder).mkdir()
         files += ["--pairs", str(tmp_path / folder / "reviews.jsonl")]
     assert main(["compare-attributions", *files]) == 2
-    assert "called alike (reviews, reviews)" in capsys.readouterr().err
+    assert "share a name (reviews, reviews)" in capsys.readouterr().err
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

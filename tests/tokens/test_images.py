@@ -214,7 +214,7 @@ def test_image_tokens_without_an_image_do_not_run(llava: Any) -> None:
         lambda: forward_logits(llava, ids, torch.ones_like(ids), torch.tensor([3])),
         lambda: run_blocks(llava, ids, torch.ones_like(ids), 1),
     ):
-        with pytest.raises(ValueError, match="no image came with them"):
+        with pytest.raises(ValueError, match="no image was given"):
             run()
     assert gr.check_model(llava).ok.all()
 

@@ -95,7 +95,7 @@ def test_a_run_that_does_not_know_the_prompt_is_refused(bridge: Any) -> None:
 
     with pytest.raises(ValueError, match="for_prompt"):
         forward_logits(bridge, ids, torch.ones_like(ids), torch.tensor([2]), v.steering(0.2, 1, positions="generated"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="SteeringVectors is no list of hooks"):
+    with pytest.raises(ValueError, match="SteeringVectors is not a list of hooks"):
         gr.generate(bridge, ["the film was"], v)  # type: ignore[arg-type]
 
 
