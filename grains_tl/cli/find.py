@@ -13,7 +13,9 @@ def add_find_options(
 ) -> None:
     """The options of ``find`` alone; ``layers`` and ``numbers`` read lists."""
     parser.add_argument("--out", required=True, help="folder for report.html, table.csv and vectors.safetensors")
-    parser.add_argument("--recipes", default="grains,caa,random_direction", help="what to compare, controls included")
+    parser.add_argument(
+        "--recipes", default="grains,caa,margin_gradient,random_direction", help="what to compare, controls included"
+    )
     parser.add_argument("--kl", type=float, default=0.05, help="budget, nats per token of neutral text (default 0.05)")
     parser.add_argument("--layers", type=layers, help="e.g. 12,18 or 10-20; default eight over the depth")
     parser.add_argument("--alphas", type=numbers, default=[0.1, 0.2, 0.4], help="where the KL is measured")

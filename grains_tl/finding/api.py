@@ -50,7 +50,7 @@ OPTIONS: dict[str, Any] = {
 def find_vector(
     model: HookedModel,
     pairs: Iterable[PairLike] | Mapping[str, Iterable[PairLike]],
-    recipes: Sequence[Recipe | str | RecipeFunction] = ("grains", "caa", "random_direction"),
+    recipes: Sequence[Recipe | str | RecipeFunction] = ("grains", "caa", "margin_gradient", "random_direction"),
     kl: float = 0.05,
     *,
     layers: Sequence[int] | None = None,

@@ -77,6 +77,14 @@ def test_a_planted_direction_is_found(kind: str) -> None:
     assert (best["low"], best["high"]) == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_defaults_run_on_every_model_class(kind: str) -> None:
+    found = gr.find_vector(planted_model(kind), varied_pairs(12), **{**QUICK, "n_draws": 2})
+    assert set(found.table["recipe"]) == {"grains", "caa", "margin_gradient", "random_direction"}
+    assert found.table["recipe"][0] == found.best.vectors.info["method"]
+    assert set(found.effects) == set(zip(found.table["recipe"], found.table["layer"], strict=True))
+
+
 def test_effects_are_compared_at_the_same_kl(planted: Any) -> None:
     found = gr.find_vector(planted, varied_pairs(20), recipes=[copy_axis, "random_direction"], kl=0.02, **QUICK)
     spent = found.table["kl"]
