@@ -87,7 +87,9 @@ class Found:
             for name, layer in zip(controls["recipe"], controls["layer"], strict=True)
         }
         # named as text: plotting is above this package
-        return importlib.import_module("grains_tl.plotting").plot_controls(named, draws)
+        figure = importlib.import_module("grains_tl.plotting").plot_controls(named, draws)
+        figure.axes[0].set_xlabel("effect: change of the margin from no steering to +alpha, nats")  # no half of a swing
+        return figure
 
     def save(self, path: str | Path) -> Path:
         """Write the best vector, with its alpha and evidence in the manifest, for ``load_vectors``."""

@@ -253,7 +253,7 @@ def test_what_is_found_can_be_shown_and_saved(planted: Any, tmp_path: Path) -> N
     found = gr.find_vector(planted, varied_pairs(16), recipes=[copy_axis, "random_direction"], **QUICK)
     shown = found._repr_html_()
     assert "copy_axis" in shown and "random_direction" in shown and found.examples[0].prompt in shown
-    assert found.plot().axes
+    assert "from no steering to +alpha" in found.plot().axes[0].get_xlabel()
     loaded = gr.load_vectors(found.save(tmp_path / "v.safetensors"), planted)
     assert loaded.info["found"]["alpha"] == found.best.alpha
     assert torch.equal(loaded.directions, found.vectors["copy_axis"].at(list(found.best.layers)).directions)
