@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from grains_tl._util.html import Html
+from grains_tl.analysis.lens import logit_lens
 from grains_tl.analysis.probes import Probes
 from grains_tl.plotting.style import (
     CHOSEN,
@@ -17,6 +19,39 @@ from grains_tl.plotting.style import (
     shortened,
     style,
 )
+from grains_tl.types import HookedModel
+from grains_tl.vectors.display import vectors_html
+from grains_tl.vectors.steering_vectors import SteeringVectors
+
+
+def show_vectors(vectors: SteeringVectors, model: HookedModel | None = None, *, n_top: int = 4) -> Html:
+    """Steering vectors as a table in a notebook; with the model also the tokens each direction promotes and demotes.
+
+    Args:
+        vectors: to show.
+        model: the model they were made for: adds the top tokens of ``analysis.logit_lens``.
+        n_top: tokens on either side.
+
+    Returns:
+        ``Html``, which a notebook shows: a row per layer with the vector's norm, the layer's typical residual norm (residual
+        units) and the share of the one in the other.
+
+    Raises:
+        ValueError: vectors of another model.
+
+    Examples:
+        >>> import torch
+        >>> show_vectors(SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))).html[:4]
+        '<div'
+    """
+    if model is None:
+        return Html(vectors_html(vectors))
+    lens = logit_lens(model, vectors, n_top=n_top)
+    tokens = {
+        int(layer): (list(rows[rows.side == "up"].token), list(rows[rows.side == "down"].token))
+        for layer, rows in lens.groupby("layer")
+    }
+    return Html(vectors_html(vectors, tokens))
 
 
 def plot_cosines(table: pd.DataFrame, *, title: str = "", label: str = "cosine") -> Any:

@@ -86,3 +86,12 @@ def test_choice_vectors_and_probes_say_what_they_are() -> None:
     assert len(repr(probes)) < 120 and "layers [3, 7]" in repr(probes)
     shown = Reader(probes._repr_html_()).data
     assert html.number(probes.frame.accuracy[0]) in shown and "12 records" in shown
+
+
+def test_vectors_with_their_model_say_what_they_promote(bridge: Any) -> None:
+    raw = torch.eye(3, 32)
+    vectors = gr.SteeringVectors.from_raw(raw, (0, 1, 2), torch.full((3,), 6.0))
+    lens = gr.analysis.logit_lens(bridge, vectors, n_top=2)
+    shown = Reader(gr.plotting.show_vectors(vectors, bridge, n_top=2).html).data
+    assert "promotes" in shown and all(token.strip() in shown for token in lens.token)
+    assert "promotes" not in Reader(gr.plotting.show_vectors(vectors).html).data
