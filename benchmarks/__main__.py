@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 
-from benchmarks import build_vectors, growth, memory, steering
+from benchmarks import build_vectors, growth, memory, peers, steering
 from benchmarks.common import load
 from grains_tl._util.settings import RunSettings
 from grains_tl.attribution.reference import REFERENCES
+from grains_tl.models.loading import _load_hugging_face
 from grains_tl.vectors.manifest import package_versions
 
-PARTS = ("build", "steering", "growth", "memory")
+PARTS = ("peers", "build", "steering", "growth", "memory")
+
+#: Where the last figures are kept.
+LAST = Path(__file__).parent / "results" / "speed" / "last.json"
 
 
 def main() -> None:
@@ -41,7 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--sweep-records", type=int, default=8)
-    parser.add_argument("--json", default="benchmarks.json", help="file for the figures")
+    parser.add_argument("--json", default=str(LAST), help="file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     parts = args.only or PARTS
@@ -53,8 +57,12 @@ def main() -> None:
         "versions": package_versions(),
     }
     table: list[tuple[str, str]] = []
-    if "build" in parts or "steering" in parts:
+    if {"peers", "build", "steering"} & set(parts):
         model = load(args.model)
+    if "peers" in parts and not args.model.startswith("random:"):
+        plain = _load_hugging_face(args.model, None, torch.float32)[0].eval().requires_grad_(False)
+        figures["peers"] = peers.run(model, plain, repeats=args.repeats)
+        table += peers.rows(figures["peers"])
     if "build" in parts:
         options = {name: getattr(args, name) for name in ("records", "steps", "baseline", "max_tokens", "repeats")}
         figures["build"] = build_vectors.run(model, **options)

@@ -77,7 +77,7 @@ def integrated_gradients(model: Any, hf_model: Any, *, records: int, steps: int,
         for pair in tokenized:
             x = embed(torch.tensor([pair.prompt])).detach()
             found = IntegratedGradients(margin_of(hf_model, pair)).attribute(
-                x, baselines=baselines.point("neutral", x[0])[None], n_steps=steps, method="gausslegendre"
+                x, baselines=baselines.point("function_words", x[0])[None], n_steps=steps, method="gausslegendre"
             )
             scores.append(found[0].sum(-1))
         return scores
@@ -89,7 +89,7 @@ def integrated_gradients(model: Any, hf_model: Any, *, records: int, steps: int,
             method="integrated_gradients",
             n_steps=steps,
             nodes="gauss_legendre",
-            baseline="neutral",
+            reference="function_words",
             progress=False,
         )
         return [a.scores for a in found]
@@ -144,3 +144,22 @@ def _figures(jobs: dict[str, Any], repeats: int, what: str) -> Figures:
     }
     times = {name: s / seconds["grains_tl"] for name, s in seconds.items() if name != "grains_tl"}
     return {"what": what, "seconds": seconds, "times": times, "cosine": cosine}
+
+
+def run(model: Any, hf_model: Any, *, repeats: int, records: tuple[int, int, int] = (8, 3, 8)) -> list[Figures]:
+    """All three jobs, on so many records each: CAA, leave-one-out, integrated gradients with 10 nodes."""
+    return [
+        caa(model, hf_model, records=records[0], repeats=repeats),
+        leave_one_out(model, hf_model, records=records[1], repeats=repeats),
+        integrated_gradients(model, hf_model, records=records[2], steps=10, repeats=repeats),
+    ]
+
+
+def rows(figures: Sequence[Figures]) -> list[tuple[str, str]]:
+    """Lines of the table."""
+    found = []
+    for job in figures:
+        found.append((job["what"], f"{job['seconds']['grains_tl']:.2f} s"))
+        for name, times in job["times"].items():
+            found.append((f"the same, {name}", f"{job['seconds'][name]:.2f} s: {times:.2f} times ours"))
+    return found

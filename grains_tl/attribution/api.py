@@ -195,6 +195,7 @@ def _attribution(record: TokenizedPair, found: Scores, method: str) -> Attributi
         starts_word=_flags(record.starts_word),
         chosen=record.responses[0],
         rejected=record.responses[1],
+        errors=found.errors,
     )
 
 

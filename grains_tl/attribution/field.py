@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl._util.memory import returned_memory
 from grains_tl._util.settings import current
 from grains_tl.attribution.sharing import prompt_batches
 from grains_tl.inference.batches import Batch, by_token_budget, scoring_batch
@@ -116,7 +117,7 @@ class ModelField:
                 (self.entry, _enter(batch, points, self.lengths_of(runs, part), gradient, held)),
                 *self.extra_hooks(),
             ]
-            with autograd(self.model) if gradient else torch.no_grad():
+            with returned_memory(), autograd(self.model) if gradient else torch.no_grad():
                 logprobs = batch_logprobs(self.model, batch, hooks)
                 values = logprobs[:, 0] - logprobs[:, 1]
                 grads = torch.autograd.grad(values.sum(), held["entry"])[0] if gradient else None

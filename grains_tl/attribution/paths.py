@@ -18,13 +18,17 @@ from grains_tl.attribution.field import Field, Run, values_at
 
 
 class Scores(NamedTuple):
-    """Scores of one record: ``[pos]`` nats, f(x), f(x') and the completeness gap where there is one, evaluations used."""
+    """Scores of one record: ``[pos]`` nats, f(x), f(x') and the completeness gap where there is one, evaluations used.
+
+    ``errors``, ``[pos]`` nats, is how far each score may be off, for methods that can tell.
+    """
 
     scores: Tensor
     value: float
     start_value: float | None
     gap: float | None
     steps: int
+    errors: Tensor | None = None
 
 
 class Ends(NamedTuple):
@@ -94,11 +98,15 @@ class Node(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """An interval of the path with both ends and its middle: Simpson's rule."""
+    """An interval of the path with both ends and its middle: Simpson's rule.
+
+    ``coarse`` is the integral over the same interval from the nodes there were before it was halved: ``[pos]`` nats.
+    """
 
     left: Node
     middle: Node
     right: Node
+    coarse: Tensor
 
     @property
     def scores(self) -> Tensor:
@@ -112,12 +120,34 @@ class Panel(NamedTuple):
         return float(self.scores.sum()) - (self.right.value - self.left.value)
 
 
+def _halves(left: Node, middle: Node, right: Node) -> tuple[Tensor, Tensor]:
+    """Integrals over both halves of an interval of the parabola through its three nodes; they add up to Simpson's rule."""
+    sixth = (right.alpha - left.alpha) / 24
+    return (
+        sixth * (5 * left.rate + 8 * middle.rate - right.rate),
+        sixth * (5 * right.rate + 8 * middle.rate - left.rate),
+    )
+
+
+def _first_panels(nodes: Sequence[Node]) -> list[Panel]:
+    """One panel of three nodes (its coarse integral is the trapezoid rule's), or two of five."""
+    if len(nodes) == 3:
+        left, middle, right = nodes
+        return [Panel(left, middle, right, (right.alpha - left.alpha) / 2 * (left.rate + right.rate))]
+    a, b, c, d, e = nodes
+    first, second = _halves(a, c, e)
+    return [Panel(a, b, c, first), Panel(c, d, e, second)]
+
+
 def adaptive_path(field: Field, ends: Ends, *, budget: int, tolerance: float) -> list[Scores]:
     """Integrated gradients whose nodes go where f moves.
 
     Simpson's rule on panels. The integral of each panel is known (the difference of f at its ends, which come with the
     gradients), so every panel shows its own gap; those with the largest are halved, two new gradients each, until the
     gaps together, their signs ignored, are below ``tolerance * |f(x) - f(x')|`` or ``budget`` gradients are spent.
+
+    The gap is a sum over tokens whose errors may cancel, so it bounds no single token's error. ``errors`` of the result is
+    an estimate for each token: what the last halving of every panel changed in it, signs ignored.
 
     Args:
         field: the function to integrate.
@@ -128,10 +158,7 @@ def adaptive_path(field: Field, ends: Ends, *, budget: int, tolerance: float) ->
     n_first = 5 if budget >= 5 else 3
     places = [_spread(_first_place(start), n_first) for start in ends.start]
     nodes = _nodes(field, ends, [(r, a) for r, own in enumerate(places) for a in own])
-    panels = [
-        [Panel(*(nodes[r, a] for a in own[i : i + 3])) for i in range(0, n_first - 2, 2)]
-        for r, own in enumerate(places)
-    ]
+    panels = [_first_panels([nodes[r, a] for a in own]) for r, own in enumerate(places)]
     used = [n_first] * len(ends.x)
     while True:
         halved = {}
@@ -146,13 +173,18 @@ def adaptive_path(field: Field, ends: Ends, *, budget: int, tolerance: float) ->
         for r, some in halved.items():
             used[r] += 2 * len(some)
             for p in some:
-                panels[r].remove(p)
+                panels[r] = [q for q in panels[r] if q is not p]
                 a, b = (nodes[r, q] for q in _quarters(p))
-                panels[r] += [Panel(p.left, a, p.middle), Panel(p.middle, b, p.right)]
-    return [
-        complete(torch.stack([p.scores for p in own]).sum(0), ends.value[r], ends.start_value[r], used[r])
-        for r, own in enumerate(panels)
-    ]
+                first, second = _halves(p.left, p.middle, p.right)
+                panels[r] += [Panel(p.left, a, p.middle, first), Panel(p.middle, b, p.right, second)]
+    return [_added_up(own, ends, r, used[r]) for r, own in enumerate(panels)]
+
+
+def _added_up(panels: Sequence[Panel], ends: Ends, record: int, used: int) -> Scores:
+    scores = torch.stack([p.scores for p in panels])
+    errors = (scores - torch.stack([p.coarse for p in panels])).abs().sum(0)
+    found = complete(scores.sum(0), ends.value[record], ends.start_value[record], used)
+    return found._replace(errors=errors)
 
 
 def _first_place(start: Tensor) -> float:
@@ -171,7 +203,7 @@ def _worst(panels: Sequence[Panel], at_most: int) -> list[Panel]:
 
 
 def _quarters(panel: Panel) -> tuple[float, float]:
-    left, middle, right = (node.alpha for node in panel)
+    left, middle, right = panel.left.alpha, panel.middle.alpha, panel.right.alpha
     return (left + middle) / 2, (middle + right) / 2
 
 

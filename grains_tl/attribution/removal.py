@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl._util.memory import returned_memory
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.settings import current
 from grains_tl.attribution.field import require_finite, run_batches
@@ -68,7 +69,8 @@ def values_without(
 
 
 def _margins(model: HookedModel, batch: Batch, hooks: FwdHooks) -> Float[Tensor, "run"]:
-    logprobs = batch_logprobs(model, batch, hooks)
+    with returned_memory():
+        logprobs = batch_logprobs(model, batch, hooks)
     return (logprobs[:, 0] - logprobs[:, 1]).float().cpu()
 
 

@@ -27,6 +27,8 @@ class Attribution:
         starts_word: ``[pos]``, whether a word begins at the token; ``None`` where that is not known.
         chosen: text of the preferred response; ``None`` where it is not known.
         rejected: text of the other response.
+        errors: ``[pos]`` nats, an estimate of how far each score may be off, from integrated gradients with adaptive nodes
+            (what their last refinement changed); ``None`` for other methods. The gap bounds no single token's error.
 
     Examples:
         >>> import torch
@@ -49,6 +51,7 @@ class Attribution:
     starts_word: Tensor | None = None
     chosen: str | None = None
     rejected: str | None = None
+    errors: Tensor | None = None
 
     @property
     def converged(self) -> bool | None:

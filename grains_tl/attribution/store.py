@@ -130,6 +130,8 @@ def _append_to(file: Any, done: dict[str, dict[str, Any]], keys: Sequence[str]) 
             "steps": a.steps,
             "seconds": now - before,  # records of one pass come together: only their sum means something
         }
+        if a.errors is not None:
+            row["errors"] = a.errors.tolist()
         before = now
         try:
             file.write(sealed_line(row))
@@ -178,4 +180,5 @@ def _restore(row: dict[str, Any], pair: TokenizedPair) -> Attribution:
         starts_word=torch.tensor(pair.starts_word, dtype=torch.bool),
         chosen=pair.responses[0],
         rejected=pair.responses[1],
+        errors=None if row.get("errors") is None else torch.tensor(row["errors"], dtype=torch.float32),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import build_vectors, growth, steering
+from benchmarks import build_vectors, growth, peers, steering
 from benchmarks.common import Operations, count_operations, floating_point_operations, load, off_the_line, slope
 from benchmarks.gpu_shapes import measure
 
@@ -59,6 +59,14 @@ def test_steering_and_sweep(small: object) -> None:
     assert swept["largest_difference_nats"] < 1e-4
     assert 0.4 < swept["share_of_naive_token_layers"] < 1
     assert len(steering.rows(generated, swept)) >= 11
+
+
+def test_peers_do_the_same_work(small: object) -> None:
+    plain = load("random:2x64").original_model
+    found = peers.run(small, plain, repeats=1, records=(2, 1, 2))
+    for job in found[1:]:  # captum is always there
+        assert min(job["cosine"].values()) > 0.9999 and len(job["times"]) >= 1
+    assert len(peers.rows(found)) >= 6
 
 
 def test_growth(small: object) -> None:
