@@ -272,7 +272,7 @@ def test_the_shell(planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for row, part in zip(rows, ["build"] * 4 + ["choose"] * 3 + ["report"] * 5, strict=True):
         row["split"] = part
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("grains_tl.cli.main._load", lambda args: planted)
+    monkeypatch.setattr("grains_tl.cli.main.load", lambda args: planted)
     out = tmp_path / "out"
     command = ["find", "--pairs", str(file), "--out", str(out), "--layers", "1,2", "--draws", "2", "--recipes"]
     assert main([*command, "caa,random_direction", "--split", "split"]) == 0
