@@ -77,6 +77,17 @@ def test_a_planted_direction_is_found(kind: str) -> None:
     assert (best["low"], best["high"]) == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.real
+def test_refusals_are_found_in_wordings_that_nothing_was_built_from(smollm2: Any) -> None:
+    parts: dict[str, list[gr.PreferencePair]] = {}
+    for pair in gr.load_pairs(Path(__file__).parents[1] / "data" / "refusal.jsonl"):
+        parts.setdefault(pair.meta["split"], []).append(pair)
+    quick = {**QUICK, "layers": [14], "n_draws": 3, "n_examples": 0}
+    found = gr.find_vector(smollm2.bridge, parts, recipes=["margin_gradient", "random_direction"], **quick)
+    assert found.table["verdict"][0] == "steers"
+    assert found.table["low"][0] > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_defaults_run_on_every_model_class(kind: str) -> None:
     found = gr.find_vector(planted_model(kind), varied_pairs(12), **{**QUICK, "n_draws": 2})
