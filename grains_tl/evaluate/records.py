@@ -203,7 +203,7 @@ def _prepared(
     """
     questions = [r for r in records if isinstance(r, MultipleChoice)]
     if questions and any(isinstance(r, PreferencePair) for r in records):
-        raise ValueError("preference preference pairs and questions cannot be mixed; measure them separately")
+        raise ValueError("preference pairs and questions cannot be mixed; measure them separately")
     if questions:
         if objective == "single":
             raise ValueError("objective='single' is for preference pairs; use 'sum' or 'mean' for questions")

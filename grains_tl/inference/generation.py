@@ -14,7 +14,7 @@ from grains_tl.inference.batches import image_inputs, pad_rows
 from grains_tl.models.hugging_face import plain_decoding
 from grains_tl.models.plain_blocks import plain_blocks, runs_plain
 from grains_tl.models.precision import finite_hook
-from grains_tl.models.running import hooked, is_bridge, listed_hooks, resid_post
+from grains_tl.models.running import hooked, is_bridge, listed_hooks, require_hook_names, resid_post
 from grains_tl.models.state import require_ready
 from grains_tl.records.pairs import prompt_list
 from grains_tl.tokens.images import ImageInputs
@@ -117,6 +117,7 @@ def _continue(
         fwd_hooks = fwd_hooks.for_prompt(prompt_len)
     hooks = listed_hooks(fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks)
     hooks = [*hooks, *finite_hook(resid_post(int(model.cfg.n_layers) - 1))]
+    require_hook_names(model, hooks)
     rules = token_rules(model)
     sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
     plain = runs_plain(model)

@@ -74,7 +74,7 @@ def test_groups_hold_every_token_once_and_keep_the_total(by: Any) -> None:
 def test_word_starts_where_the_tokenizer_hides_its_spaces(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     """The tiny tokenizer decodes single tokens without a space: joined by text alone, a prompt would be one word."""
     a = gr.attribute(bridge, pairs[1], method="gradient_x_input")
-    assert gr.attribution.group(a, by="word").texts == ["the", "film", "was", "good"]
+    assert gr.attribution.group(a, by="word").texts == ["the", " film", " was", " good"]
     assert (
         len(gr.attribution.group(attribution([1.0] * 4, list(a.tokens)), by="word").texts) == 1
     )  # without that knowledge

@@ -479,7 +479,7 @@ def test_the_image_is_part_of_a_record() -> None:
 def test_files_that_are_no_checkpoint_are_refused(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
     other = tmp_path / "records.jsonl"
     other.write_text('{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match="no checkpoint of results"):
+    with pytest.raises(ValueError, match="not a checkpoint of results"):
         gr.sweep(bridge, vectors_of(), pairs, checkpoint=other, progress=False)
     assert other.read_text() == '{"prompt": "a"}\n'
     path = tmp_path / "c.jsonl"
@@ -521,7 +521,7 @@ def test_bad_input_is_refused(bridge: Any, pairs: list[gr.PreferencePair], quest
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             gr.sweep(bridge, vectors, pairs, progress=False, **options)
-    with pytest.raises(ValueError, match="in one list"):
+    with pytest.raises(ValueError, match="cannot be mixed"):
         gr.sweep(bridge, vectors, [*pairs, *questions], progress=False)
     with pytest.raises(ValueError, match="no records"):
         gr.sweep(bridge, vectors, [], progress=False)

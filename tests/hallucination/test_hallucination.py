@@ -307,7 +307,7 @@ def test_chat_judge_gives_up(server: str, plan: list[int], calls: int) -> None:
 
 def test_chat_judge_refuses_other_replies_and_addresses(server: str) -> None:
     _Stub.plan = [299]
-    with pytest.raises(ValueError, match="no chat completion"):
+    with pytest.raises(ValueError, match="not a chat completion"):
         hl.chat_judge(server, "m")("hello")
     with pytest.raises(ConnectionError, match="after 1 tries"):
         hl.chat_judge("http://127.0.0.1:9", "m", retries=0)("hello")

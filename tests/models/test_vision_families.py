@@ -282,7 +282,8 @@ def test_generation_with_hooks_equals_the_plain_models(family: SimpleNamespace) 
             with after_layer(family.hf, 1, step):
                 wanted.append(family.hf.generate(**inputs, max_new_tokens=6, do_sample=False)[0, n:].tolist())
     ended = [ids[: ids.index(ID["<eos>"])] if ID["<eos>"] in ids else ids for ids in wanted]
-    assert found == [family.processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in ended]
+    # a text goes on from its prompt, so it begins with the space that the tokenizer drops at a beginning
+    assert found == [" " + family.processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in ended]
     assert wanted != base
 
 

@@ -149,7 +149,11 @@ CASES = [
     Case("jsonl with a number of 10,000 digits", load("p.jsonl", "1" * 10_000), "p.jsonl, line 1: JSON that cannot be"),
     Case("jsonl, a line that is a list", load("p.jsonl", "[1]\n"), "row 1 is a list; a mapping"),
     Case("text that is not UTF-8", load("p.jsonl", b"\xff\xfe{\x00"), "p.jsonl: not UTF-8 after line 0 ... save"),
-    Case("an unknown ending", load("p.parquet", b"PAR1"), "cannot read .parquet; use .jsonl, .json or .csv"),
+    Case(
+        "a broken parquet file",
+        load("p.parquet", b"PAR1"),
+        "p.parquet: cannot be read as parquet ... use .jsonl, .json or .csv",
+    ),
     Case("a missing file", lambda env: gr.load_pairs("none.csv"), "no file none.csv", FileNotFoundError),
     Case("train mode with dropout, build", on("train", build()), "in train mode and ... call model.eval() first"),
     Case("train mode with dropout, generate", on("train", say("the film")), "in train mode and ... model.eval()"),
@@ -188,7 +192,7 @@ CASES = [
     Case("an empty prompt to continue", say(""), "the prompt is empty ... some text is needed"),
     Case("no prompts", say(), "no prompts; give at least one"),
     Case("an image that is cut off", lambda env: load_images(cut_off(env)), "cut.png is a picture that cannot be read"),
-    Case("a text file as image", lambda env: load_images(file(env, "a.png", "hi")), "a.png is no picture"),
+    Case("a text file as image", lambda env: load_images(file(env, "a.png", "hi")), "a.png cannot be read by Pillow"),
     Case(
         "an image of 100 megapixels",
         lambda env: load_images(file(env, "bomb.png", png(10_000, 10_000))),

@@ -181,7 +181,7 @@ def test_missing_cells_of_a_table_are_no_text() -> None:
     """A template made the word "nan" of them."""
     table = pd.DataFrame({"q": ["soup?", np.nan], "c": [" good", " bad"], "r": [" bad", " good"]})
     columns = {"prompt": "Q: {q}", "chosen": "c", "rejected": "r"}
-    with pytest.raises(ValueError, match=r"row 2, prompt: the cells \['q'\] are missing"):
+    with pytest.raises(ValueError, match=r"row 2: prompt: the cells \['q'\] are missing"):
         gr.load_pairs(table, columns)
     assert gr.load_pairs(table[:1], columns)[0].prompt == "Q: soup?"
     numbers = pd.DataFrame({"prompt": ["a"], "chosen": [" b"], "rejected": [" c"], "n": [3], "list": [["x", "y"]]})

@@ -121,11 +121,11 @@ def test_prompts_from_anywhere(prompts: Any, bridge: Any) -> None:
 
 VECTORS = gr.SteeringVectors.from_raw(torch.ones(3, 32), range(3), torch.ones(3))
 REFUSED: dict[str, tuple[Any, str]] = {
-    "rows that were not read, build": (lambda m: gr.build_vectors(m, ROWS), "record 1 is a dict.*load_pairs"),
-    "a row, attribute": (lambda m: gr.attribute(m, GOOD), "record 1 is a dict"),
+    "ids instead of records, build": (lambda m: gr.build_vectors(m, [3, 4]), "record 1 .*int"),
+    "an id, attribute": (lambda m: gr.attribute(m, 3), "record 1 .*int"),
     "one record": (lambda m: gr.build_vectors(m, gr.PreferencePair(**GOOD)), r"a PreferencePair; .*\[pair\] for one"),
     "a path": (lambda m: gr.build_vectors(m, "p.jsonl"), "a str; a list of PreferencePair"),
-    "rows among records, sweep": (lambda m: sweep(m, pairs=[*gr.load_pairs(ROWS), GOOD]), "record 3 is a dict"),
+    "an id among records, sweep": (lambda m: sweep(m, pairs=[*gr.load_pairs(ROWS), 3]), "record 3 .*int"),
     "one record, sweep": (lambda m: sweep(m, pairs=gr.PreferencePair(**GOOD)), "a list of PreferencePair is needed"),
     "vectors as a path, sweep": (lambda m: sweep(m, "v.safetensors"), "vectors are a str; .*load_vectors"),
     "top_k 1.5": (lambda m: build(m, top_k=1.5), "top_k=1.5; a whole number"),
@@ -144,8 +144,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "several alphas": (lambda m: VECTORS.hooks(np.array([0.1, 0.2]), [1]), "one number is needed"),
     "temperature NaN": (lambda m: gr.generate(m, ["a"], temperature=math.nan), "temperature=nan; a finite"),
     "new tokens 2.5": (lambda m: gr.generate(m, ["a"], max_new_tokens=2.5), "max_new_tokens=2.5; a whole"),
-    "no text": (lambda m: gr.generate(m, [None]), "a prompt is None, a NoneType; text or a list of messages"),
-    "token ids": (lambda m: gr.generate(m, [[3, 4]]), "a prompt has 3 in it; a list of messages"),
+    "no text": (
+        lambda m: gr.generate(m, [None]),
+        "prompt 1: the prompt is None, a NoneType; text or a list of messages",
+    ),
+    "token ids": (lambda m: gr.generate(m, [[3, 4]]), "prompt 1: the prompt has 3 in it; a list of messages"),
     "neutral text of one token": (lambda m: sweep(m, neutral=["the film was", "film"]), "text 2 has fewer than two"),
     "neutral text that is empty": (lambda m: sweep(m, neutral=[""]), "text 1: the prompt is empty"),
     "neutral text too long": (lambda m: sweep(m, neutral=["a " * 80]), "text 1: .* the model's context holds 64"),
@@ -239,13 +242,13 @@ SHELL: dict[str, tuple[list[str], str]] = {
     "layers backwards": (["steer", "--vectors={f}/v.safetensors", "--prompt=a", "--layer=2-0"], "the lower one first"),
     "no new tokens": (
         ["steer", "--vectors={f}/v.safetensors", "--prompt=a", "--max-new-tokens=0"],
-        "whole number from 1",
+        "whole number of at least 1",
     ),
     "no vectors": (["steer", "--vectors={f}/none.safetensors", "--prompt=a"], "no file"),
-    "top-k 0": (["build", "--pairs={f}/p.jsonl", "--out={f}/o.safetensors", "--top-k=0"], "whole number from 1"),
+    "top-k 0": (["build", "--pairs={f}/p.jsonl", "--out={f}/o.safetensors", "--top-k=0"], "whole number of at least 1"),
     "a folder to write": (["build", "--pairs={f}/p.jsonl", "--out={f}"], "is a folder; name a file in it"),
-    "limit -1": (["attribute", "--pairs={f}/p.jsonl", "--limit=-1"], "whole number from 1"),
-    "threads -1": (["attribute", "--pairs={f}/p.jsonl", "--threads=-1"], "whole number from 1"),
+    "limit -1": (["attribute", "--pairs={f}/p.jsonl", "--limit=-1"], "whole number of at least 1"),
+    "threads -1": (["attribute", "--pairs={f}/p.jsonl", "--threads=-1"], "whole number of at least 1"),
     "no records": (["attribute", "--pairs={f}/none.jsonl"], "no file"),
     "alphas NaN, sweep": (
         ["sweep", "--vectors={f}/v.safetensors", "--pairs={f}/p.jsonl", "--alphas=nan"],

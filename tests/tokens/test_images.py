@@ -55,7 +55,7 @@ def test_every_form_of_an_image_is_the_same_picture(tmp_path: Path) -> None:
     ("image", "error", "words"),
     [
         ([], ValueError, "empty list"),
-        ("no such file.png", FileNotFoundError, "no file"),
+        ("no such file.png", FileNotFoundError, "not a file"),
         (np.zeros((2, 3, 7)), ValueError, "height, width"),
         (np.zeros(4), ValueError, "height, width"),
         (np.full((2, 2, 3), 300.0), ValueError, "0 to 1"),

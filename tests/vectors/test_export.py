@@ -175,7 +175,7 @@ def test_checkpoint_needs_a_bridge_a_new_folder_and_its_own_vectors(model: Any, 
     with pytest.raises(ValueError, match="do not fit"):
         export_hf(bridge, vectors(d_model=31), tmp_path / "hf", layers=[1], alpha=0.3)
     if not gr_models_running.is_bridge(model):
-        with pytest.raises(ValueError, match="load it as a bridge"):
+        with pytest.raises(ValueError, match="expected a TransformerBridge, got a HookedTransformer"):
             export_hf(model, vectors(), tmp_path / "hf", layers=[1], alpha=0.3)
 
 
