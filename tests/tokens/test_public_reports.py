@@ -137,7 +137,7 @@ def test_token_by_token_is_the_whole_text() -> None:
 
 
 # unslothai/unsloth#334, PromtEngineer/localGPT#720: roles that do not alternate, told without the record
-# EleutherAI/lm-evaluation-harness (MultipleChoice in place of pairs): the prompt in every choice
+# the prompt in every choice
 def test_choices_that_hold_the_prompt_again() -> None:
     with pytest.raises(ValueError, match="all choices begin with the whole prompt"):
         gr.MultipleChoice("Is tea hot?", ("Is tea hot? Yes", "Is tea hot? No"), (True, False))
