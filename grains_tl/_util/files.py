@@ -7,14 +7,14 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 
 def short_hash(value: Any) -> str:
     """Of anything JSON can hold; what it cannot is an error, so that two different things never share a hash."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()[:16]
+    return _digest(value, plain)
 
 
 def hash_of(value: Any) -> str:
@@ -24,7 +24,11 @@ def hash_of(value: Any) -> str:
         >>> hash_of([1, "a"]) == hash_of((1, "a"))
         True
     """
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return _digest(value, str)
+
+
+def _digest(value: Any, default: Callable[[Any], Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=default).encode()).hexdigest()[:16]
 
 
 def write_atomically(path: str | Path, content: bytes) -> Path:

@@ -5,7 +5,7 @@ Everything runs on the unchanged model with hooks; gradients of parameters are n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,10 +151,16 @@ def attribute_all(
 
 def chosen_method(method: Method | str, mask: Mask | Masker, fields: dict[str, Any]) -> tuple[Method, Mask]:
     """A method and a mask from what a caller gave, names of release 0.1 among it."""
-    fields = current_names(fields)
-    image = fields.pop("image_mask", None)
-    mask = Mask.of(fields.pop("mask", mask))
-    return method_of(method, **fields), mask if image is None else Mask(mask.text, image)
+    fields, mask = current_options(fields, mask)
+    return method_of(method, **fields), mask
+
+
+def current_options(fields: Mapping[str, Any], mask: Mask | Masker) -> tuple[dict[str, Any], Mask]:
+    """Keyword arguments under today's names, and the mask that they and ``mask`` make together."""
+    given = current_names(fields)
+    image = given.pop("image_mask", None)
+    mask = Mask.of(given.pop("mask", mask))
+    return given, mask if image is None else Mask(mask.text, image)
 
 
 def check_method(model: HookedModel, method: Method, objective: str, mask: Mask) -> None:

@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from grains_tl._util.renamed import current_names
-from grains_tl.attribution.api import check_method
+from grains_tl.attribution.api import check_method, current_options
 from grains_tl.attribution.groups import GroupBy
 from grains_tl.attribution.methods import LeaveOneOut, Method, method_of
 from grains_tl.attribution.result import Attribution
@@ -79,9 +78,7 @@ class Grains(Recipe):
         **given: Any,
     ) -> Grains:
         """The recipe from names and numbers: what is no field of the recipe is one of the method."""
-        given = current_names(given)
-        image = given.pop("image_mask", None)
-        mask = Mask.of(given.pop("mask", mask))
+        given, mask = current_options(given, mask)
         own = {f.name: given.pop(f.name) for f in fields(cls) if f.name in given}
         chosen = TopK.of(top_k)
         if (top_k_image, group_by, spare_end) != (None, None, None):
@@ -90,7 +87,7 @@ class Grains(Recipe):
         way = method_of(method, **given)
         if chosen.group_by is not None and way.removes and getattr(way, "group_by", None) is None:
             way = replace(way, group_by=chosen.group_by)  # type: ignore[call-arg]  # whole groups go: fewer passes
-        return cls(way, chosen, mask if image is None else Mask(mask.text, image), **own)
+        return cls(way, chosen, mask, **own)
 
     @override
     def check(self, records: BuildingRecords) -> None:
