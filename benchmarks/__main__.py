@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+import grains_tl as gr
 from benchmarks import build_vectors, growth, memory, peers, steering
 from benchmarks.common import load
 from grains_tl._util.settings import RunSettings
 from grains_tl.attribution.reference import REFERENCES
-from grains_tl.models.loading import _load_hugging_face
 from grains_tl.vectors.manifest import package_versions
 
 PARTS = ("peers", "build", "steering", "growth", "memory")
@@ -60,7 +60,7 @@ def main() -> None:
     if {"peers", "build", "steering"} & set(parts):
         model = load(args.model)
     if "peers" in parts and not args.model.startswith("random:"):
-        plain = _load_hugging_face(args.model, None, torch.float32)[0].eval().requires_grad_(False)
+        plain = gr.models.load_hugging_face(args.model)[0]
         figures["peers"] = peers.run(model, plain, repeats=args.repeats)
         table += peers.rows(figures["peers"])
     if "build" in parts:

@@ -73,7 +73,7 @@ def steer_hook(
     if layer < 0:
         raise ValueError(f"layer={layer}; layers count from 0")
     require_step(operator, positions, gate)
-    prompt_len = _border(prompt_len)
+    prompt_len = require_border(prompt_len)
     size = direction.float().norm()
     if not torch.isfinite(size) or size == 0:
         raise ValueError(f"the direction at layer {layer} has norm {size:.3g}; a finite, non-zero vector is needed")
@@ -134,7 +134,8 @@ def _opened(act: Float[Tensor, "batch pos d_model"], gate: Gate) -> Bool[Tensor,
     return rows.to(act.device)
 
 
-def _border(prompt_len: Any) -> int | Int[Tensor, "batch"] | None:
+def require_border(prompt_len: Any) -> int | Int[Tensor, "batch"] | None:
+    """Where prompts end, as an int, one number per row or ``None``; ValueError for anything else."""
     if prompt_len is None:
         return None
     if not isinstance(prompt_len, torch.Tensor) or prompt_len.ndim == 0:

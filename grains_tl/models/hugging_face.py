@@ -49,3 +49,42 @@ def load_causal_lm(folder: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def decoder(hf_model: Any) -> tuple[Any, list[nn.Module]]:
+    """The language model's stack of a plain Hugging Face model, and its decoder layers in order.
+
+    Args:
+        hf_model: a decoder-only language or vision-language model, or one with peft adapters around it.
+
+    Returns:
+        ``(stack, layers)``: the module whose forward runs the layers, and those.
+
+    Raises:
+        ValueError: a TransformerLens model, a model inside a bridge, an encoder-decoder, or no Hugging Face model whose
+            layers can be found.
+    """
+    if hasattr(hf_model, "hook_dict"):
+        raise ValueError(
+            f"expected a plain Hugging Face model, got {type(hf_model).__name__}, which has hook points; use "
+            "steering.applied(model) or steering.hooks()"
+        )
+    if not isinstance(hf_model, nn.Module) or not hasattr(hf_model, "config"):
+        raise ValueError(f"expected a Hugging Face model, got {type(hf_model).__name__}")
+    base: Any = hf_model  # past the adapters of peft
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(base).__name__} is an encoder-decoder; a decoder-only model is needed")
+    stack = base.get_decoder() if hasattr(base, "get_decoder") else base
+    lists = [part for part in stack.children() if isinstance(part, nn.ModuleList)]
+    n_layers = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    found = [list(part) for part in lists if len(part) == n_layers]
+    if len(found) != 1:
+        raise ValueError(
+            f"the decoder layers of {type(base).__name__} were not found: of the lists of modules in "
+            f"{type(stack).__name__}, {len(found)} have the {n_layers} layers of its configuration. Register hooks of "
+            "your own on its layers, with gr.hooks.steer_hook for the step"
+        )
+    if any("_original_component" in layer._modules for layer in found[0]):
+        raise ValueError("this model is inside a TransformerBridge; use steering.applied(bridge) or steering.hooks()")
+    return stack, found[0]

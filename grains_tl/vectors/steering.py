@@ -15,6 +15,7 @@ from grains_tl._util.files import hash_of
 from grains_tl.hooks.steer import Gate, Operator, Positions, require_step, steer_hook
 from grains_tl.models.running import hooked, resid_post
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.torch_hooks import TorchHooks
 
 #: The unit of ``alpha``: the layer's typical residual norm, or the vector's own length.
 Scale = Literal["residual", "raw"]
@@ -202,6 +203,33 @@ class Steering:
         """
         with hooked(model, self.for_prompt(prompt_len)):
             yield model
+
+    def torch_hooks(self, hf_model: Any, *, prompt_len: int | Int[Tensor, "batch"] | None = None) -> TorchHooks:
+        """Steer a plain Hugging Face model: the same step, by PyTorch forward hooks on its decoder layers.
+
+        For a model that stays outside TransformerLens: in a server, in a training loop, with ``generate`` of transformers.
+        Scopes need no ``prompt_len`` in generation with a key-value cache, as transformers does by default: the first run
+        over several positions is the prompt. Without a cache, with speculative decoding or a prompt in chunks it is needed.
+        A mask or a ``[batch, pos]`` gate counts positions from the beginning of the text, padding included; behind its end
+        nothing is steered.
+
+        Args:
+            hf_model: a decoder-only model of transformers: Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, OLMo, Phi, Mixtral,
+                LLaVA, Qwen-VL, ... with peft adapters or without.
+            prompt_len: where the prompts end, padding in front included; one number, or one a row.
+
+        Returns:
+            The hooks, registered: ``remove()`` takes them off, as does the end of a ``with`` block, also after an error.
+
+        Raises:
+            ValueError: vectors that do not fit the model, a TransformerLens model, one whose layers are not found; during a
+                run, positions whose place in the text cannot be known.
+
+        Examples:
+            >>> with vectors.steering(0.2, 12).torch_hooks(hf_model):         # doctest: +SKIP
+            ...     hf_model.generate(**tokenizer("The film was", return_tensors="pt"))
+        """
+        return TorchHooks(self, hf_model, prompt_len)
 
     @property
     def _rows(self) -> list[int]:

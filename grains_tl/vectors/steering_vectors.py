@@ -19,6 +19,7 @@ from grains_tl.hooks.steer import Gate, Operator, Positions
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.matching import require_match
 from grains_tl.vectors.steering import Scale, Steering
+from grains_tl.vectors.torch_hooks import TorchHooks
 
 #: A sum this much shorter than its terms is float32 round-off.
 CANCELLED = 1e-6
@@ -189,6 +190,43 @@ class SteeringVectors:
         """
         made = self.steering(alpha, layers, operator=operator, positions=positions, gate=gate, scale=scale)
         return made.for_prompt(prompt_len)
+
+    def torch_hooks(
+        self,
+        hf_model: Any,
+        alpha: float | int,
+        layers: int | Sequence[int] | None = None,
+        *,
+        operator: Operator = "add_renorm",
+        positions: Positions | Bool[Tensor, "batch pos"] = "all",
+        prompt_len: int | Int[Tensor, "batch"] | None = None,
+        gate: Gate | None = None,
+        scale: Scale = "residual",
+    ) -> TorchHooks:
+        """``steering(...)`` on a plain Hugging Face model, see ``Steering.torch_hooks``.
+
+        Args:
+            hf_model: a decoder-only model of transformers.
+            alpha: see ``steering``, as for all but ``prompt_len``.
+            layers: at which of the stored layers.
+            operator: how the step is applied.
+            positions: where.
+            prompt_len: where the prompts end, padding in front included.
+            gate: at which rows or positions of these.
+            scale: unit of ``alpha``.
+
+        Returns:
+            The hooks, registered until ``remove()`` or the end of a ``with`` block.
+
+        Raises:
+            ValueError: as ``Steering.torch_hooks``.
+
+        Examples:
+            >>> with vectors.torch_hooks(hf_model, 0.2, 12):          # doctest: +SKIP
+            ...     hf_model.generate(**tokenizer("The film was", return_tensors="pt"))
+        """
+        made = self.steering(alpha, layers, operator=operator, positions=positions, gate=gate, scale=scale)
+        return made.torch_hooks(hf_model, prompt_len=prompt_len)
 
     def layer_list(self, layers: int | Sequence[int] | None) -> list[int]:
         """Stored layers as numbers from 0.

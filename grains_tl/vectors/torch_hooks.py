@@ -1,0 +1,176 @@
+"""Steering a plain Hugging Face model with PyTorch forward hooks, without TransformerLens around it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from grains_tl.hooks.steer import require_border
+from grains_tl.models.hugging_face import decoder
+from grains_tl.types import HookFn
+
+
+class TorchHooks:
+    """Registered hooks; like a handle of PyTorch's, they stay until ``remove()`` or the end of a ``with`` block.
+
+    Made by ``Steering.torch_hooks``; ``steering`` is such a value.
+    """
+
+    def __init__(self, steering: Any, hf_model: Any, prompt_len: int | Int[Tensor, "batch"] | None) -> None:
+        stack, layers = decoder(hf_model)
+        _require_fit(steering, hf_model, len(layers))
+        follow = _Follow(steering, require_border(prompt_len))
+        self._handles: list[Any] = (
+            [] if follow.alike else [stack.register_forward_pre_hook(follow.enter, with_kwargs=True)]
+        )
+        for number, layer in enumerate(steering.layers):
+            self._handles.append(layers[layer].register_forward_hook(follow.hook_of(number)))
+
+    def remove(self) -> None:
+        """Take the hooks off the model; calling it again does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> TorchHooks:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+
+def _require_fit(steering: Any, hf_model: Any, n_layers: int) -> None:
+    d_model = int(hf_model.config.get_text_config().hidden_size)
+    width = steering.vectors.directions.shape[1]
+    if width != d_model or max(steering.layers) >= n_layers:
+        raise ValueError(
+            f"vectors of d_model {width} at layers {list(steering.layers)} do not fit {type(hf_model).__name__} "
+            f"(d_model {d_model}, {n_layers} layers)"
+        )
+    made_for = steering.vectors.info.get("model")
+    known = made_for.get("n_layers") if isinstance(made_for, Mapping) else None
+    if known is not None and int(known) != n_layers:
+        raise ValueError(f"these vectors were made for a model of {known} layers; this one has {n_layers}")
+
+
+@dataclass
+class _Run:
+    """What is known of a forward pass before its layers run.
+
+    Attributes:
+        past: positions in the key-value cache, which come before this run's.
+        growing: whether the whole text runs again at every step of a generation, as without a cache.
+    """
+
+    past: int = 0
+    growing: bool = False
+
+
+class _Follow:
+    """Follows the runs of a model, so that each position is known by its place in the whole text.
+
+    Attributes:
+        alike: whether all positions are treated alike, so that no run needs to be followed.
+    """
+
+    def __init__(self, steering: Any, prompt_len: int | Int[Tensor, "batch"] | None) -> None:
+        self.steering, self.prompt_len = steering, prompt_len
+        self.gate = steering.gate if isinstance(steering.gate, Tensor) and steering.gate.ndim == 2 else None
+        self.alike = steering.positions == "all" if isinstance(steering.positions, str) else False
+        self.alike = self.alike and self.gate is None
+        self.run = _Run()
+        self.fns: list[HookFn] = [fn for _, fn in steering.for_prompt(None)] if self.alike else []
+        self.made_for: tuple[Any, ...] | None = None
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read off the call of the decoder how many positions are behind it."""
+        given = dict(kwargs)
+        with suppress(TypeError):
+            given |= inspect.signature(module.forward).bind_partial(*args).arguments
+        if any(name.startswith("cu_seq") and value is not None for name, value in kwargs.items()):
+            raise ValueError(
+                "several texts are packed into one row (cu_seq_lens), so where each prompt ends is unknown; use "
+                "positions='all', or run them as a padded batch"
+            )
+        past = given.get("past_key_values")
+        self.run = _Run(0 if past is None else int(past.get_seq_length()), given.get("use_cache") is False)
+        self.made_for = None
+
+    def hook_of(self, number: int) -> Callable[..., Any]:
+        """The forward hook of the ``number``-th steered layer."""
+
+        def hook_fn(module: nn.Module, args: Any, output: Any) -> Any:
+            act = output[0] if isinstance(output, tuple) else output
+            new = self._fns(act)[number](act, hook=None)
+            if new is act:
+                return None
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        return hook_fn
+
+    def _fns(self, act: Tensor) -> list[HookFn]:
+        shape = (*act.shape[:2], act.device)
+        if not self.alike and self.made_for != shape:
+            batch, n_pos = act.shape[:2]
+            where = self._where(batch, n_pos).to(act.device)
+            gate = self.steering.gate if self.gate is None else self._part("the gate", self.gate, batch, n_pos)
+            self.fns = [fn for _, fn in replace(self.steering, positions=where, gate=gate).for_prompt(None)]
+            self.made_for = shape
+        return self.fns
+
+    def _where(self, batch: int, n_pos: int) -> Bool[Tensor, "rows pos"]:
+        """True at the steered positions of this run."""
+        positions = self.steering.positions
+        if isinstance(positions, Tensor):
+            return self._part("positions", positions, batch, n_pos)
+        place = self.run.past + torch.arange(n_pos)[None]
+        if positions == "all":
+            return place >= 0
+        border = self._border(batch, n_pos)
+        if positions == "prompt":
+            return place < border
+        return place >= (border if positions == "generated" else border - 1)
+
+    def _border(self, batch: int, n_pos: int) -> Int[Tensor, "rows 1"]:
+        """Where the prompts end, counted from the first position of the text."""
+        past = self.run.past
+        if self.prompt_len is not None:
+            border = torch.as_tensor(self.prompt_len).cpu().reshape(-1, 1)
+            if len(border) not in (1, batch):
+                raise ValueError(
+                    f"prompt_len has {len(border)} rows, the run has {batch}; give one number for each row"
+                )
+            if past == 0 and int(border.max()) > n_pos:
+                raise ValueError(f"prompt_len={int(border.max())} is beyond the {n_pos} positions of the first run")
+            return border
+        if past == 0 and self.run.growing:
+            raise ValueError(
+                f"positions={self.steering.positions!r} without a key-value cache: every step runs over prompt and "
+                "generated tokens alike, so where the prompt ends is unknown; give prompt_len, or leave use_cache=False out"
+            )
+        if past > 0 and n_pos > 1:
+            raise ValueError(
+                f"{n_pos} positions behind a cache of {past} may be prompt or generated tokens (speculative decoding, a "
+                "prompt in chunks, a second turn); give prompt_len"
+            )
+        return torch.tensor([[n_pos if past == 0 else past]])
+
+    def _part(
+        self, name: str, mask: Bool[Tensor, "rows all_pos"], batch: int, n_pos: int
+    ) -> Bool[Tensor, "rows run_pos"]:
+        """The part of a mask over the whole text that this run is about; False behind its end."""
+        past, width = self.run.past, mask.shape[1]
+        fits = width == n_pos or (self.run.growing and width < n_pos) if past == 0 else width <= past + n_pos
+        if mask.shape[0] not in (1, batch) or not fits:
+            raise ValueError(
+                f"{name} of shape {list(mask.shape)} for a run of {batch} rows and {n_pos} positions "
+                f"behind {past} in the cache"
+            )
+        part = mask[:, past : past + n_pos]
+        return torch.nn.functional.pad(part, (0, n_pos - part.shape[1]))
