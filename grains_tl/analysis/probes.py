@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grains_tl._util import html
 from grains_tl._util.progress import progress_bar
+from grains_tl._util.stats import standard_error
 from grains_tl.analysis.logistic import fit_logistic
 from grains_tl.attribution.selection import Selection
 from grains_tl.hooks.mask import Mask, Masker
@@ -183,7 +184,7 @@ def fit_probes(
             {
                 "layer": layer,
                 "accuracy": right.mean(),
-                "se": right.std(ddof=1) / n**0.5,
+                "se": standard_error(right),
                 "floor": floor,
                 "floor_high": max((draw.mean() for draw in floors), default=float("nan")),
                 "selectivity": right.mean() - floor,

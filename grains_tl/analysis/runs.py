@@ -18,7 +18,7 @@ from grains_tl.inference.logprobs import (
     hooks_for,
     score_batches,
 )
-from grains_tl.inference.objectives import Objective, margins
+from grains_tl.inference.objectives import Objective, kl_divergence, margins
 from grains_tl.inference.restart import prepare_restart, restart_logprobs
 from grains_tl.models.running import forward_logits, resid_post
 from grains_tl.tokens.pairs import TokenizedPair
@@ -79,7 +79,7 @@ def margins_and_kl(
             bar.update(len(group))
             for i, setting in enumerate(settings):
                 found[i, group], changed = _margins_and_next(model, batch, hooks_for(setting, batch))
-                each = (changed.exp() * (changed - plain)).sum(-1).cpu()
+                each = kl_divergence(changed, plain).cpu()
                 # a record with two rows has the same prompt in both
                 kl[i, torch.tensor(group)[batch.record.cpu()]] = each
                 bar.update(len(group))

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from grains_tl._util.stats import standard_error
 from grains_tl.inference.batches import Batch
 from grains_tl.models.running import require_layers
 from grains_tl.tokens.pairs import TokenizedPair
@@ -122,6 +123,6 @@ def site_table(
         if by == "pos":
             row["pos"] = site.offset
         mean = effects[has].mean().item()
-        se = effects[has].std().item() / n**0.5 if n > 1 else float("nan")
+        se = standard_error(effects[has].tolist())
         rows.append({**row, "effect": mean, "se": se, "share": mean / whole, "total": whole, "n": n})
     return pd.DataFrame(rows)

@@ -31,7 +31,7 @@ from grains_tl.demo.settings import ABOUT, AT_MOST, DemoSettings
 from grains_tl.demo.verdicts import verdict
 from grains_tl.evaluate.controls import RANDOM_TOKENS, Comparison, compare_with_controls
 from grains_tl.evaluate.equal_cost import effect_at_kl
-from grains_tl.evaluate.measuring import effects, next_token_kl
+from grains_tl.evaluate.measuring import next_token_kl, swings
 from grains_tl.evaluate.summary import summarize
 from grains_tl.evaluate.sweeps import sweep_records
 from grains_tl.inference.generation import generate
@@ -202,7 +202,7 @@ def _sweep(
     grid = [(name, layer) for name in differences for layer in differences[name].layers]
     reduced = {name: reduce_vectors(d) for name, d in differences.items()}
     vectors = [reduced[name].at([layer]) for name, layer in grid]
-    _, found = effects(model, tokenized, vectors, settings.alpha)
+    _, found = swings(model, tokenized, vectors, settings.alpha)
 
     mean, se = mean_and_se(found)
     return pd.DataFrame(

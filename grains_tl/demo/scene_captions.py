@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl._util.stats import standard_error
 from grains_tl.attribution.api import attribute_all
 from grains_tl.attribution.selection import select_tokens
 from grains_tl.baselines.controls import caa_differences, random_token_differences
@@ -23,6 +24,7 @@ from grains_tl.demo.scene_records import CAPTION_PROMPT, Part, caption_pair, sce
 from grains_tl.demo.scene_skills import describe
 from grains_tl.hallucination.captions import CaptionScores, caption_hallucination
 from grains_tl.hooks.mask import Mask, Masker
+from grains_tl.inference.objectives import kl_divergence
 from grains_tl.models._scenes import Scene, mentioned
 from grains_tl.models.running import hooked
 from grains_tl.records.pairs import PreferencePair
@@ -217,7 +219,7 @@ def _scored_logprobs(
 def caption_kl(model: HookedModel, meter: KlMeter, hooks: FwdHooks) -> float:
     """Mean KL(steered || base) per caption token, nats."""
     steered = _scored_logprobs(model, meter.inputs, meter.scored, hooks)
-    return float((steered.exp() * (steered - meter.base)).sum(-1).mean())
+    return float(kl_divergence(steered, meter.base).mean())
 
 
 ALPHAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
@@ -274,7 +276,7 @@ def tune_and_test(
                 "hallucinating": found.hallucinating,
                 "se": found.hallucinating_se,
                 "change": float(change.mean()),
-                "change_se": float(change.std(ddof=1) / math.sqrt(len(change))),
+                "change_se": standard_error(change),
                 "absent_mentions": found.absent_mentions,
                 "coverage": found.coverage,
                 "f1": found.f1,

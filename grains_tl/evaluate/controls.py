@@ -6,15 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.checks import whole
-from grains_tl._util.stats import compare, mean_and_se, resampled_means
-from grains_tl.evaluate.measuring import effects
+from grains_tl._util.stats import centred_interval, compare, mean_and_se, resampled_means
+from grains_tl.evaluate.measuring import swings
 from grains_tl.tokens.pairs import Records, as_tokenized
 from grains_tl.types import HookedModel
 from grains_tl.vectors.steering_vectors import SteeringVectors
@@ -100,14 +99,14 @@ def compare_with_controls(
     if not test:
         raise ValueError("no test records; at least one is needed")
     choose, test = as_tokenized(model, choose), as_tokenized(model, test)
-    base, found = effects(model, test, list(vectors.values()), alpha)
+    base, found = swings(model, test, list(vectors.values()), alpha)
     part = test[:n_test_draws]
     names = [label for label, group in draws.items() for _ in group]
-    _, drawn = effects(model, part, [v for group in draws.values() for v in group], alpha)
+    _, drawn = swings(model, part, [v for group in draws.values() for v in group], alpha)
     samples = {label: drawn[[i for i, n in enumerate(names) if n == label]] for label in draws}
     tokens = _random_tokens(draws)
     if tokens is not None:
-        _, tuning = effects(model, choose, draws[tokens], alpha)
+        _, tuning = swings(model, choose, draws[tokens], alpha)
         samples[SIGN_TUNED] = samples[tokens] * tuning.mean(-1, keepdim=True).sign()
     controls = [label for label in samples if label not in vectors]
     own = dict(zip(vectors, found, strict=True))
@@ -137,8 +136,7 @@ def _vector_row(
     interval, n_draws = "test records", 0
     if label in samples:
         spread = resampled_means(samples[label], seed=seed)
-        # centred on the full estimate: the draws are measured on fewer records
-        low, high = (float(x) for x in np.quantile(spread, [0.025, 0.975]) + mean.item() - spread.mean())
+        low, high = centred_interval(spread, mean.item())  # the draws are measured on fewer records
         interval, n_draws = "building + test records", len(samples[label])
     tokens = _random_tokens(samples)
     at_least = None
@@ -163,7 +161,7 @@ def _control_row(label: str, sample: Float[Tensor, "draw record"]) -> dict[str, 
     return {
         "vector": label,
         "effect": means.mean().item(),
-        "se": (means.std() / len(means) ** 0.5).item(),
+        "se": mean_and_se(means)[1].item(),
         "low": low,
         "high": high,
         "interval": "draws",

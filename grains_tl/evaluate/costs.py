@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from grains_tl._util.checks import listed
 from grains_tl._util.files import hash_of
-from grains_tl._util.progress import progress_bar
 from grains_tl._util.settings import current
 from grains_tl._util.settings import settings as run_with
-from grains_tl.evaluate.measuring import shared_passes
-from grains_tl.evaluate.records import SETTING, require_keys
+from grains_tl.evaluate.measuring import about_setting, measure_missing, shared_passes
+from grains_tl.evaluate.records import require_keys
 from grains_tl.evaluate.settings import Setting, require_settings
 from grains_tl.evaluate.store import Checkpoint, open_checkpoint
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget
+from grains_tl.inference.objectives import kl_divergence
 from grains_tl.inference.restart import prepare_restart, restart_logits
 from grains_tl.records.loading import neutral_texts
 from grains_tl.tokens.pairs import prompt_ids
@@ -90,25 +90,19 @@ def text_costs(
     require_keys(store, settings)
     names = [hash_of(row) for row in rows]
     keys = [[hash_of(["cost", s.key or str(k), name]) for name in names] for k, s in enumerate(settings)]
+
+    def run(texts: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, dict[int, list[float]]]]:
+        batch = _text_batch(model, [rows[i] for i in texts])
+        for k, values in _measured(model, batch, [settings[k] for k in wanted]):
+            yield wanted[k], dict(zip(texts, values.tolist(), strict=True))
+
     budget = max(1, min(current().max_tokens, MAX_LOGITS // int(model.cfg.d_vocab)))
-    total = len(settings) * len(rows)
-    with run_with(max_tokens=budget), progress_bar(total=total, desc="cost", unit="run") as bar:
-        for group in by_token_budget([len(row) for row in rows]):
-            wanted = [k for k in range(len(settings)) if any(keys[k][i] not in store.rows for i in group)]
-            bar.update(len(group) * (len(settings) - len(wanted)))
-            if not wanted:
-                continue
-            batch = _text_batch(model, [rows[i] for i in group])
-            with torch.no_grad():
-                for k, values in _measured(model, batch, [settings[k] for k in wanted]):
-                    setting, of_texts = settings[wanted[k]], keys[wanted[k]]
-                    about = {name: getattr(setting, name) for name in [*SETTING, "draw"]}
-                    new = {of_texts[i]: (place, i) for place, i in enumerate(group) if of_texts[i] not in store.rows}
-                    store.append([(key, values[p].tolist(), {**about, "text": i}) for key, (p, i) in new.items()])
-                    bar.update(len(group))
+    with run_with(max_tokens=budget), torch.no_grad():
+        jobs = ((group, group) for group in by_token_budget([len(row) for row in rows]))
+        measure_missing(settings, keys, jobs, run, store, item="text", desc="cost")
     table = [
         {
-            **{name: getattr(s, name) for name in [*SETTING, "draw"]},
+            **about_setting(s),
             "text": i,
             "n_tokens": len(rows[i]) - 1,
             **dict(zip(MEASURES, store.rows[keys[k][i]], strict=True)),
@@ -132,7 +126,7 @@ def _measured(
     model: HookedModel,
     batch: Batch,
     settings: Sequence[Setting],
-) -> Iterable:
+) -> Iterator[tuple[int, Float[Tensor, "text measure"]]]:
     """``(index of the setting, [text, measure])`` for one batch."""
     several = batch.ids.numel() * 2 <= current().max_tokens
     restart = prepare_restart(model, batch, [s.layer for s in settings], copies=several)
@@ -149,7 +143,7 @@ def _measured(
 def _compared(
     base: Float[Tensor, "target vocab"], steered: Float[Tensor, "target vocab"], batch: Batch
 ) -> Float[Tensor, "text measure"]:
-    kl = (steered.exp() * (steered - base)).sum(-1)
+    kl = kl_divergence(steered, base)
     nll = [-x.gather(-1, batch.target_id[:, None])[:, 0] for x in (base, steered)]
     same = (base.argmax(-1) == steered.argmax(-1)).float()
     per_token = torch.stack([kl, *nll, same], dim=-1)

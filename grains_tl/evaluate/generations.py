@@ -18,7 +18,7 @@ from grains_tl.evaluate.quality import text_quality
 from grains_tl.inference.batches import batch_of, by_token_budget
 from grains_tl.inference.generation import generate
 from grains_tl.inference.logprobs import hooks_for
-from grains_tl.inference.objectives import token_logprobs
+from grains_tl.inference.objectives import kl_divergence, token_logprobs
 from grains_tl.models.running import forward_logits
 from grains_tl.records.pairs import plain_text, prompt_list
 from grains_tl.tokens.pairs import tokenize_responses
@@ -138,8 +138,7 @@ def _divergence(model: HookedModel, steering: Steering, prompts: Sequence[Text],
                 for hooks in (None, hooks_for(steering, batch))
             )
             gain = token_logprobs(changed, batch.target_id) - token_logprobs(base, batch.target_id)
-            log_p, log_q = changed.log_softmax(-1), base.log_softmax(-1)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            kl = kl_divergence(changed.log_softmax(-1), base.log_softmax(-1))
             for row, i in enumerate(members):
                 own = batch.target_row == row
                 out[i] = gain[own].mean().item(), kl[own].mean().item()

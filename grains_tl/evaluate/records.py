@@ -12,13 +12,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from grains_tl._util.files import hash_of
-from grains_tl._util.progress import progress_bar
-from grains_tl.evaluate.measuring import run_settings
+from grains_tl.evaluate.measuring import BASE, SETTING, Slots, measure_responses, pair_batches
 from grains_tl.evaluate.settings import Setting, require_settings
 from grains_tl.evaluate.store import Checkpoint, open_checkpoint
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.choices import choice_batches, tokenize_choices
-from grains_tl.inference.logprobs import score_batches
 from grains_tl.inference.objectives import Objective, require_objective
 from grains_tl.records.choices import MultipleChoice
 from grains_tl.records.loading import preference_pairs
@@ -27,12 +25,6 @@ from grains_tl.records.splits import Record, record_id
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.steering import Steering
-
-#: The columns that name a setting.
-SETTING = ["vector", "positions", "layer", "alpha"]
-
-
-BASE = "base"
 
 #: What to give where a summary came.
 PER_RECORD = "the per-record table of record_effects or sweep_records"
@@ -94,35 +86,9 @@ def record_effects(
             f"{store.path} has {len(store.rows)} results, none of these records and settings; they are left alone",
             stacklevel=2,
         )
-    with progress_bar(total=len(settings) * len(given), desc="steer", unit="run") as bar:
-        for slots, batch in batches:
-            group = sorted({i for i, _ in slots})
-            todo = [row for row in range(len(keys)) if any(keys[row][i] not in store.rows for i in group)]
-            wanted = [row - 1 for row in todo if row]
-            bar.update(len(group) * (len(settings) - len(wanted)))
-            if not todo:
-                continue
-            for k, logprobs in run_settings(model, batch, [settings[i] for i in wanted]):
-                row = 0 if k is None else wanted[k] + 1
-                values = _per_record(slots, logprobs.flatten().tolist())
-                if row == 0:
-                    _require_numbers(values)
-                about = {"vector": BASE} if row == 0 else _about(settings[row - 1])
-                new = {
-                    keys[row][i]: i for i in group if keys[row][i] not in store.rows
-                }  # a record may stand there twice
-                store.append([(key, values[i], {**about, "record": i}) for key, i in new.items()])
-                bar.update(len(group) if row else 0)
+    measure_responses(model, batches, settings, keys, store, desc="steer")
+    _warn_of_nan(settings, keys[1:], store)
     # [record][1 + setting, response]; row 0 is the unsteered model
-    broken = [
-        s for s, row in zip(settings, keys[1:], strict=True) if not all(np.isfinite(store.rows[k]).all() for k in row)
-    ]
-    if broken:
-        warn(
-            f"{len(broken)} of {len(settings)} settings give NaN or infinite log-likelihoods (the first: layer "
-            f"{broken[0].layer}, alpha {broken[0].alpha:g}); the step is too large for this model",
-            stacklevel=2,
-        )
     found = [np.array([store.rows[of_records[i]] for of_records in keys]) for i in range(len(given))]
     frame = pd.concat(
         [
@@ -140,6 +106,17 @@ def record_effects(
         "tokens": sum(len(r[0]) + len(response) - 1 for r in responses for response in r[1:]),
     }
     return frame
+
+
+def _warn_of_nan(settings: Sequence[Setting], keys: Sequence[Sequence[str]], store: Checkpoint) -> None:
+    of_settings = zip(settings, keys, strict=True)
+    broken = [s for s, names in of_settings if not all(np.isfinite(store.rows[name]).all() for name in names)]
+    if broken:
+        warn(
+            f"{len(broken)} of {len(settings)} settings give NaN or infinite log-likelihoods (the first: layer "
+            f"{broken[0].layer}, alpha {broken[0].alpha:g}); the step is too large for this model",
+            stacklevel=3,
+        )
 
 
 def require_keys(store: Checkpoint, settings: Sequence[Setting]) -> None:
@@ -194,7 +171,7 @@ def _prepared(
     model: HookedModel,
     records: list[Record],
     objective: Objective,
-) -> tuple[Iterator[tuple[list[tuple[int, int]], Batch]], list[list[tuple[int, ...]]], list[str]]:
+) -> tuple[Iterator[tuple[Slots, Batch]], list[list[tuple[int, ...]]], list[str]]:
     """What measuring needs of the records, and how a checkpoint names them.
 
     Returns:
@@ -211,12 +188,9 @@ def _prepared(
         ids = [[t.prompt, *t.choices] for t in asked]
         return choice_batches(model, asked), ids, [hash_of([objective, r]) for r in ids]
     tokenized = tokenize_pairs(model, preference_pairs(records))
-    batches = (
-        ([(i, side) for i in group for side in (0, 1)], batch)
-        for group, batch in score_batches(model, tokenized, objective)
-    )
     ids = [[t.prompt, t.chosen, t.rejected] for t in tokenized]
     images = [[] if t.images is None else [t.images.digest] for t in tokenized]
+    batches = pair_batches(model, tokenized, objective)
     return batches, ids, [hash_of([objective, r, *image]) for r, image in zip(ids, images, strict=True)]
 
 
@@ -228,24 +202,6 @@ def _questions(records: list[Record]) -> list[MultipleChoice]:
                 f"record {number} is a {type(record).__name__} among questions; a MultipleChoice is needed"
             )
     return [r for r in records if isinstance(r, MultipleChoice)]
-
-
-def _per_record(slots: list[tuple[int, int]], values: list[float]) -> dict[int, list[float]]:
-    """The values of each record's responses, in their order (a batch of questions may have a spare slot at the end)."""
-    found: dict[int, list[float]] = {}
-    for (i, _), value in zip(slots, values, strict=False):
-        found.setdefault(i, []).append(value)
-    return found
-
-
-def _about(setting: Setting) -> dict[str, Any]:
-    return {name: getattr(setting, name) for name in [*SETTING, "draw"]}
-
-
-def _require_numbers(values: dict[int, list[float]]) -> None:
-    bad = [i + 1 for i, of_record in values.items() if not np.isfinite(of_record).all()]
-    if bad:
-        raise ValueError(f"the unsteered model gives NaN on record {bad[0]}; its weights or its dtype are broken")
 
 
 def _rows(

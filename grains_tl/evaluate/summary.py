@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
-from scipy import stats
 
-from grains_tl._util.stats import resampled_means, standard_error
+from grains_tl._util.stats import centred_interval, mean_interval, resampled_means, standard_error
 from grains_tl.evaluate.display import EffectTable
 from grains_tl.evaluate.records import PER_RECORD, SETTING, require_columns
 
@@ -116,18 +114,6 @@ def _with_swing(table: pd.DataFrame, frame: pd.DataFrame, level: float) -> pd.Da
     return table.assign(size=table["alpha"].abs()).merge(found, on=by, how="left").drop(columns="size")
 
 
-def mean_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float, float, float]:
-    """Mean over records, its standard error, and its interval (Student's t); NaN where one record is all there is.
-
-    Examples:
-        >>> [round(x, 3) for x in mean_interval(np.array([1.0, 2.0, 3.0]))]
-        [2.0, 0.577, -0.484, 4.484]
-    """
-    mean, se, n = float(values.mean()), standard_error(values), len(values)
-    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * se if n > 1 and se > 0 else (0.0 if n > 1 else np.nan)
-    return mean, se, mean - reach, mean + reach
-
-
 def _effect(group: pd.DataFrame, level: float, seed: int) -> dict[str, Any]:
     drawn = group[group["draw"] >= 0]
     main = group[group["draw"] < 0]
@@ -151,9 +137,8 @@ def _effect(group: pd.DataFrame, level: float, seed: int) -> dict[str, Any]:
     if not drawn.empty:
         per_draw = drawn.pivot(index="draw", columns="record", values="change").to_numpy()
         spread = resampled_means(torch.tensor(per_draw), seed=seed)
-        # centred on the vector's own effect: resampled building sets are a little noisier than the whole one
-        around = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2]) - spread.mean() + effect
-        row |= {"n_draws": len(per_draw), "draw_low": float(around[0]), "draw_high": float(around[1])}
+        draw_low, draw_high = centred_interval(spread, effect, level)
+        row |= {"n_draws": len(per_draw), "draw_low": draw_low, "draw_high": draw_high}
     return row
 
 

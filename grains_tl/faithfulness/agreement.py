@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from grains_tl._util.stats import standard_error
 from grains_tl.attribution.api import attribute_all
 from grains_tl.attribution.methods import METHODS
 from grains_tl.attribution.result import Attribution
@@ -194,7 +195,7 @@ def _mean(values: np.ndarray) -> dict[str, float]:
     known = values[~np.isnan(values)]
     return {
         "spearman": float(known.mean()) if len(known) else float("nan"),
-        "se": float(known.std(ddof=1) / len(known) ** 0.5) if len(known) > 1 else float("nan"),
+        "se": standard_error(known),
         "n": len(known),
     }
 

@@ -26,7 +26,7 @@ from grains_tl.attribution.selection import Selection, random_selection, select_
 from grains_tl.attribution.store import attribute_records, seconds_spent
 from grains_tl.attribution.top_k import TopK
 from grains_tl.baselines.controls import random_token_differences
-from grains_tl.evaluate.measuring import effects, next_token_kl
+from grains_tl.evaluate.measuring import next_token_kl, swings
 from grains_tl.faithfulness.agreement import mean_agreement, random_attributions
 from grains_tl.faithfulness.deletion import SHARES, curves, removal_table
 from grains_tl.hooks.mask import Mask, Masker
@@ -296,7 +296,7 @@ def effect_of_selections(
             **shared,
         )
     vectors = [reduce_vectors(d) for d in differences]
-    _, effect = effects(model, evaluated, vectors, alpha, objective=objective)
+    _, effect = swings(model, evaluated, vectors, alpha, objective=objective)
     kl = [
         torch.stack([next_token_kl(model, evaluated, v.hooks(a)) for a in (alpha, -alpha)])
         for v in progress_bar(vectors, desc="cost", unit="vector")

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
-from grains_tl._util.stats import standard_error
+from grains_tl._util.stats import mean_interval, standard_error, t_reach, tails
 from grains_tl.evaluate.summary import NO_EFFECT, STEERS, WRONG_WAY
 from grains_tl.finding.measuring import Chosen, Run
 from grains_tl.finding.records import Parts
@@ -62,7 +61,7 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _row(row: dict[str, Any], table: pd.DataFrame, effects: Effects, level: float) -> dict[str, Any]:
     """A choice: Student's t over the records, and its difference from the control that does most."""
     layer, change = row["layer"], effects[row["recipe"], row["layer"]]
-    effect, low, high = interval(change, level)
+    effect, _, low, high = mean_interval(change, level)
     found = {**row, "effect": effect, "low": low, "high": high, "n": len(change), "n_draws": 0}
     rivals = [r["recipe"] for r in _rows(table) if r["control"] and r["layer"] == layer]
     differences = [above(change, effects[name, layer], level) for name in rivals]
@@ -81,20 +80,8 @@ def _control_row(row: dict[str, Any], effects: Effects, level: float) -> dict[st
     """A control: the mean over its draws, and between which values a share ``level`` of the draws lies."""
     draws = effects[row["recipe"], row["layer"]]
     means = draws.mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, tails(level))
     return {**row, "effect": means.mean(), "low": low, "high": high, "n": draws.shape[1], "verdict": ""}
-
-
-def interval(change: NDArray[np.float64], level: float) -> tuple[float, float, float]:
-    """Mean over records and its interval (Student's t).
-
-    Examples:
-        >>> [round(x, 2) for x in interval(np.array([1.0, 2.0, 3.0]), 0.95)]
-        [2.0, -0.48, 4.48]
-    """
-    mean, se = float(np.mean(change)), standard_error(change)
-    reach = float(stats.t.ppf((1 + level) / 2, len(change) - 1)) * se
-    return mean, mean - reach, mean + reach
 
 
 def above(change: NDArray[np.float64], draws: NDArray[np.float64], level: float) -> dict[str, float]:
@@ -102,7 +89,7 @@ def above(change: NDArray[np.float64], draws: NDArray[np.float64], level: float)
     difference = change - draws.mean(0)
     means = draws.mean(1)
     se = float(np.hypot(standard_error(difference), standard_error(means)))
-    reach = float(stats.t.ppf((1 + level) / 2, min(len(change), len(means)) - 1)) * se
+    reach = t_reach(se, min(len(change), len(means)), level)
     mean = float(difference.mean())
     beaten = int((means < change.mean()).sum())
     return {"above_control": mean, "above_low": mean - reach, "above_high": mean + reach, "beaten": beaten}
@@ -168,7 +155,7 @@ def _between(best: pd.Series, own: pd.DataFrame, effects: Effects, level: float)
     """The best recipe against each other one, record by record."""
     mine = effects[best["recipe"], best["layer"]]
     for _, other in own[own["recipe"] != best["recipe"]].iterrows():
-        mean, low, high = interval(mine - effects[other["recipe"], other["layer"]], level)
+        mean, _, low, high = mean_interval(mine - effects[other["recipe"], other["layer"]], level)
         said = f"{other['recipe']} ({other['verdict']}: {_nats(other)}, layer {other['layer']})"
         if low > 0:
             yield f"{best['recipe']} moves it further than {said}, by {mean:+.2f} ({low:+.2f} to {high:+.2f})."

@@ -20,7 +20,7 @@ from grains_tl._util.settings import with_settings
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget, scoring_batch
 from grains_tl.inference.objectives import Objective, token_logprobs
 from grains_tl.models.precision import exact_unembedding, full_precision
-from grains_tl.models.running import final_norm, forward_logits, hooked, is_bridge, listed_hooks
+from grains_tl.models.running import final_norm, forward_logits, hooked, is_bridge, listed_hooks, padding_side
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized, tokenize_responses
 from grains_tl.types import FwdHooks, HookedModel, PromptHooks, Text
 
@@ -155,12 +155,11 @@ def target_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None =
         with hooked(model, [*hooks, ("unembed.hook_in", pick)]), exact_unembedding(model):
             logits = model(batch.ids, use_cache=False, **{"attention_mask": batch.attention_mask, **batch.inputs})
     else:
-        side = "left" if bool((batch.attention_mask[:, 0] == 0).any()) else "right"
         with hooked(model, hooks):
             resid = model(
                 batch.ids,
                 attention_mask=batch.attention_mask,
-                padding_side=side,
+                padding_side=padding_side(batch.attention_mask),
                 stop_at_layer=model.cfg.n_layers,
             )
             with full_precision(model):

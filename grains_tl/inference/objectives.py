@@ -35,6 +35,19 @@ def token_logprobs(logits: Float[Tensor, "*shape vocab"], targets: Int[Tensor, "
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
+def kl_divergence(
+    steered: Float[Tensor, "*shape vocab"], base: Float[Tensor, "*shape vocab"]
+) -> Float[Tensor, "*shape"]:
+    """KL(steered || base) at each position, nats, from log-probabilities (``log_softmax`` of float32 logits).
+
+    Examples:
+        >>> import torch
+        >>> round(kl_divergence(torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()).item(), 4)
+        0.3681
+    """
+    return (steered.exp() * (steered - base)).sum(-1)
+
+
 def token_weights(
     chosen: Sequence[int], rejected: Sequence[int], objective: Objective
 ) -> tuple[list[float], list[float]]:

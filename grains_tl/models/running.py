@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
@@ -171,10 +171,15 @@ def forward_logits(
             logits = model(ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False, **(inputs or {}))
             # an architecture that ignores logits_to_keep returns every position
             return logits if logits.shape[1] == keep.shape[0] else logits[:, keep]
-        side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
+        side = padding_side(attention_mask)
         resid = model(ids, attention_mask=attention_mask, padding_side=side, stop_at_layer=model.cfg.n_layers)
         with full_precision(model):
             return model.unembed(final_norm(model, resid[:, keep]))
+
+
+def padding_side(attention_mask: Int[Tensor, "batch pos"]) -> Literal["left", "right"]:
+    """Where rows are padded, which a ``HookedTransformer`` wants to be told."""
+    return "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
 
 
 def _require_images(model: HookedModel, ids: Int[Tensor, "batch pos"], inputs: Mapping[str, Tensor] | None) -> None:
@@ -224,5 +229,5 @@ def run_blocks(
     elif is_bridge(model):
         model(ids, stop_at_layer=stop, **named)
     else:
-        side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
+        side = padding_side(attention_mask)
         model(ids, attention_mask=attention_mask, padding_side=side, stop_at_layer=stop)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from grains_tl._util.stats import standard_error
 from grains_tl.plotting.style import (
     CHOSEN,
     GREY,
@@ -57,7 +58,7 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
     rows = rows.dropna().sort_values("change", ascending=False, kind="stable").reset_index(drop=True)
     if not len(rows):
         raise ValueError("no record has a finite change; nothing to draw")
-    mean, se = rows.change.mean(), rows.change.std() / len(rows) ** 0.5
+    mean, se = rows.change.mean(), standard_error(rows.change)
     spread = f"{se:.2f}" if math.isfinite(se) else "\u2013"
     helped, hurt = int((rows.change > 0).sum()), int((rows.change < 0).sum())
     named = len(rows) <= MAX_NAMED

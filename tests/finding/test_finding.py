@@ -15,10 +15,11 @@ import torch
 from scipy import stats
 
 import grains_tl as gr
+from grains_tl._util.stats import mean_interval
 from grains_tl.cli.main import main
 from grains_tl.finding import measuring
 from grains_tl.finding.records import split_for_search
-from grains_tl.finding.verdict import above, interval
+from grains_tl.finding.verdict import above
 from grains_tl.records.splits import record_id
 from tests.conftest import KINDS
 from tests.helpers.planted import COPY, axis, planted_model, planted_pairs
@@ -230,7 +231,7 @@ def test_responses_that_repeat_are_said(planted: Any) -> None:
 def test_intervals_by_hand() -> None:
     rng = np.random.default_rng(0)
     change, draws = rng.normal(1, 1, 9), rng.normal(0, 1, (5, 9))
-    assert interval(change, 0.9)[1:] == pytest.approx(stats.t.interval(0.9, 8, change.mean(), stats.sem(change)))
+    assert mean_interval(change, 0.9)[2:] == pytest.approx(stats.t.interval(0.9, 8, change.mean(), stats.sem(change)))
     found = above(change, draws, 0.95)
     assert found["above_control"] == pytest.approx(change.mean() - draws.mean())
     assert found["beaten"] == sum(d.mean() < change.mean() for d in draws)
