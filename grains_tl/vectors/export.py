@@ -60,6 +60,7 @@ def steps(
     if layers is None and len(vectors.layers) > 1:
         raise ValueError(f"name the layers to steer: layers=[...]; stored are {list(vectors.layers)}")
     part = vectors.at(vectors.layers if layers is None else list(layers))
+    part.steering(alpha, part.layers, operator=operator)  # refuses vectors that do not know the residual norms
     return {layer: alpha * part.resid_norms[i] * part.directions[i] for i, layer in enumerate(part.layers)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grains_tl._util.files import plain
 from grains_tl.types import HookedModel
+from grains_tl.vectors.foreign import read_foreign
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 FORMAT = "grains_tl.steering_vectors"
@@ -63,12 +64,20 @@ def read_tensors(path: str | Path, write_with: str) -> tuple[dict[str, str], dic
         raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
 
 
-def load_vectors(path: str | Path, model: HookedModel | None = None) -> SteeringVectors:
-    """Read vectors written by ``SteeringVectors.save``; nothing in the file is executed.
+def load_vectors(
+    path: str | Path, model: HookedModel | None = None, *, layers: int | Sequence[int] | None = None
+) -> SteeringVectors:
+    """Read vectors written by ``SteeringVectors.save`` or by another program; nothing in the file is executed.
+
+    Of other programs it reads GGUF control vectors (llama.cpp, repeng), files of ``torch.save`` with tensors alone
+    (steering-vectors' ``layer_activations``, lm-evaluation-harness' ``steered``), safetensors and NumPy files with a tensor
+    per layer. Such files do not say how large the model's residuals are: give the model, on which that is measured, or
+    steer with ``scale="raw"``.
 
     Args:
         path: the file.
         model: if given, refuse vectors made for another model.
+        layers: of the rows, for a file that holds a single tensor without layer numbers.
 
     Returns:
         ``SteeringVectors``: directions ``[layer, d_model]`` of unit length, norms in residual units.
@@ -76,12 +85,17 @@ def load_vectors(path: str | Path, model: HookedModel | None = None) -> Steering
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a file, a newer format version, a checksum that does not fit, broken shapes, numbers that are
-            not finite, or vectors of another model.
+            not finite, pickled objects, layers that cannot be told, or vectors of another model.
 
     Examples:
         >>> vectors = load_vectors("vectors.safetensors", model)     # doctest: +SKIP
+        >>> vectors = load_vectors("happy.gguf", model)              # doctest: +SKIP
     """
     file = Path(path)
+    if not _is_own(file):
+        return read_foreign(file, model, layers)
+    if layers is not None:
+        raise ValueError(f"{file} says which layers its vectors are for; leave layers out, and use vectors.at(layers)")
     header, tensors = read_tensors(file, "vectors.save(path)")
     if header.get("format") != FORMAT:
         raise ValueError(f"{file} holds {header.get('format')!r}, not {FORMAT!r}; write it with vectors.save(path)")
@@ -106,6 +120,19 @@ def load_vectors(path: str | Path, model: HookedModel | None = None) -> Steering
     if model is not None:
         vectors.require_match(model)
     return vectors
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a file is one that ``SteeringVectors.save`` wrote, or not there at all."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        return True
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            return "format" in (handle.metadata() or {}) and "resid_norms" in handle.keys()  # noqa: SIM118 (not a dict)
+    except SafetensorError:
+        return False
 
 
 def digest(manifest: str, tensors: Mapping[str, Tensor]) -> str:

@@ -91,6 +91,12 @@ class Steering:
             raise ValueError(f"layers {layers} steer one layer twice; name each once, and give a larger alpha")
         object.__setattr__(self, "layers", tuple(layers))
         require_step(self.operator, self.positions, self.gate)
+        unknown = [r for r in self._rows if self.vectors.resid_norms[r] == 0 and bool(self.vectors.directions[r].any())]
+        if unknown and self.scale == "residual" and self.operator != "ablate" and self.alpha != 0:
+            raise ValueError(
+                "alpha is a fraction of the residual norm, and these vectors do not say how large that is: read them with "
+                "load_vectors(path, model), which measures it, or steer by their own length with scale='raw'"
+            )
 
     @property
     def label(self) -> str:
