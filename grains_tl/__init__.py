@@ -42,6 +42,7 @@ __all__ = [  # noqa: RUF022
     "report_choice",
     "compare_with_controls",
     "find_vector",
+    "audit",
     "attribution",
     "hooks",
     "baselines",

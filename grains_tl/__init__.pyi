@@ -51,6 +51,7 @@ from .evaluate.model_check import check_model as check_model
 from .evaluate.sweeps import sweep as sweep
 from .faithfulness.compare import compare_attributions as compare_attributions
 from .finding.api import find_vector as find_vector
+from .finding.auditing import audit as audit
 from .hooks.mask import Mask as Mask
 from .inference.generation import generate as generate
 from .inference.logprobs import score_pairs as score_pairs

@@ -1,4 +1,4 @@
-"""The same things from a shell: ``grains-tl demo | find | build | steer | sweep | export | attribute``, and more."""
+"""The same things from a shell: ``grains-tl demo | find | audit | build | steer | sweep | export | attribute``, and more."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grains_tl.cli.audit import add_audit_options, audit_checkpoint, run_audit
 from grains_tl.cli.export import add_export, run_export
 from grains_tl.cli.find import add_find_options, find_checkpoint, run_find
 from grains_tl.cli.options import (
@@ -32,6 +33,7 @@ EXAMPLES = """examples:
   grains-tl demo --quick
   grains-tl demo --model tiny-vlm
   grains-tl find --pairs pairs.jsonl --out refusal
+  grains-tl audit happy.gguf --model smollm2 --pairs pairs.jsonl --out audit
   grains-tl build --pairs pairs.jsonl --model smollm2 --out vectors.safetensors
   grains-tl steer --vectors vectors.safetensors --prompt "The film was" --layer 18 --alpha 0.3
 
@@ -42,12 +44,15 @@ csv with other column names:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``grains-tl``; returns the exit status (2 for input that was refused)."""
+    """Entry point of ``grains-tl``; returns the exit status.
+
+    0; 2 for input that was refused, 130 for an interruption; with ``audit`` 1 for a vector that is not shown to steer.
+    """
     args = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with autocast(args):
-            args.run(args)
+            status: int | None = args.run(args)
     except (ValueError, KeyError, FileNotFoundError, ImportError, OSError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"grains-tl {args.command}: {message}", file=sys.stderr)
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = f"; what was finished is in {kept}, and the same command goes on from it" if kept else ""
         print(f"\ngrains-tl {args.command}: interrupted{said}", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _finished(args: argparse.Namespace) -> Path | None:
@@ -69,6 +74,8 @@ def _finished(args: argparse.Namespace) -> Path | None:
         place = sweep_checkpoint(args)
     elif args.command == "find":
         place = find_checkpoint(args)
+    elif args.command == "audit":
+        place = audit_checkpoint(args)
     elif args.command in ("demo", "compare-attributions"):
         place = Path(args.out)
     return place if place is not None and place.exists() else None
@@ -90,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_demo(commands)
     _add_find(commands)
+    _add_audit(commands)
     _add_build(commands)
     _add_steer(commands)
     _add_sweep(commands)
@@ -118,6 +126,16 @@ def _add_find(commands: Any) -> None:
     add_pair_options(find)
     add_model_options(find)
     find.set_defaults(run=lambda args: run_find(args, load_records(args), lambda: load(args)))
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser(
+        "audit", help="what a vector from anywhere does; exit status 0 if it steers, 1 if that is not shown"
+    )
+    add_audit_options(audit, layer_list, number_list)
+    add_pair_options(audit)
+    add_model_options(audit)
+    audit.set_defaults(run=lambda args: run_audit(args, load_records(args)))
 
 
 def _add_build(commands: Any) -> None:

@@ -5,6 +5,8 @@ from .differences import Differences as Differences
 from .differences import collect_differences as collect_differences
 from .files import load_vectors as load_vectors
 from .fisher import Fisher as Fisher
+from .foreign import vectors_from as vectors_from
+from .foreign import with_resid_norms as with_resid_norms
 from .gradients import MarginGradient as MarginGradient
 from .grains import Grains as Grains
 from .kl_optimal import KLOptimal as KLOptimal

@@ -1,0 +1,88 @@
+"""``grains-tl audit``: what a vector from anywhere does, as a report and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grains_tl.cli.options import load
+
+#: Exit status where the vector is not shown to steer; 2 is for input that was refused.
+DOES_NOT_STEER = 1
+
+
+def add_audit_options(
+    parser: argparse.ArgumentParser, layers: Callable[[str], list[int]], numbers: Callable[[str], list[float]]
+) -> None:
+    """The options of ``audit`` alone; ``layers`` and ``numbers`` read lists."""
+    parser.add_argument("vector", help="file of vectors: safetensors, GGUF control vector, torch.save, NumPy")
+    parser.add_argument("--out", required=True, help="folder for report.html and table.csv")
+    parser.add_argument(
+        "--recipes",
+        default="caa,margin_gradient,random_direction,orthogonal_direction",
+        help="what to compare with, controls included",
+    )
+    parser.add_argument("--kl", type=float, default=0.05, help="budget, nats per token of neutral text (default 0.05)")
+    parser.add_argument("--layers", type=layers, help="e.g. 12,18 or 10-20; default up to eight of those stored")
+    parser.add_argument("--alphas", type=numbers, default=[0.1, 0.2, 0.4], help="where the KL is measured")
+    parser.add_argument("--draws", type=int, default=8, help="of each control (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the draws")
+
+
+def audit_checkpoint(args: argparse.Namespace) -> Path:
+    """Where finished measurements are kept."""
+    return Path(args.out) / "results.jsonl"
+
+
+def load_for_audit(args: argparse.Namespace) -> Any:
+    """The model."""
+    return load(args)
+
+
+def run_audit(args: argparse.Namespace, pairs: Any) -> int:
+    """Judge, print what came out, and write the report; 0 where the vector steers, else 1."""
+    from grains_tl.finding.auditing import audit
+    from grains_tl.vectors.files import load_vectors
+
+    folder = Path(args.out)
+    if folder.is_file():
+        raise ValueError(f"--out {args.out} is a file; name a folder")
+    if not Path(args.vector).is_file():
+        load_vectors(args.vector)  # says what is wrong before the model is loaded
+    model = load_for_audit(args)
+    vectors = load_vectors(args.vector, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = audit(
+        model,
+        vectors,
+        pairs,
+        [name.strip() for name in args.recipes.split(",")],
+        args.kl,
+        layers=args.layers,
+        alphas=args.alphas,
+        seed=args.seed,
+        n_draws=args.draws,
+        checkpoint=audit_checkpoint(args),
+    )
+    print(result.verdict)
+    for path in _write(result, folder):
+        print(path)
+    return 0 if result.steers else DOES_NOT_STEER
+
+
+def _write(result: Any, folder: Path) -> list[Path]:
+    from grains_tl._util.files import write_atomically
+    from grains_tl.plotting.html import page
+    from grains_tl.plotting.style import figure_png
+
+    picture = base64.b64encode(figure_png(result.plot())).decode()
+    body = (
+        f'<h1>Audit of a steering vector</h1>{result._repr_html_()}<img src="data:image/png;base64,{picture}" alt="">'
+    )
+    return [
+        write_atomically(folder / "report.html", page("Audit of a steering vector", body).encode()),
+        write_atomically(folder / "table.csv", result.table.to_csv(index=False).encode()),
+    ]
