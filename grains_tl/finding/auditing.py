@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from grains_tl._util import html
 from grains_tl._util.errors import OptionError
+from grains_tl._util.stats import mean_interval
 from grains_tl.evaluate.quality import generation_quality
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import grid
@@ -30,7 +31,6 @@ from grains_tl.evaluate.summary import STEERS
 from grains_tl.finding.api import find_vector
 from grains_tl.finding.records import split_for_search
 from grains_tl.finding.result import Found
-from grains_tl.finding.verdict import interval
 from grains_tl.records.loading import preference_pairs
 from grains_tl.records.pairs import PairLike, plain_text
 from grains_tl.types import HookedModel
@@ -190,7 +190,7 @@ def audit(
     level = float(found.about["level"])
     wordings = [_wording("report part", change, level)]
     if others is not None:
-        setting = grid({"vector": vectors.at([layer])}, [layer], [alpha], positions=steering.positions)
+        setting = grid({"vector": vectors.at([layer])}, [layer], [alpha], positions=options.get("positions", "all"))
         moved = record_effects(model, others, setting, objective=options.get("objective", "sum"))
         wordings.append(_wording("other wordings", moved["change"].to_numpy(), level))
     prompts = list(dict.fromkeys(example.prompt for example in found.examples))
@@ -242,7 +242,7 @@ def _layers(vectors: SteeringVectors, layers: Sequence[int] | None) -> list[int]
 
 
 def _wording(name: str, change: NDArray[np.float64], level: float) -> dict[str, Any]:
-    effect, low, high = interval(change, level)
+    effect, low, high = mean_interval(change, level)
     return {"records": name, "effect": effect, "low": low, "high": high, "n": len(change)}
 
 
