@@ -242,7 +242,7 @@ def _layers(vectors: SteeringVectors, layers: Sequence[int] | None) -> list[int]
 
 
 def _wording(name: str, change: NDArray[np.float64], level: float) -> dict[str, Any]:
-    effect, low, high = mean_interval(change, level)
+    effect, _, low, high = mean_interval(change, level)
     return {"records": name, "effect": effect, "low": low, "high": high, "n": len(change)}
 
 
