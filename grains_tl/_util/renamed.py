@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,16 +21,58 @@ def current_names(fields: Mapping[str, Any]) -> dict[str, Any]:
     if "method_options" in given:
         inside = dict(given.pop("method_options") or {})
         if inside:
-            _warn("method_options", ", ".join(f"{name}={value!r}" for name, value in inside.items()))
+            warn_renamed("method_options", ", ".join(f"{name}={value!r}" for name, value in inside.items()))
         given |= inside
     for old, (new, instead) in KEYWORDS.items():
         if old in given:
             value = given.pop(old)
             if value is not None:
-                _warn(old, instead.format(value=value))
+                warn_renamed(old, instead.format(value=value))
                 given[new] = value
     return given
 
 
-def _warn(old: str, instead: str) -> None:
-    warnings.warn(f"{old}= goes in the next release; write {instead}", DeprecationWarning, stacklevel=5)
+def old_keywords(function: str, given: Mapping[str, Any], instead: Mapping[str, str]) -> dict[str, Any]:
+    """Keywords that a function no longer has and still takes for one release, each with its warning.
+
+    Args:
+        function: its name, for the error.
+        given: what it received besides its own parameters.
+        instead: old keyword -> what to write instead; ``{value!r}`` stands for the value given.
+
+    Returns:
+        The keywords whose value is not ``None``.
+
+    Raises:
+        TypeError: a keyword that the function never had.
+
+    Examples:
+        >>> old_keywords("build", {"n_jobs": None}, {"n_jobs": "processes=Processes(world={value!r})"})
+        {}
+    """
+    if unknown := sorted(set(given) - set(instead)):
+        raise TypeError(f"{function}() got unexpected keyword arguments: {', '.join(unknown)}")
+    used = {name: value for name, value in given.items() if value is not None}
+    for name, value in used.items():
+        warn_renamed(name, instead[name].format(value=value))
+    return used
+
+
+def warn_renamed(old: str, instead: str) -> None:
+    """Say what to write in place of an old keyword, at the line of the caller's own code."""
+    message = f"{old}= goes in the next release; write {instead}"
+    warnings.warn(message, DeprecationWarning, stacklevel=_level_of_the_caller())
+
+
+def _level_of_the_caller() -> int:
+    """The frame outside the package that called into it: Python hides a DeprecationWarning that points at any other.
+
+    Decorators put frames of torch between those of the package, so all of them are looked at.
+    """
+    package = __name__.partition(".")[0]
+    frame, level, caller = sys._getframe(1).f_back, 2, 2
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+            caller = level + 1
+        frame, level = frame.f_back, level + 1
+    return caller

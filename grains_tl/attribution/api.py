@@ -23,7 +23,7 @@ from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.inference.batches import by_token_budget
 from grains_tl.inference.objectives import Objective, require_objective, token_weights
 from grains_tl.records.pairs import PreferencePair
-from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized, tokenize_pairs
+from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
 
 #: Passes that records go through together: f(x), and what is refined round by round, then fill their passes.
@@ -86,9 +86,9 @@ def attribute(
         >>> print(a)                                                               # doctest: +SKIP
         integrated_gradients: f(x) = +0.41 nats, gap -0.52 nats; largest: ' filthy' -1.20, ' fresh' +0.84, ...
     """
-    method, mask = chosen_method(method, mask, fields)
-    tokenized = tokenize_pairs(model, [pair])
-    return attribute_all(model, tokenized, method=method, objective=objective, mask=mask, content_only=content_only)[0]
+    return attribute_all(
+        model, [pair], method=method, objective=objective, mask=mask, content_only=content_only, **fields
+    )[0]
 
 
 @with_settings
@@ -129,7 +129,8 @@ def attribute_all(
     Examples:
         >>> found = attribute_all(model, tokenize_pairs(model, pairs), method="leave_one_out")     # doctest: +SKIP
     """
-    method, mask = chosen_method(method, mask, fields)
+    fields, mask = current_options(fields, mask)
+    method = method_of(method, **fields)
     tokenized = as_tokenized(model, tokenized)
     check_method(model, method, objective, mask)
     _require_weights(tokenized, objective)
@@ -147,12 +148,6 @@ def attribute_all(
                     on_result(index, found)
             bar.update(len(part))
     return [r for r in results if r is not None]
-
-
-def chosen_method(method: Method | str, mask: Mask | Masker, fields: dict[str, Any]) -> tuple[Method, Mask]:
-    """A method and a mask from what a caller gave, names of release 0.1 among it."""
-    fields, mask = current_options(fields, mask)
-    return method_of(method, **fields), mask
 
 
 def current_options(fields: Mapping[str, Any], mask: Mask | Masker) -> tuple[dict[str, Any], Mask]:

@@ -6,7 +6,7 @@ A method of one's own is a subclass of ``Method`` with ``scores``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
@@ -60,6 +60,11 @@ class Method:
                 object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         if hasattr(self, "seed"):
             object.__setattr__(self, "seed", whole("seed", self.seed))
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The options the method takes."""
+        return [f.name for f in fields(cls)]
 
     def scores(self, job: Job) -> list[Scores]:
         """Scores of every record of the job."""
@@ -391,11 +396,16 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def method_of(method: Method | str, **given: Any) -> Method:
+def method_of(method: Method | str, *, shared: Mapping[str, Any] | None = None, **given: Any) -> Method:
     """A method from its name and fields.
 
     ``n_steps`` may be given for any method and is used by those that take steps; fields that are ``None`` keep their
     defaults.
+
+    Args:
+        method: its name, or the method itself.
+        shared: what is given for several methods at once: each takes the fields it has.
+        given: fields of this method.
 
     Raises:
         ValueError: an unknown name, a field the method does not have, or fields beside a method that is a value already.
@@ -403,6 +413,8 @@ def method_of(method: Method | str, **given: Any) -> Method:
     Examples:
         >>> method_of("integrated_gradients", n_steps=64)
         IntegratedGradients(n_steps=64, reference=None, nodes=None, layer=None)
+        >>> method_of("gradient_x_input", shared={"n_steps": 64, "layer": 3})
+        GradientXInput(layer=3)
     """
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(method, Method):
@@ -412,14 +424,15 @@ def method_of(method: Method | str, **given: Any) -> Method:
     if method not in METHODS:
         raise OptionError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
     kind = METHODS[method]
-    known = [f.name for f in fields(kind)]
+    known = kind.field_names()
     if "n_steps" not in known and "n_steps" in given:
         whole("n_steps", given.pop("n_steps"), 1)
     unknown = sorted(set(given) - set(known))
     if unknown:
-        has = f"it has {', '.join(known)}" if known else "it has none"
-        raise OptionError(f"method {method!r} takes no {', '.join(unknown)}; of its own {has}")
-    return kind(**given)
+        has = f"its options are {', '.join(known)}" if known else "it has no options"
+        raise OptionError(f"method {method!r} takes no {', '.join(unknown)}; {has}")
+    common = {name: value for name, value in (shared or {}).items() if name in known and value is not None}
+    return kind(**{**common, **given})
 
 
 def _single(model: HookedModel, reference: Reference | None) -> Reference:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -91,20 +91,20 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
     """
     import pandas as pd
 
-    from grains_tl.attribution.methods import METHODS
+    from grains_tl.attribution.methods import method_of
     from grains_tl.faithfulness.compare import compare_attributions
+    from grains_tl.faithfulness.judging import Judging
     from grains_tl.models.identity import model_identity
 
-    methods: Sequence[Any] = [name.strip() for name in args.methods.split(",") if name.strip()]
-    if unknown := sorted(set(methods) - set(METHODS)):
-        raise ValueError(f"--methods: no method {unknown}; there are {', '.join(METHODS)}")
+    names = [name.strip() for name in args.methods.split(",") if name.strip()]
+    methods = [method_of(name, shared={"n_steps": args.n_steps}) for name in names]
     if args.limit < 1 or args.eval_limit < 0:
         raise ValueError(f"--limit {args.limit} --eval-limit {args.eval_limit}: at least one record is needed")
-    names = [*args.pairs, *(args.set or ([] if args.pairs else BUNDLED))]
-    stems = [Path(name).stem for name in names]  # what the table and the page call them
+    files = [*args.pairs, *(args.set or ([] if args.pairs else BUNDLED))]
+    stems = [Path(name).stem for name in files]  # what the table and the page call them
     if len(set(stems)) < len(stems):
         raise ValueError(f"--pairs, --set: several files share a name ({', '.join(stems)}); rename a file")
-    sets = {name: _records(args, name, read) for name in names}
+    sets = {name: _records(args, name, read) for name in files}
     model = load(args)
     folder = Path(args.out)
     checkpoint = folder / "attributions.partial.jsonl"  # an interrupted run goes on from it
@@ -115,12 +115,9 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
             build,
             methods=methods,
             top_k=args.top_k,
-            n_steps=args.n_steps,
             mask=args.masker,
-            n_draws=args.draws,
             eval_pairs=held_out or None,
-            layer=args.layer,
-            alpha=args.alpha,
+            judging=Judging(n_draws=args.draws, layer=args.layer, alpha=args.alpha),
             checkpoint=checkpoint,
         )
         frames.append(frame.assign(set=Path(name).stem))

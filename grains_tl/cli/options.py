@@ -155,11 +155,7 @@ def columns(args: argparse.Namespace) -> dict[str, str]:
 
 
 def chosen_method(args: argparse.Namespace) -> Any:
-    """The attribution method; path options go to the methods that have them."""
-    from dataclasses import fields
+    """The attribution method; options of paths go to the methods that have them."""
+    from grains_tl.attribution.methods import method_of
 
-    from grains_tl.attribution.methods import METHODS, method_of
-
-    known = {f.name for f in fields(METHODS[args.method])}
-    given = {"n_steps": args.n_steps, "reference": args.reference, "nodes": args.nodes}
-    return method_of(args.method, **{name: value for name, value in given.items() if name in known})
+    return method_of(args.method, shared={"n_steps": args.n_steps, "reference": args.reference, "nodes": args.nodes})

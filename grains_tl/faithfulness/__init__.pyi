@@ -5,5 +5,6 @@ from .agreement import seed_agreement as seed_agreement
 from .compare import compare_attributions as compare_attributions
 from .deletion import Curves as Curves
 from .deletion import curves as curves
+from .judging import Judging as Judging
 
 __all__: list[str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from grains_tl._util.stats import standard_error
 from grains_tl.attribution.api import attribute_all
-from grains_tl.attribution.methods import METHODS
+from grains_tl.attribution.methods import METHODS, Method
 from grains_tl.attribution.result import Attribution
 from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
@@ -93,7 +94,7 @@ def seed_agreement(
     model: HookedModel,
     pairs: Sequence[PairLike],
     *,
-    method: str,
+    method: Method | str,
     seeds: Sequence[int] = (0, 1, 2),
     **options: Any,
 ) -> pd.DataFrame:
@@ -102,7 +103,7 @@ def seed_agreement(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         pairs: records (see ``attribute``).
-        method: its name.
+        method: its name, or the method as a value.
         seeds: at least two.
         options: further arguments of ``attribute``.
 
@@ -118,20 +119,25 @@ def seed_agreement(
     if len(set(seeds)) < 2:
         raise ValueError(f"seeds={tuple(seeds)}; at least two different ones are needed")
     tokenized = tokenize_pairs(model, pairs)
-    draws = method in METHODS and METHODS[method].draws
-    own: list[dict[str, Any]] = [{"seed": s, **options} if draws else options for s in seeds]
-    found = {
-        f"seed {s}": attribute_all(model, tokenized, method=method, **given)
-        for s, given in zip(seeds, own, strict=True)
-    }
+    found = {f"seed {seed}": attribute_all(model, tokenized, **_with_seed(method, seed), **options) for seed in seeds}
     return rank_agreement(found)
+
+
+def _with_seed(method: Method | str, seed: int) -> dict[str, Any]:
+    """The method as arguments of ``attribute_all``, with this seed where it draws at random."""
+    kind = type(method) if isinstance(method, Method) else METHODS.get(method, Method)
+    if not kind.draws:
+        return {"method": method}
+    if isinstance(method, Method):
+        return {"method": replace(method, seed=seed)}  # type: ignore[call-arg]  # methods that draw have it
+    return {"method": method, "seed": seed}
 
 
 def random_weights_check(
     model: HookedModel,
     pairs: Sequence[PairLike],
     *,
-    methods: Sequence[str] = ("leave_one_out", "gradient_x_input"),
+    methods: Sequence[Method | str] = ("leave_one_out", "gradient_x_input"),
     layers: Sequence[int] | None = None,
     seed: int = 0,
     **options: Any,
@@ -145,7 +151,7 @@ def random_weights_check(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         pairs: records (see ``attribute``).
-        methods: whose scores to check.
+        methods: names of the methods to check, or methods as values.
         layers: blocks to randomise, default all.
         seed: of the noise.
         options: further arguments of ``attribute``.
@@ -165,7 +171,7 @@ def random_weights_check(
         with random_weights(model, chosen, seed):
             other = attribute_all(model, tokenized, method=method, **options)
         values = np.array([rank_correlation(x, y) for x, y in zip(real, other, strict=True)])
-        rows.append({"method": method, **_mean(values)})
+        rows.append({"method": method if isinstance(method, str) else method.name, **_mean(values)})
     return pd.DataFrame(rows)
 
 

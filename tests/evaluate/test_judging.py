@@ -205,6 +205,9 @@ def test_seeds_of_a_method_that_draws_nothing_agree(bridge: Any, pairs: list[gr.
     assert few < many <= 1.0 and many > 0.8
     with pytest.raises(ValueError, match="two different"):
         gr.faithfulness.seed_agreement(bridge, pairs, method="smoothgrad", seeds=(1, 1))
+    named = gr.faithfulness.seed_agreement(bridge, pairs, method="leave_k_out", seeds=(0, 1), n_steps=8, k=2)
+    value = gr.attribution.LeaveKOut(n_steps=8, k=2)
+    assert gr.faithfulness.seed_agreement(bridge, pairs, method=value, seeds=(0, 1)).equals(named)
 
 
 # -- a planted word ---------------------------------------------------------------------------------------------------
@@ -328,7 +331,7 @@ def test_comparison_tells_the_right_method_from_chance(planted: Any) -> None:
         methods={"LOO": {"method": "leave_one_out"}, "IG": {"method": "integrated_gradients", "n_steps": 64}},
         top_k=1,
         eval_pairs=planted.pairs[10:20],
-        layer=1,
+        judging=gr.faithfulness.Judging(layer=1),
         progress=False,
     ).set_index("method")
     assert list(frame.index) == ["LOO", "IG", "random_tokens"]
