@@ -18,7 +18,7 @@ from grains_tl.evaluate.measuring import about_setting, measure_missing, shared_
 from grains_tl.evaluate.records import require_keys
 from grains_tl.evaluate.settings import Setting, require_settings
 from grains_tl.evaluate.store import Checkpoint, open_checkpoint
-from grains_tl.inference.batches import Batch, batch_of, by_token_budget
+from grains_tl.inference.batches import Batch, by_token_budget, text_batch
 from grains_tl.inference.objectives import kl_divergence
 from grains_tl.inference.restart import prepare_restart, restart_logits
 from grains_tl.records.loading import neutral_texts
@@ -92,7 +92,7 @@ def text_costs(
     keys = [[hash_of(["cost", s.key or str(k), name]) for name in names] for k, s in enumerate(settings)]
 
     def run(texts: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, dict[int, list[float]]]]:
-        batch = _text_batch(model, [rows[i] for i in texts])
+        batch = text_batch(model, [rows[i] for i in texts])
         for k, values in _measured(model, batch, [settings[k] for k in wanted]):
             yield wanted[k], dict(zip(texts, values.tolist(), strict=True))
 
@@ -113,13 +113,6 @@ def text_costs(
     frame = pd.DataFrame(table)
     frame.attrs = {"tokens": sum(map(len, rows))}
     return frame
-
-
-def _text_batch(model: HookedModel, rows: Sequence[Sequence[int]]) -> Batch:
-    """Every token of a text after its first is a target; slot = place of the text."""
-    targets = [(r, p, ids[p + 1], 1.0, r) for r, ids in enumerate(rows) for p in range(len(ids) - 1)]
-    halves = [max(1, len(ids) // 2) for ids in rows]
-    return batch_of(model, rows, list(range(len(rows))), halves, targets, (len(rows) + 1) // 2)
 
 
 def _measured(

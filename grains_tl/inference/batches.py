@@ -148,6 +148,20 @@ def batch_of(
     )
 
 
+def text_batch(model: HookedModel, rows: Sequence[Sequence[int]]) -> Batch:
+    """Texts in which every token after the first is a target.
+
+    Slot and record are the place of the text; its first half counts as its prompt.
+
+    Args:
+        model: gives the pad id and the device.
+        rows: the texts' token ids, two or more each.
+    """
+    targets = [(r, p, ids[p + 1], 1.0, r) for r, ids in enumerate(rows) for p in range(len(ids) - 1)]
+    halves = [max(1, len(ids) // 2) for ids in rows]
+    return batch_of(model, rows, list(range(len(rows))), halves, targets, (len(rows) + 1) // 2)
+
+
 def image_inputs(
     model: HookedModel,
     images: Sequence[ImageInputs | None],

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grains_tl.types import HookedModel
 
@@ -97,3 +97,16 @@ def autograd(model: HookedModel) -> Iterator[None]:
         )
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def require_gradient(value: Tensor) -> None:
+    """Refuse the result of a model through which no gradient passes.
+
+    Raises:
+        ValueError: ``value`` does not depend on anything that takes gradients.
+    """
+    if not value.requires_grad:
+        raise ValueError(
+            "no gradient passes through the model's upper blocks, as with quantised weights that only run forward; load the "
+            "model in float32 or bfloat16, or use a recipe without gradients ('caa', 'grains')"
+        )

@@ -16,5 +16,6 @@ from .recipes import Recipe as Recipe
 from .reduce import reduce_vectors as reduce_vectors
 from .steering import Steering as Steering
 from .steering_vectors import SteeringVectors as SteeringVectors
+from .trained import Trained as Trained
 
 __all__: list[str]

@@ -28,11 +28,11 @@ from grains_tl._util.settings import current
 from grains_tl._util.tensors import lasting
 from grains_tl.attribution.field import GRAPH, require_finite
 from grains_tl.hooks.steer import Positions
-from grains_tl.inference.batches import Batch, batch_of, by_token_budget
+from grains_tl.inference.batches import Batch, by_token_budget, text_batch
 from grains_tl.inference.logprobs import target_logits
 from grains_tl.models.identity import model_identity, same_fingerprint
 from grains_tl.models.running import require_layers
-from grains_tl.models.state import autograd
+from grains_tl.models.state import autograd, require_gradient
 from grains_tl.types import HookedModel
 from grains_tl.vectors.files import digest, read_tensors, with_checksum
 from grains_tl.vectors.shrunken import ShrunkenInverse
@@ -138,9 +138,10 @@ class Fisher:
         with autograd(model), progress_bar(total=each * len(rows), desc="fisher", unit="sample") as bar:
             samples = torch.zeros(len(rows), each, len(layers), int(model.cfg.d_model))
             for group in by_token_budget([len(row) for row in rows], max_tokens=budget):
-                batch = _text_batch(model, [rows[i] for i in group])
+                batch = text_batch(model, [rows[i] for i in group])
                 leaves, hooks = zero_steps(batch, layers, samples.shape[-1], scope=scope, operator=operator)
                 logits = target_logits(model, batch, hooks)
+                require_gradient(logits)
                 draws = _Draws(logits.detach(), batch, [seed * 1_000_003 + i for i in group])
                 for n in range(each):
                     grads = torch.autograd.grad(logits, leaves, draws.score(), retain_graph=n + 1 < each)
@@ -313,10 +314,3 @@ class _Draws:
         drawn = torch.searchsorted(self.cumulated, place[:, None] * self.cumulated[:, -1:])
         drawn = drawn.clamp(max=self.p.shape[1] - 1)
         return (-sign[:, None] * self.p).scatter_add(1, drawn, sign[:, None]).to(self.dtype)
-
-
-def _text_batch(model: HookedModel, rows: Sequence[Sequence[int]]) -> Batch:
-    """Every token of a text after its first is predicted; slot and record = place of the text."""
-    targets = [(r, p, ids[p + 1], 1.0, r) for r, ids in enumerate(rows) for p in range(len(ids) - 1)]
-    halves = [max(1, len(ids) // 2) for ids in rows]
-    return batch_of(model, rows, list(range(len(rows))), halves, targets, (len(rows) + 1) // 2)

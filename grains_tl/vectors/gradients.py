@@ -21,7 +21,7 @@ from grains_tl.hooks.steer import Positions
 from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.objectives import Objective, require_objective, token_weights
 from grains_tl.models.precision import autocast_dtype
-from grains_tl.models.state import autograd, require_ready
+from grains_tl.models.state import autograd, require_gradient, require_ready
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.manifest import manifest
 from grains_tl.vectors.recipes import Recipe
@@ -116,6 +116,7 @@ class MarginGradient(Recipe):
                     batch, records.layers, out.shape[-1], scope=self.scope, operator=self.operator
                 )
                 logprobs = batch_logprobs(model, batch, hooks)
+                require_gradient(logprobs)
                 grads = torch.autograd.grad((logprobs[:, 0] - logprobs[:, 1]).sum(), leaves)
                 found = torch.stack([g.cpu() for g in grads], dim=1)
                 require_finite(found, "the gradient")

@@ -16,6 +16,7 @@ from grains_tl._util.checks import finite, listed, whole
 from grains_tl._util.errors import OptionError, numbered
 from grains_tl.records.loading import neutral_texts
 from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.fisher import Fisher
 from grains_tl.vectors.gradients import MarginGradient
@@ -102,10 +103,7 @@ class KLOptimal(Recipe):
         gradients = self.gradient.per_record(records)
         fisher = self.estimate(records)
         g = self.gradient.reduced(gradients)
-        scores = held_out_gain(fisher, gradients, self.gradient) if self.shrinkage is None else None
-        chosen = torch.full((len(records.layers),), float(self.shrinkage or 0), dtype=torch.float64)
-        if scores is not None:
-            chosen = torch.tensor(SHRINKAGES, dtype=torch.float64)[scores.argmax(0)]
+        chosen, scores = self._shrinkage(fisher, gradients)
         raw = fisher.solve(g, chosen)
         settings = {
             **self.gradient.settings(records, gradients),
@@ -126,6 +124,13 @@ class KLOptimal(Recipe):
         }
         info = manifest(records.model, records.tokenized, settings)
         return SteeringVectors.from_raw(raw.float(), records.layers, records.resid_norms, info)
+
+    def _shrinkage(
+        self, fisher: Fisher, gradients: Float[Tensor, "record layer d_model"]
+    ) -> tuple[Float[Tensor, "layer"], Float[Tensor, "shrinkage layer"] | None]:
+        if self.shrinkage is None:
+            return held_out_shrinkage(fisher, gradients, self.gradient)
+        return torch.full((len(fisher.layers),), float(self.shrinkage), dtype=torch.float64), None
 
     def estimate(self, records: BuildingRecords) -> Fisher:
         """The Fisher samples that this recipe uses: given ones, those of a file, or new ones (written to the file)."""
@@ -159,16 +164,10 @@ class KLOptimal(Recipe):
         return fisher.at(records.layers)
 
     def _rows(self, records: BuildingRecords) -> list[list[int]]:
-        texts: Sequence[str] = neutral_texts()[COST_TEXTS:] if self.texts is None else self.texts
-        rows = []
-        for number, text in enumerate(texts, start=1):
-            with numbered("text", number):
-                rows.append(prompt_ids(records.model, text))
+        rows = neutral_rows(records.model, self.texts)
         if self.texts is None:  # a prompt of one token predicts nothing; one with an image is no text
             prompts = [list(t.prompt) for t in records.tokenized if t.images is None and len(t.prompt) > 1]
             rows += [list(row) for row in dict.fromkeys(map(tuple, prompts))]
-        if not rows:
-            raise OptionError("no neutral texts; at least one is needed to estimate the Fisher matrix")
         return rows
 
     def _texts_in_words(self, records: BuildingRecords) -> str:
@@ -180,6 +179,32 @@ class KLOptimal(Recipe):
                 f"bundled neutral texts {COST_TEXTS + 1} to {bundled} and the {len(records.tokenized)} building prompts"
             )
         return f"{len(self.texts)} texts of the caller"
+
+
+def neutral_rows(model: HookedModel, texts: Sequence[str] | None = None) -> list[list[int]]:
+    """Token ids of neutral texts; ``None``: the bundled ones that are not for measuring costs.
+
+    Raises:
+        OptionError: no texts.
+        RecordError: a text that cannot be used, by its number.
+    """
+    rows = []
+    for number, text in enumerate(neutral_texts()[COST_TEXTS:] if texts is None else texts, start=1):
+        with numbered("text", number):
+            rows.append(prompt_ids(model, text))
+            if len(rows[-1]) < 2:
+                raise ValueError("it has fewer than two tokens, so nothing in it is predicted")
+    if not rows:
+        raise OptionError("no neutral texts; at least one is needed")
+    return rows
+
+
+def held_out_shrinkage(
+    fisher: Fisher, gradients: Float[Tensor, "record layer d_model"], recipe: MarginGradient
+) -> tuple[Float[Tensor, "layer"], Float[Tensor, "shrinkage layer"]]:
+    """The shrinkage of each layer that does best on held-out texts and records, and the gains of all that were tried."""
+    scores = held_out_gain(fisher, gradients, recipe)
+    return torch.tensor(SHRINKAGES, dtype=torch.float64)[scores.argmax(0)], scores
 
 
 def held_out_gain(

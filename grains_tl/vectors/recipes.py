@@ -26,6 +26,7 @@ RECIPES = {
     "grains": "grains_tl.vectors.grains:Grains",
     "margin_gradient": "grains_tl.vectors.gradients:MarginGradient",
     "kl_optimal": "grains_tl.vectors.kl_optimal:KLOptimal",
+    "trained": "grains_tl.vectors.trained:Trained",
     "caa": "grains_tl.baselines.recipes:CAA",
     "icv": "grains_tl.baselines.recipes:ICV",
     "prompt_mean": "grains_tl.baselines.recipes:PromptMean",

@@ -37,9 +37,10 @@ class ShrunkenInverse:
         values = values[kept]
         return cls(values, x.T @ left[:, kept] / values.sqrt())
 
-    def times(self, vector: Float[Tensor, "d"], shrinkage: float) -> Float[Tensor, "d"]:
-        """The inverse times a vector, in float64."""
+    def times(self, vector: Float[Tensor, "d"], shrinkage: float, power: float = 1.0) -> Float[Tensor, "d"]:
+        """The inverse (or another negative power: 0.5 for the inverse root) times a vector, in float64."""
         v, floor = vector.double(), shrinkage * float(self.values.sum()) / len(self.basis)
         inside = self.basis.T @ v
         rest = v - self.basis @ inside  # what no row of X sees has eigenvalue 0
-        return self.basis @ (inside / ((1 - shrinkage) * self.values + floor)) + rest / floor
+        shrunk = (1 - shrinkage) * self.values + floor
+        return self.basis @ (inside / shrunk**power) + rest / floor**power

@@ -1,0 +1,99 @@
+"""Finished results in a file, row by row, with their numbers in float32: what a killed run leaves is used by the next."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grains_tl._util.files import cannot_write, sealed_line, unsealed
+from grains_tl._util.processes import ALONE, Processes, files
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """Rows by key; each holds some tensors and whatever else JSON can hold.
+
+    The file may hold rows of other kinds (attributions): they are left alone. Torn and damaged rows are skipped.
+
+    Attributes:
+        path: the ``.jsonl`` file that receives new rows; ``None`` keeps them in memory only.
+        rows: what is there, the last row of each key.
+
+    Examples:
+        >>> rows = TensorRows()
+        >>> rows.append("a", {"v": torch.tensor([0.1])}, step=3)
+        >>> rows.tensors("a")["v"], rows.rows["a"]["step"]
+        (tensor([0.1000]), 3)
+    """
+
+    path: Path | None = None
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path | None, processes: Processes = ALONE) -> TensorRows:
+        """Read a checkpoint and the parts of it that processes wrote, or begin one.
+
+        Args:
+            path: the file, or ``None``.
+            processes: names the part that this process writes to.
+
+        Raises:
+            OSError: the file cannot be written; before anything runs.
+        """
+        if path is None:
+            return cls()
+        own, rows = processes.own_file(path), {}
+        for file in files(path):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            for row in map(unsealed, text.split("\n")):
+                if row is not None and isinstance(row.get("key"), str) and isinstance(row.get("float32"), dict):
+                    rows[row["key"]] = row
+            if file == own and text and not text.endswith("\n"):  # a run was killed while it wrote its last line
+                _append(own, "\n")
+        own.parent.mkdir(parents=True, exist_ok=True)
+        _append(own, "")
+        return cls(own, rows)
+
+    def append(self, key: str, tensors: Mapping[str, Tensor], **about: Any) -> None:
+        """Keep a row; it is on disk afterwards.
+
+        Raises:
+            OSError: no space, no permission, ...; the rows before are safe.
+        """
+        row = {"key": key, **about, "float32": {name: _packed(tensor) for name, tensor in tensors.items()}}
+        self.rows[key] = row
+        if self.path is not None:
+            _append(self.path, sealed_line(row))
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a row; none if it is not there or is not one of ours."""
+        try:
+            return {name: _unpacked(packed) for name, packed in self.rows[key]["float32"].items()}
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            return {}
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise cannot_write(
+            error, path, "the rows before are safe there, and the same call goes on from them"
+        ) from error
+
+
+def _packed(tensor: Tensor) -> dict[str, Any]:
+    own = tensor.detach().to("cpu", torch.float32).contiguous()
+    return {"shape": list(own.shape), "base64": base64.b64encode(own.numpy().astype("<f4").tobytes()).decode()}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> Tensor:
+    content = bytearray(base64.b64decode(packed["base64"], validate=True))
+    return torch.frombuffer(content, dtype=torch.float32).reshape(packed["shape"]).clone()
