@@ -200,7 +200,7 @@ def render(scenes: Sequence[Scene], rng: np.random.Generator) -> Float[Tensor, "
     return ((picture + ground * (1 - picture) + noise).clamp(0, 1) * 255).round() / 255
 
 
-def to_images(pictures: Float[Tensor, "scene 3 32 32"]) -> list[Any]:
+def to_images(pictures: Float[Tensor, "scene 3 side side"]) -> list[Any]:
     """Rendered scenes as PIL images, which every image processor takes."""
     from PIL import Image
 

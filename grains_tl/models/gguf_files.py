@@ -60,7 +60,8 @@ def load_gguf(path: Path, dtype: torch.dtype, sha256: str | None = None) -> tupl
     if util.find_spec("gguf") is None:
         raise ImportError("reading a .gguf file needs the gguf package: pip install 'grains-tl[smollm2]'")
     folder = (
-        cache_folder() / f"{path.stem}-{(sha256 or _sha256(path))[:16]}-transformers{metadata.version('transformers')}"
+        cache_folder()
+        / f"{path.stem}-{(sha256 or sha256_of(path))[:16]}-transformers{metadata.version('transformers')}"
     )
     if _is_whole(folder):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,7 +109,8 @@ def _data_file(package: str) -> Path:
     return max(files, key=lambda f: f.stat().st_size if f.exists() else 0)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _slow_sha256(file)
 

