@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.files import cannot_write, sealed_line, unsealed
@@ -77,6 +78,25 @@ class TensorRows:
             return {name: _unpacked(packed) for name, packed in self.rows[key]["float32"].items()}
         except (KeyError, TypeError, ValueError, RuntimeError):
             return {}
+
+    def keep_layers(self, key: str, tensor: Float[Tensor, "*shape layer d_model"], layers: Sequence[int]) -> None:
+        """Keep a tensor whose last axis but one is layers."""
+        self.append(key, {"by_layer": tensor}, layers=list(layers))
+
+    def of_layers(self, key: str, layers: Sequence[int]) -> Float[Tensor, "*shape layer d_model"] | None:
+        """What ``keep_layers`` kept, for some of its layers; ``None`` if it is not there or lacks one of them.
+
+        Examples:
+            >>> rows = TensorRows()
+            >>> rows.keep_layers("a", torch.eye(3), [4, 5, 6])
+            >>> rows.of_layers("a", [6, 4]).tolist(), rows.of_layers("a", [7])
+            ([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]], None)
+        """
+        kept = self.tensors(key).get("by_layer")
+        have = self.rows.get(key, {}).get("layers")
+        if kept is None or not isinstance(have, list) or kept.shape[-2] != len(have) or not set(layers) <= set(have):
+            return None
+        return kept[..., [have.index(layer) for layer in layers], :]
 
 
 def _append(path: Path, text: str) -> None:

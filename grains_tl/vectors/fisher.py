@@ -23,27 +23,20 @@ from torch import Tensor
 from grains_tl._util.checks import whole
 from grains_tl._util.errors import OptionError, numbered
 from grains_tl._util.files import hash_of, write_atomically
-from grains_tl._util.progress import progress_bar
-from grains_tl._util.settings import current
 from grains_tl._util.tensors import lasting
-from grains_tl.attribution.field import GRAPH, require_finite
+from grains_tl.attribution.field import require_finite
 from grains_tl.hooks.steer import Positions
-from grains_tl.inference.batches import Batch, by_token_budget, text_batch
-from grains_tl.inference.logprobs import target_logits
 from grains_tl.models.identity import model_identity, same_fingerprint
 from grains_tl.models.running import require_layers
-from grains_tl.models.state import autograd, require_gradient
 from grains_tl.types import HookedModel
 from grains_tl.vectors.files import digest, read_tensors, with_checksum
+from grains_tl.vectors.fisher_samples import FisherStep, score_samples
 from grains_tl.vectors.shrunken import ShrunkenInverse
-from grains_tl.vectors.zero_steps import StepOperator, check_step, zero_steps
+from grains_tl.vectors.zero_steps import StepOperator, check_step
 
 FORMAT = "grains_tl.fisher"
 FORMAT_VERSION = 1
 TENSORS = {"samples", "text", "n_tokens"}
-
-#: Logits of one pass, in numbers: several tensors of that size are held at once, 64 MB each in float32.
-MAX_LOGITS = 2**24
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,6 +96,7 @@ class Fisher:
         scope: Positions = "all",
         operator: StepOperator = "add",
         seed: int = 0,
+        checkpoint: str | Path | None = None,
     ) -> Fisher:
         """Samples from texts, given as token ids; every text gives the same number of samples.
 
@@ -116,6 +110,8 @@ class Fisher:
             scope: where the step acts (see ``MarginGradient``).
             operator: ``"add"`` or ``"add_renorm"`` (see ``MarginGradient``).
             seed: of the drawn tokens and signs; each text has draws of its own, whatever its batch.
+            checkpoint: a ``.jsonl`` file that receives the samples of each text when they are there; a later call takes
+                them from it.
 
         Returns:
             The samples.
@@ -133,20 +129,8 @@ class Fisher:
             with numbered("text", number):
                 if len(row) < 2:
                     raise ValueError("it has fewer than two tokens, so nothing in it is predicted")
-        budget = max(1, min(current().max_tokens // GRAPH, MAX_LOGITS // int(model.cfg.d_vocab)))
-        # everything is made inside, because autograd refuses tensors made in the caller's inference mode
-        with autograd(model), progress_bar(total=each * len(rows), desc="fisher", unit="sample") as bar:
-            samples = torch.zeros(len(rows), each, len(layers), int(model.cfg.d_model))
-            for group in by_token_budget([len(row) for row in rows], max_tokens=budget):
-                batch = text_batch(model, [rows[i] for i in group])
-                leaves, hooks = zero_steps(batch, layers, samples.shape[-1], scope=scope, operator=operator)
-                logits = target_logits(model, batch, hooks)
-                require_gradient(logits)
-                draws = _Draws(logits.detach(), batch, [seed * 1_000_003 + i for i in group])
-                for n in range(each):
-                    grads = torch.autograd.grad(logits, leaves, draws.score(), retain_graph=n + 1 < each)
-                    samples[group, n] = torch.stack([g.cpu() for g in grads], dim=1)
-                    bar.update(len(group))
+        step = FisherStep(scope, operator)
+        samples = score_samples(model, rows, layers, each, step=step, seed=seed, checkpoint=checkpoint)
         info = {
             "model": model_identity(model, bare=True),
             "texts": [hash_of(list(row)) for row in rows],
@@ -156,7 +140,7 @@ class Fisher:
         }
         text = torch.arange(len(rows)).repeat_interleave(each)
         n_tokens = torch.tensor([len(row) - 1 for row in rows])
-        return cls(samples.flatten(0, 1), text, n_tokens, tuple(layers), info)
+        return cls(samples, text, n_tokens, tuple(layers), info)
 
     def at(self, layers: Sequence[int]) -> Fisher:
         """The same for some of the layers.
@@ -292,25 +276,3 @@ class Fisher:
                 f"these Fisher samples are of {of.get('name')}, the model is {have['name']} with other weights or another "
                 "shape; estimate them for this model"
             )
-
-
-class _Draws:
-    """Tokens and signs for one batch, and the gradient of sum_t e_t log p(y_t) with respect to the logits."""
-
-    def __init__(self, logits: Float[Tensor, "target vocab"], batch: Batch, seeds: Sequence[int]) -> None:
-        self.dtype = logits.dtype
-        self.p = logits.float().softmax(-1)
-        self.cumulated = self.p.double().cumsum(-1)
-        slots = batch.target_slot.cpu()
-        self.own = [(slots == i).nonzero()[:, 0] for i in range(len(seeds))]
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def score(self) -> Float[Tensor, "target vocab"]:
-        place, sign = torch.zeros(len(self.p), dtype=torch.float64), torch.zeros(len(self.p))
-        for own, generator in zip(self.own, self.generators, strict=True):
-            place[own] = torch.rand(len(own), generator=generator, dtype=torch.float64)
-            sign[own] = 2.0 * torch.randint(0, 2, (len(own),), generator=generator) - 1
-        place, sign = place.to(self.p.device), sign.to(self.p.device)
-        drawn = torch.searchsorted(self.cumulated, place[:, None] * self.cumulated[:, -1:])
-        drawn = drawn.clamp(max=self.p.shape[1] - 1)
-        return (-sign[:, None] * self.p).scatter_add(1, drawn, sign[:, None]).to(self.dtype)

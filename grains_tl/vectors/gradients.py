@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -13,16 +14,23 @@ from torch import Tensor
 from typing_extensions import override
 
 from grains_tl._util.errors import OptionError, numbered
+from grains_tl._util.files import short_hash
 from grains_tl._util.progress import progress_bar
+from grains_tl._util.rows import TensorRows
 from grains_tl._util.settings import current
 from grains_tl.attribution.field import GRAPH, require_finite, run_batches
 from grains_tl.attribution.sharing import prompt_batches, shares_prompts
+from grains_tl.attribution.store import image_key
 from grains_tl.hooks.steer import Positions
 from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.objectives import Objective, require_objective, token_weights
+from grains_tl.models.identity import model_identity
 from grains_tl.models.precision import autocast_dtype
 from grains_tl.models.state import autograd, require_gradient, require_ready
+from grains_tl.tokens.pairs import TokenizedPair
+from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
+from grains_tl.vectors.differences import Differences
 from grains_tl.vectors.manifest import manifest
 from grains_tl.vectors.recipes import Recipe
 from grains_tl.vectors.reduce import first_singular
@@ -105,24 +113,57 @@ class MarginGradient(Recipe):
         Raises:
             ValueError: a gradient is not finite, or the model's weights were made inside ``torch.inference_mode``.
         """
-        model, tokenized = records.model, records.tokenized
-        mine = [tokenized[i] for i in records.processes.share(len(tokenized))]
+        model, layers = records.model, records.layers
+        mine = [records.tokenized[i] for i in records.processes.share(len(records.tokenized))]
+        store = TensorRows.open(records.checkpoint, records.processes)
+        keys = [self._key(model, t) for t in mine]
+        kept = [store.of_layers(key, layers) for key in keys]
+        todo = [i for i, row in enumerate(kept) if row is None]
         # everything is made inside, because autograd refuses tensors made in the caller's inference mode
         with autograd(model), progress_bar(total=len(mine), desc="gradient", unit="record") as bar:
-            out = torch.zeros(len(mine), len(records.layers), int(model.cfg.d_model))
-            batches = prompt_batches if shares_prompts(model, mine, self.objective) else run_batches
-            for part, batch in batches(model, mine, range(len(mine)), self.objective, current().max_tokens // GRAPH):
-                leaves, hooks = zero_steps(
-                    batch, records.layers, out.shape[-1], scope=self.scope, operator=self.operator
-                )
-                logprobs = batch_logprobs(model, batch, hooks)
-                require_gradient(logprobs)
-                grads = torch.autograd.grad((logprobs[:, 0] - logprobs[:, 1]).sum(), leaves)
-                found = torch.stack([g.cpu() for g in grads], dim=1)
-                require_finite(found, "the gradient")
-                out[part] = found
+            bar.update(len(mine) - len(todo))
+            for part, gradients in self._batches(model, [mine[i] for i in todo], layers):
+                for place, gradient in zip(part, gradients, strict=True):
+                    store.keep_layers(keys[todo[place]], gradient, layers)
+                    kept[todo[place]] = gradient
                 bar.update(len(part))
-        return torch.stack(records.processes.gather_shares(list(out)))
+        return torch.stack(records.processes.gather_shares([row for row in kept if row is not None]))
+
+    def _batches(
+        self, model: HookedModel, records: Sequence[TokenizedPair], layers: Sequence[int]
+    ) -> Iterator[tuple[list[int], Float[Tensor, "record layer d_model"]]]:
+        """Places of the records of a batch, and their gradients."""
+        if not records:
+            return
+        batches = prompt_batches if shares_prompts(model, records, self.objective) else run_batches
+        for part, batch in batches(model, records, range(len(records)), self.objective, current().max_tokens // GRAPH):
+            leaves, hooks = zero_steps(batch, layers, int(model.cfg.d_model), scope=self.scope, operator=self.operator)
+            logprobs = batch_logprobs(model, batch, hooks)
+            require_gradient(logprobs)
+            grads = torch.autograd.grad((logprobs[:, 0] - logprobs[:, 1]).sum(), leaves)
+            found = torch.stack([g.cpu() for g in grads], dim=1)
+            require_finite(found, "the gradient")
+            yield part, found
+
+    def _key(self, model: HookedModel, pair: TokenizedPair) -> str:
+        """What a record's gradient depends on, besides the layers."""
+        options = [self.scope, self.operator, self.objective, autocast_dtype(model)]
+        ids = [pair.prompt, pair.chosen, pair.rejected, *image_key(pair)]
+        return short_hash(["gradient", model_identity(model), options, ids])
+
+    def differences(self, records: BuildingRecords) -> Differences:
+        """Each record's contribution to the vector, as ``bootstrap_vectors`` and ``shuffle_labels`` take it.
+
+        Their mean is the vector (with ``reduce="mean"``): resampling building records needs no further pass of the model.
+
+        Args:
+            records: the building records.
+
+        Returns:
+            ``toward_chosen``: the gradients, of length 1 with ``normalize``; ``toward_rejected``: zeros.
+        """
+        each = self.scaled(self.per_record(records)).float()
+        return Differences(each, torch.zeros_like(each), records.layers, records.resid_norms)
 
     def reduced(self, gradients: Float[Tensor, "record layer d_model"]) -> Float[Tensor, "layer d_model"]:
         """One vector per layer from the records' gradients.
@@ -133,9 +174,7 @@ class MarginGradient(Recipe):
         Returns:
             ``[layer, d_model]``, nats per unit of the residual stream (of ``"svd"``: length 1).
         """
-        each = gradients.double()
-        if self.normalize:
-            each = each / each.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        each = self.scaled(gradients)
         mean = each.mean(0)
         if self.reduce == "mean":
             return mean.float()
@@ -143,6 +182,11 @@ class MarginGradient(Recipe):
             return each.quantile(0.5, dim=0).float()
         first = torch.stack([first_singular(matrix) for matrix in each.unbind(1)])
         return (first * torch.where((first * mean).sum(-1, keepdim=True) < 0, -1.0, 1.0)).float()
+
+    def scaled(self, gradients: Float[Tensor, "record layer d_model"]) -> Float[Tensor, "record layer d_model"]:
+        """The gradients in float64, of length 1 with ``normalize``."""
+        each = gradients.double()
+        return each / each.norm(dim=-1, keepdim=True).clamp(min=1e-30) if self.normalize else each
 
     @override
     def build(self, records: BuildingRecords) -> SteeringVectors:

@@ -18,6 +18,7 @@ from grains_tl.records.loading import neutral_texts
 from grains_tl.tokens.pairs import prompt_ids
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
+from grains_tl.vectors.differences import Differences
 from grains_tl.vectors.fisher import Fisher
 from grains_tl.vectors.gradients import MarginGradient
 from grains_tl.vectors.manifest import manifest
@@ -125,6 +126,23 @@ class KLOptimal(Recipe):
         info = manifest(records.model, records.tokenized, settings)
         return SteeringVectors.from_raw(raw.float(), records.layers, records.resid_norms, info)
 
+    def differences(self, records: BuildingRecords) -> Differences:
+        """Each record's contribution to the vector: F_s^-1 times its gradient, with F and the shrinkage of all records.
+
+        Their mean is the vector, so that resampling building records needs no further pass of the model; the shrinkage is
+        not chosen anew.
+
+        Args:
+            records: the building records.
+
+        Returns:
+            As ``MarginGradient.differences``.
+        """
+        gradients, fisher = self.gradient.per_record(records), self.estimate(records)
+        shrinkage, _ = self._shrinkage(fisher, gradients)
+        each = torch.stack([fisher.solve(g, shrinkage) for g in self.gradient.scaled(gradients)]).float()
+        return Differences(each, torch.zeros_like(each), records.layers, records.resid_norms)
+
     def _shrinkage(
         self, fisher: Fisher, gradients: Float[Tensor, "record layer d_model"]
     ) -> tuple[Float[Tensor, "layer"], Float[Tensor, "shrinkage layer"] | None]:
@@ -145,10 +163,17 @@ class KLOptimal(Recipe):
             scope=self.gradient.scope,
             operator=self.gradient.operator,
             seed=self.seed,
+            checkpoint=self._sample_file(records),
         )
         if isinstance(self.fisher, (str, Path)):
             fisher.save(self.fisher)
         return fisher
+
+    def _sample_file(self, records: BuildingRecords) -> Path | None:
+        """Where unfinished samples are kept: nowhere if the finished ones have a file of their own."""
+        if records.checkpoint is None or isinstance(self.fisher, (str, Path)):
+            return None
+        return records.processes.own_file(records.checkpoint)  # every process draws all samples
 
     def _given(self, records: BuildingRecords) -> Fisher | None:
         if self.fisher is None or (not isinstance(self.fisher, Fisher) and not Path(self.fisher).exists()):

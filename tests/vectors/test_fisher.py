@@ -12,6 +12,8 @@ from torch import Tensor
 
 import grains_tl as gr
 from grains_tl.tokens.pairs import prompt_ids, tokenize_pairs
+from grains_tl.vectors import fisher_samples
+from grains_tl.vectors import gradients as gradients_module
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.kl_optimal import SHRINKAGES, held_out_gain
 from tests.conftest import tiny_model
@@ -275,3 +277,35 @@ def test_costs_on_the_texts_of_f_are_pointed_out(bridge: Any, pairs: list[gr.Pre
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gr.evaluate.sweep_records(bridge, {"v": vectors}, pairs, neutral=[TEXTS[2]])
+
+
+def test_checkpoint_keeps_gradients_and_samples(
+    bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"recipe": "kl_optimal", "n_samples": 6, "texts": TEXTS, "layers": [0, 1]}
+    wanted = gr.build_vectors(bridge, pairs, **options)
+    plain, drawn = fisher_samples.target_logits, [0]
+
+    def dying(model: Any, batch: Any, hooks: Any) -> Any:
+        drawn[0] += 1
+        if drawn[0] == 2:
+            raise KeyboardInterrupt
+        return plain(model, batch, hooks)
+
+    monkeypatch.setattr(fisher_samples, "target_logits", dying)
+    file = tmp_path / "kl.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        gr.build_vectors(bridge, pairs, checkpoint=file, max_tokens=1, **options)
+    found = gr.build_vectors(bridge, pairs, checkpoint=file, max_tokens=1, **options)
+    assert drawn[0] == 4 and torch.allclose(found.raw, wanted.raw, rtol=1e-3)  # three texts, and the one that died
+    monkeypatch.setattr(fisher_samples, "target_logits", None)  # nothing is drawn again, nor run for gradients
+    monkeypatch.setattr(gradients_module, "batch_logprobs", None)
+    again = gr.build_vectors(bridge, pairs, checkpoint=file, **{**options, "layers": [1]})
+    assert torch.equal(again.raw[0], found.raw[1])
+
+
+def test_contributions_add_up_to_the_vector(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    recipe = gr.vectors.KLOptimal(n_samples=30, texts=TEXTS)
+    differences = recipe.differences(BuildingRecords(bridge, tokenize_pairs(bridge, pairs), LAYERS))
+    built = gr.build_vectors(bridge, pairs, recipe=recipe, layers=LAYERS)
+    assert torch.allclose(gr.vectors.reduce_vectors(differences).raw, built.raw, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,3 +224,84 @@ def test_oracle_is_not_constant(hf: Any, bridge: Any, pairs: list[gr.PreferenceP
     pair = tokenize_pairs(bridge, pairs)[1]
     found = [hf_gradient(hf, pair, 1, scope, "sum") for scope in SCOPES]
     assert all(float((a - b).abs().max()) > 1e-3 for i, a in enumerate(found) for b in found[:i])
+
+
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the records whose gradients are computed."""
+    counted = [0]
+    plain = module.batch_logprobs
+
+    def counting(model: Any, batch: Any, hooks: Any) -> Any:
+        counted[0] += batch.n_records
+        return plain(model, batch, hooks)
+
+    monkeypatch.setattr(module, "batch_logprobs", counting)
+    return counted
+
+
+def test_finished_records_come_from_the_checkpoint(
+    bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, counted = tmp_path / "gradients.jsonl", count_passes(monkeypatch)
+    wanted = gr.build_vectors(bridge, pairs, recipe="margin_gradient").raw
+    counted[0] = 0
+    options: dict[str, Any] = {"recipe": "margin_gradient", "checkpoint": file}
+    gr.build_vectors(bridge, pairs[:2], **options)
+    with file.open("a") as torn:
+        torn.write('{"key": "torn')
+    assert torch.equal(gr.build_vectors(bridge, pairs, **options).raw, wanted)
+    assert counted[0] == 4  # two records each time
+    again = gr.build_vectors(bridge, pairs, layers=[2, 0], normalize=True, reduce="median", **options)
+    assert counted[0] == 4 and again.layers == (0, 2)
+    gr.build_vectors(bridge, pairs, scope="last", **options)
+    assert counted[0] == 8
+    gr.build_vectors(tiny_model(architecture="gpt2"), pairs, **options)
+    assert counted[0] == 12
+    lines = file.read_text().splitlines()
+    damaged = [line.replace('"shape": [3, 32]', '"shape": [3, 31]') for line in lines]
+    file.write_text("\n".join(damaged) + "\n")
+    assert torch.equal(gr.build_vectors(bridge, pairs, **options).raw, wanted) and counted[0] == 16
+
+
+def test_a_run_that_dies_keeps_what_it_had(
+    bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, plain = tmp_path / "gradients.jsonl", module.batch_logprobs
+    runs = [0]
+
+    def dying(*args: Any) -> Any:
+        runs[0] += 1
+        if runs[0] == 3:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(module, "batch_logprobs", dying)
+    options: dict[str, Any] = {"recipe": "margin_gradient", "checkpoint": file, "max_tokens": 1}
+    with pytest.raises(KeyboardInterrupt):
+        gr.build_vectors(bridge, pairs, **options)
+    found = gr.build_vectors(bridge, pairs, **options)
+    assert runs[0] == 5  # records 1 and 2, the one that died, 3 and 4
+    assert torch.equal(found.raw, gr.build_vectors(bridge, pairs, recipe="margin_gradient", max_tokens=1).raw)
+
+
+def test_one_file_serves_grains_and_gradients(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    for _ in range(2):
+        for recipe in ("grains", "margin_gradient"):
+            found = gr.build_vectors(bridge, pairs, recipe=recipe, layers=[1], checkpoint=file)
+            assert torch.equal(found.raw, gr.build_vectors(bridge, pairs, recipe=recipe, layers=[1]).raw)
+    assert len(file.read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_contributions_serve_a_bootstrap_without_another_pass(
+    bridge: Any, pairs: list[gr.PreferencePair], normalize: bool
+) -> None:
+    recipe = gr.vectors.MarginGradient(normalize=normalize)
+    differences = recipe.differences(building(bridge, pairs))
+    assert torch.allclose(
+        gr.vectors.reduce_vectors(differences).raw, gr.build_vectors(bridge, pairs, recipe=recipe).raw
+    )
+    some = gr.vectors.reduce_vectors(differences.subset([0, 2]))
+    assert torch.allclose(some.raw, gr.build_vectors(bridge, [pairs[0], pairs[2]], recipe=recipe).raw, atol=1e-5)
+    assert len(gr.baselines.bootstrap_vectors(differences, n_draws=3)) == 3
