@@ -1,0 +1,1 @@
+"""Recipes for steering directions beside each other: three models, five sets, at equal KL, over building draws."""

@@ -1,0 +1,74 @@
+"""Measure recipes on models and sets, one line per vector.
+
+    python -m studies.recipes --model smollm2 --set reviews --out studies/results/recipes
+    python -m studies.recipes --model qwen=FOLDER --set survival-instinct --data FOLDER
+
+``--model`` is a name that ``gr.load_model`` knows, or ``label=path`` of a folder or GGUF file. Whatever is finished is
+kept: a run that was stopped goes on where it was. ``python -m studies.recipes.report`` makes tables, plots and the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import grains_tl as gr
+from studies.recipes.cell import extras, prepare, run_cell, timed_line, write_about
+from studies.recipes.parts import contributions, fisher_of
+from studies.recipes.sets import SIZES, record_set
+
+#: Candidate layers: near 0.4, 0.6 and 0.8 of the depth.
+DEPTHS = (0.4, 0.6, 0.8)
+
+#: Random-token draws per building sample: more where attribution is the question.
+N_RANDOM = {"reviews": 4, "survival-instinct": 4}
+
+
+def load(model: str) -> tuple[str, Any]:
+    """Label and model of ``name`` or ``label=path``."""
+    label, _, path = model.partition("=")
+    return label, gr.load_model(path=path) if path else gr.load_model(label)
+
+
+def main() -> None:
+    """Parse the command line and run one model on its sets, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--set", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--data", type=Path, help="folder with truthfulqa/ and anthropic_evals/")
+    parser.add_argument("--out", type=Path, default=Path("studies/results/recipes"))
+    parser.add_argument("--work", type=Path, default=Path(".cache/recipes"), help="contributions and Fisher samples")
+    parser.add_argument("--layers", type=int, nargs="+", help="default: at 0.4, 0.6 and 0.8 of the depth")
+    parser.add_argument("--extras", action="store_true", help="curves, wordings, numbers of records, transfer")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    label, model = load(args.model)
+    layers = args.layers or [round(d * int(model.cfg.n_layers)) for d in DEPTHS]
+    (args.out / label).mkdir(parents=True, exist_ok=True)
+    with gr.settings(progress=False):
+        timed_line(begin, f"{label} loaded, layers {layers}")
+        fisher = fisher_of(model, layers, args.work / label / "fisher.safetensors")
+        timed_line(begin, f"{len(fisher.samples)} Fisher samples")
+        for name in args.set:
+            records = record_set(name, args.data)
+            parts = contributions(model, records.build, layers, args.work / label / f"{name}.pt")
+            timed_line(begin, f"{name}: contributions, CPU seconds per record {parts.seconds}")
+            cell, base = prepare(model, records, layers, parts, fisher, args.out / label / f"{name}.jsonl")
+            best = run_cell(cell, N_RANDOM.get(name, 2))
+            write_about(cell, label, best, base, args.out / label / f"{name}.json")
+            timed_line(begin, f"{name}: measured, layers {best}")
+            if args.extras:
+                others = {
+                    n: record_set(n, args.data) for n in SIZES if n != name and (args.data or n == "misconceptions")
+                }
+                extras(cell, best, others)
+                timed_line(begin, f"{name}: extras")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""One tidy table from the raw lines, and the markdown tables of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from studies.recipes.cell import BUDGETS
+from studies.recipes.directions import CONTROLS, RECIPES
+from studies.recipes.intervals import Estimate, effects_of, estimate, read_cells
+from studies.recipes.sets import SIZES
+
+#: Models from small to large, and how they are named on the page.
+MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "gemma3-270m": "Gemma-3-270M",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct",
+}
+
+LABELS = {
+    "grains": "GrAInS (leave-one-out, k = 1)",
+    "grains_weighted": "GrAInS, all tokens by score",
+    "caa": "CAA",
+    "margin_gradient": "margin gradient",
+    "kl_optimal": "KL-optimal",
+    "trained": "trained",
+    "random_tokens": "random tokens",
+    "random_direction": "random direction",
+}
+
+#: A cell counts as steered if an interval of this level lies above 0: five recipes at two budgets, 5 % in all.
+STRICT = 1 - 0.05 / (len(RECIPES) * len(BUDGETS))
+
+Rows = list[dict[str, Any]]
+
+
+def recipes_in(rows: Rows, stage: str = "test") -> list[str]:
+    """Recipes and controls that a cell has lines of, in the order of the page."""
+    there = {r["recipe"] for r in rows if r["stage"] == stage}
+    return [name for name in (*RECIPES, "trained", *CONTROLS) if name in there]
+
+
+def table_of(folder: Path, stage: str = "test") -> pd.DataFrame:
+    """One row per model, set, recipe and budget, with intervals over samples, draws and questions.
+
+    Args:
+        folder: raw results.
+        stage: ``"test"``, or ``"wordings"``.
+    """
+    out = []
+    for about, rows in read_cells(folder):
+        per_question = about["per_question"]
+        for kl in BUDGETS:
+            found = {name: effects_of(rows, name, kl, stage=stage) for name in recipes_in(rows, stage)}
+            for name, effects in found.items():
+                if effects is None:
+                    continue
+                own = estimate(effects, per_question)
+                row: dict[str, Any] = {"model": about["model"], "set": about["set"], "recipe": name, "kl": kl}
+                row |= {"layer": about["layers"].get(name), "n_samples": effects.shape[0], "n_draws": effects.shape[1]}
+                row |= {
+                    "n_test": effects.shape[2] // per_question,
+                    "effect": own.mean,
+                    "low": own.low,
+                    "high": own.high,
+                }
+                row["strict_low"] = estimate(effects, per_question, level=STRICT).low
+                row["per_sample"] = " ".join(f"{x:+.2f}" for x in own.per_sample)
+                for other in ("caa", "random_tokens"):
+                    rival = found.get(other)
+                    if rival is None or other == name:
+                        continue
+                    samples = min(len(rival), len(effects))
+                    less = estimate(effects[:samples], per_question, minus=rival[:samples])
+                    row |= {
+                        f"minus_{other}": less.mean,
+                        f"minus_{other}_low": less.low,
+                        f"minus_{other}_high": less.high,
+                    }
+                out.append(row)
+    return pd.DataFrame(out)
+
+
+def cells_of(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Models and sets that are there, in the order of the page."""
+    there = set(zip(table["model"], table["set"], strict=True))
+    return [(model, name) for model in MODELS for name in SIZES if (model, name) in there]
+
+
+def steered(cell: pd.DataFrame) -> bool:
+    """Whether any recipe of a cell has its strict interval above 0 at one of the budgets."""
+    own = cell[cell["recipe"].isin([*RECIPES, "trained"])]
+    return bool((own["strict_low"] > 0).any())
+
+
+def _shown(row: pd.Series | None, column: str = "effect", low: str = "low", high: str = "high") -> str:
+    if row is None or column not in row:
+        return ""
+    if pd.isna(row[column]):
+        return "not reached"
+    text = str(Estimate(row[column], row[low], row[high], ()))
+    return f"**{text}**" if row[low] > 0 else text
+
+
+def _row(cell: pd.DataFrame, recipe: str, kl: float) -> pd.Series | None:
+    own = cell[(cell["recipe"] == recipe) & (cell["kl"] == kl)]
+    return None if own.empty else own.iloc[0]
+
+
+def effects_table(table: pd.DataFrame, kl: float, recipes: Sequence[str]) -> str:
+    """Markdown: one row per model and set, one column per recipe; bold where the interval lies above 0."""
+    lines = [
+        "| model | set | " + " | ".join(LABELS[r] for r in recipes) + " | anything steers? |",
+        "|---" * (len(recipes) + 3) + "|",
+    ]
+    for model, name in cells_of(table):
+        cell = table[(table["model"] == model) & (table["set"] == name)]
+        shown = [_shown(_row(cell, recipe, kl)) for recipe in recipes]
+        lines.append(f"| {MODELS[model]} | {name} | {' | '.join(shown)} | {'yes' if steered(cell) else 'nothing'} |")
+    return "\n".join(lines)
+
+
+def differences_table(table: pd.DataFrame, kl: float, against: str, recipes: Sequence[str]) -> str:
+    """Markdown: each recipe minus another, paired."""
+    lines = [
+        "| model | set | " + " | ".join(f"{LABELS[r]} minus {LABELS[against]}" for r in recipes) + " |",
+        "|---" * (len(recipes) + 2) + "|",
+    ]
+    column = f"minus_{against}"
+    for model, name in cells_of(table):
+        cell = table[(table["model"] == model) & (table["set"] == name)]
+        if not steered(cell):
+            continue
+        shown = [_shown(_row(cell, r, kl), column, f"{column}_low", f"{column}_high") for r in recipes]
+        lines.append(f"| {MODELS[model]} | {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def seconds_table(folder: Path) -> str:
+    """Markdown: CPU seconds per building record for what each recipe needs."""
+    names = {
+        "leave_one_out": "leave-one-out scores",
+        "masked_prompts": "one masked run per token",
+        "caa": "CAA",
+        "margin_gradient": "margin gradient",
+    }
+    lines = ["| model | set | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|"]
+    abouts = {(a["model"], a["set"]): a for a, _ in read_cells(folder)}
+    for model in MODELS:
+        for name in SIZES:
+            if (model, name) in abouts:
+                seconds = abouts[model, name]["cpu_seconds_per_record"]
+                lines.append(f"| {MODELS[model]} | {name} | " + " | ".join(f"{seconds[k]:.2f}" for k in names) + " |")
+    return "\n".join(lines)
+
+
+def numbers_table(folder: Path, kl: float = 0.05) -> str:
+    """Markdown: effect over the number of building records, where it was measured."""
+    out = []
+    for about, rows in read_cells(folder):
+        own = [r for r in rows if r["stage"] == "number"]
+        numbers = sorted({r["n_build"] for r in own})
+        if not numbers:
+            continue
+        out.append(
+            f"| {MODELS[about['model']]}, {about['set']} | " + " | ".join(f"{n} records" for n in numbers) + " |"
+        )
+        out.append("|---" * (len(numbers) + 1) + "|")
+        for recipe in [name for name in RECIPES if name in {r["recipe"] for r in own}]:
+            shown = []
+            for n in numbers:
+                same = [r for r in own if r["n_build"] == n]
+                effects = effects_of(same, recipe, kl, stage="number", name="test")
+                means = [] if effects is None else effects.mean((1, 2)).tolist()
+                spread = f" ({min(means):+.2f} to {max(means):+.2f})" if len(means) > 1 else ""
+                shown.append(f"{np.mean(means):+.2f}{spread}" if means else "")
+            out.append(f"| {LABELS[recipe]} | {' | '.join(shown)} |")
+    return "\n".join(out)
+
+
+def transfer_table(folder: Path, kl: float = 0.2) -> str:
+    """Markdown: vectors of one set on the test records of the others, with standard errors over records."""
+    out: list[str] = []
+    for about, rows in read_cells(folder):
+        own = [r for r in rows if r["stage"] == "transfer"]
+        if not own:
+            continue
+        names = list(own[0]["effects"])
+        shown_names = [about["set"] if n == "test" else n for n in names]
+        out += [f"| from {about['set']} | " + " | ".join(shown_names) + " |", "|---" * (len(names) + 1) + "|"]
+        for row in own:
+            points = [next(p for p in row["effects"][n] if p["kl"] == kl)["change"] for n in names]
+            shown = [f"{np.mean(c):+.2f} ± {np.std(c, ddof=1) / len(c) ** 0.5:.2f}" if c else "" for c in points]
+            out.append(f"| {LABELS[row['recipe']]} | {' | '.join(shown)} |")
+    return "\n".join(out)
+
+
+def wordings_table(table: pd.DataFrame, other: pd.DataFrame, kl: float) -> str:
+    """Markdown: the set's own responses and other wordings, side by side."""
+    lines = ["| recipe | own wording | other wordings | other wordings, minus CAA |", "|---|---|---|---|"]
+    for model, name in cells_of(other):
+        own, new = (t[(t["model"] == model) & (t["set"] == name)] for t in (table, other))
+        for recipe in RECIPES:
+            row = _row(new, recipe, kl)
+            if row is not None:
+                less = _shown(row, "minus_caa", "minus_caa_low", "minus_caa_high") if recipe != "caa" else ""
+                lines.append(f"| {LABELS[recipe]} | {_shown(_row(own, recipe, kl))} | {_shown(row)} | {less} |")
+    return "\n".join(lines)
+
+
+def replaced(page: str, name: str, content: str) -> str:
+    """The page with what stands between its markers ``<!-- name -->`` and ``<!-- end -->`` replaced.
+
+    Raises:
+        ValueError: the page has no such markers.
+    """
+    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+    head, found, rest = page.partition(begin)
+    if not found or end not in rest:
+        raise ValueError(f"the page has no part between {begin.strip()} and {end}")
+    return head + begin + content.strip() + "\n" + end + rest.partition(end)[2]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Recipes in the order of the page."""
+    there = set(names)
+    return [name for name in LABELS if name in there]
