@@ -22,6 +22,10 @@ from grains_tl.vectors.kl_optimal import COST_TEXTS
 from grains_tl.vectors.readout import read_out
 
 
+#: Samples for the Fisher matrix: a little more than the width of SmolLM2 and Gemma; a larger width is left to shrinkage.
+N_FISHER = 648
+
+
 class Parts(NamedTuple):
     """Contributions of a pool of building records.
 
@@ -110,7 +114,7 @@ def fisher_of(model: Any, layers: Sequence[int], file: Path) -> Fisher:
     if file.exists():
         return Fisher.load(file)
     rows = [prompt_ids(model, text) for text in gr.records.neutral_texts()[COST_TEXTS:]]
-    fisher = Fisher.estimate(model, rows, layers=layers, n_samples=round(1.1 * int(model.cfg.d_model)))
+    fisher = Fisher.estimate(model, rows, layers=layers, n_samples=N_FISHER)
     file.parent.mkdir(parents=True, exist_ok=True)
     fisher.save(file)
     return fisher
