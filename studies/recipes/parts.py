@@ -21,7 +21,6 @@ from grains_tl.vectors.gradients import MarginGradient
 from grains_tl.vectors.kl_optimal import COST_TEXTS
 from grains_tl.vectors.readout import read_out
 
-
 #: Samples for the Fisher matrix: a little more than the width of SmolLM2 and Gemma; a larger width is left to shrinkage.
 N_FISHER = 648
 

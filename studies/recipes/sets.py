@@ -15,7 +15,7 @@ import grains_tl as gr
 SAMPLE = 8
 
 #: Longest question taken, in characters: leave-one-out runs the prompt once per token.
-LONGEST = {"truthfulqa": 75, "survival-instinct": 190, "agreeableness": 70}
+LONGEST = {"truthfulqa": 65, "survival-instinct": 120, "agreeableness": 40}
 
 #: Records to build (a multiple of SAMPLE), to choose the layer, and to test.
 SIZES = {
