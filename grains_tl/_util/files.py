@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -61,38 +60,6 @@ def cannot_write(error: OSError, path: Path, safe: str) -> OSError:
     """The same kind of error, saying which file, what is safe, and what to do."""
     reason = error.strerror or str(error)
     return type(error)(error.errno, f"{reason}: cannot write; {safe}. Make room or give another path", str(path))
-
-
-def sealed_line(row: Mapping[str, Any]) -> str:
-    """A row of a jsonl file with its checksum, line end included.
-
-    Examples:
-        >>> unsealed(sealed_line({"key": "a", "values": [1.0]}))
-        {'key': 'a', 'values': [1.0]}
-    """
-    return json.dumps({**row, "crc": _crc(row)}) + "\n"
-
-
-def unsealed(line: str, *, needs_crc: bool = True) -> dict[str, Any] | None:
-    """The row of one line; ``None`` if it is torn or damaged. Rows of older files have no checksum.
-
-    Examples:
-        >>> unsealed(sealed_line({"values": [1.5]}).replace("1.5", "1.7")) is None
-        True
-    """
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict):
-        return None
-    crc = row.pop("crc", None)
-    sound = not needs_crc if crc is None else crc == _crc(row)
-    return row if sound else None
-
-
-def _crc(row: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(row).encode())
 
 
 def plain(value: Any) -> Any:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from grains_tl._util.files import cannot_write, sealed_line, short_hash, unsealed
+from grains_tl._util.files import short_hash
 from grains_tl._util.processes import ALONE, Processes, files
+from grains_tl._util.store import append_rows, read_lines, require_own, rows_of
 from grains_tl.attribution.api import attribute_all
 from grains_tl.attribution.methods import Method
 from grains_tl.attribution.result import Attribution
@@ -47,6 +48,10 @@ def attribute_records(
 
     Returns:
         One ``Attribution`` per record, in their order.
+
+    Raises:
+        ValueError: the checkpoint is a file of something else; it is left as it is.
+        OSError: it cannot be written.
     """
     mask = Mask.of(mask)
     options: dict[str, Any] = {
@@ -60,11 +65,10 @@ def attribute_records(
     path = Path(checkpoint)
     own = processes.own_file(path)
     keys = _keys(model, recorded_options(method, objective, mask, tokenized), tokenized)
-    done, todo = _state(path, keys, tokenized, mend=own)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with own.open("a", encoding="utf-8") as file:
-        append = _append_to(file, done, [keys[i] for i in todo])
-        attribute_all(model, [tokenized[i] for i in todo], on_result=append, **options)
+    done, todo = _state(path, keys, tokenized)
+    append_rows(own, [])  # a place that cannot be written is an error before anything runs
+    append = _append_to(own, done, [keys[i] for i in todo])
+    attribute_all(model, [tokenized[i] for i in todo], on_result=append, **options)
     return [_restore(done[key], t) for key, t in zip(keys, tokenized, strict=True)]
 
 
@@ -107,14 +111,18 @@ def _keys(model: HookedModel, options: dict[str, Any], tokenized: Sequence[Token
 
 
 def _state(
-    path: Path, keys: Sequence[str], tokenized: Sequence[TokenizedPair], mend: Path | None = None
+    path: Path, keys: Sequence[str], tokenized: Sequence[TokenizedPair]
 ) -> tuple[dict[str, dict[str, Any]], list[int]]:
     """Finished rows by key, and the places of the records that have none."""
-    done = {key: row for file in files(path) for key, row in _read_checkpoint(file, mend=file == mend).items()}
+    done: dict[str, dict[str, Any]] = {}
+    for file in files(path):
+        lines = read_lines(file)
+        require_own(file, lines, "attributions")
+        done |= {row["key"]: row for row in rows_of(lines)}
     return done, [i for i, (key, t) in enumerate(zip(keys, tokenized, strict=True)) if not _fits(done.get(key), t)]
 
 
-def _append_to(file: Any, done: dict[str, dict[str, Any]], keys: Sequence[str]) -> Callable[[int, Attribution], None]:
+def _append_to(file: Path, done: dict[str, dict[str, Any]], keys: Sequence[str]) -> Callable[[int, Attribution], None]:
     before = time.perf_counter()
 
     def append(index: int, a: Attribution) -> None:
@@ -133,28 +141,10 @@ def _append_to(file: Any, done: dict[str, dict[str, Any]], keys: Sequence[str]) 
         if a.errors is not None:
             row["errors"] = a.errors.tolist()
         before = now
-        try:
-            file.write(sealed_line(row))
-            file.flush()
-        except OSError as error:
-            safe = "the records before are safe there, and the same call goes on from them"
-            raise cannot_write(error, Path(file.name), safe) from error
+        append_rows(file, [row])
         done[keys[index]] = row
 
     return append
-
-
-def _read_checkpoint(path: Path, mend: bool) -> dict[str, dict[str, Any]]:
-    """Finished records by key. A run killed while writing leaves a torn last line: it is skipped, and closed off."""
-    done = {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for row in map(unsealed, text.split("\n")):  # a damaged row is computed again
-        if row is not None and isinstance(row.get("key"), str):
-            done[row["key"]] = row
-    if mend and text and not text.endswith("\n"):  # the file of another process may be in use
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
-    return done
 
 
 def _fits(row: dict[str, Any] | None, pair: TokenizedPair) -> bool:

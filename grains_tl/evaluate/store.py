@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grains_tl._util.files import cannot_write, sealed_line, unsealed, write_atomically
+from grains_tl._util.files import write_atomically
+from grains_tl._util.store import append_rows, read_lines, rows_of, unsealed
 from grains_tl.models.identity import model_identity, same_fingerprint
 from grains_tl.models.precision import autocast_dtype
 from grains_tl.types import HookedModel
@@ -32,22 +33,12 @@ class Checkpoint:
     def append(self, rows: Sequence[tuple[str, Sequence[float], Mapping[str, Any]]]) -> None:
         """Keep finished rows ``(key, values, what a reader of the file wants to know)``; they are on disk afterwards."""
         self.rows.update((key, list(values)) for key, values, _ in rows)
-        if self.path is None:
-            return
-        lines = [sealed_line({"key": key, **about, "values": list(values)}) for key, values, about in rows]
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-        except OSError as error:
-            safe = "the results before are safe there, and the same call goes on from them"
-            raise cannot_write(error, self.path, safe) from error
+        if self.path is not None:
+            append_rows(self.path, [{"key": key, **about, "values": list(values)} for key, values, about in rows])
 
 
 def open_checkpoint(path: str | Path | Checkpoint | None, model: HookedModel) -> Checkpoint:
     """Read a checkpoint, or begin one.
-
-    A run killed while writing leaves a torn last line: it is skipped, and closed off before the next one. A row whose
-    checksum does not fit is skipped too, and its result computed again.
 
     Args:
         path: the ``.jsonl`` file; ``None`` for none; an open checkpoint is handed back.
@@ -60,12 +51,11 @@ def open_checkpoint(path: str | Path | Checkpoint | None, model: HookedModel) ->
     if path is None or isinstance(path, Checkpoint):
         return path or Checkpoint()
     file, identity = Path(path), model_identity(model)
-    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""  # damaged rows are skipped
-    first, _, rest = text.partition("\n")
+    first, *lines = read_lines(file)
     header = {"format": FORMAT, "version": FORMAT_VERSION, "model": identity}
     if autocast := autocast_dtype(model):
         header["autocast"] = autocast
-    if not text or ("\n" not in text and json.dumps(header).startswith(text)):  # new, or killed in its first line
+    if not lines and json.dumps(header).startswith(first):  # new, or killed in its first line
         write_atomically(file, (json.dumps(header) + "\n").encode())
         return Checkpoint(file)
     _require_same_model(file, header := unsealed(first, needs_crc=False) or {}, identity)
@@ -74,11 +64,8 @@ def open_checkpoint(path: str | Path | Checkpoint | None, model: HookedModel) ->
             f"{file} holds results made {_under(header.get('autocast'))}, and this run is {_under(autocast)}; one table has "
             "one precision: give another path, or run as before"
         )
-    if not text.endswith("\n"):
-        with file.open("a", encoding="utf-8") as torn:
-            torn.write("\n")
-    lines = (unsealed(line, needs_crc=header.get("version") != 1) for line in rest.split("\n"))
-    rows = [row for row in lines if row is not None and _is_result(row)]
+    append_rows(file, [])  # a place that cannot be written is an error before anything runs
+    rows = [row for row in rows_of(lines, needs_crc=header.get("version") != 1) if _is_result(row)]
     return Checkpoint(file, {row["key"]: row["values"] for row in rows})
 
 
@@ -88,11 +75,7 @@ def _under(autocast: Any) -> str:
 
 def _is_result(row: dict[str, Any]) -> bool:
     values = row.get("values")
-    return (
-        isinstance(row.get("key"), str)
-        and isinstance(values, list)
-        and all(isinstance(value, (int, float)) for value in values)
-    )
+    return isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
 
 
 def _require_same_model(file: Path, header: dict[str, Any], identity: dict[str, Any]) -> None:

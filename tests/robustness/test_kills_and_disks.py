@@ -27,20 +27,23 @@ def test_killed_runs_go_on_and_end_alike(tmp_path: Path) -> None:
 
 
 class Full:
-    """A file on a disk that holds no more than some further writes."""
+    """A file on a disk that holds no more than some further rows, counted over all files."""
 
-    def __init__(self, file: Any, room: int) -> None:
+    def __init__(self, file: Any, room: list[int]) -> None:
         self.file, self.room, self.name = file, room, file.name
 
     def write(self, text: str) -> int:
-        self.room -= 1
-        if self.room < 0:
+        self.room[0] -= bool(text)
+        if self.room[0] < 0:
             self.file.write(text[: len(text) // 2])  # what fits
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.file.write(text)
 
     def flush(self) -> None:
         self.file.flush()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
 
     def __enter__(self) -> Full:
         return self
@@ -55,10 +58,7 @@ def fill_up(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
 
     def opening(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         file = plain(self, mode, *args, **kwargs)
-        if "a" not in mode:
-            return file
-        left[0] -= 1 if "sweep" in self.name else 0
-        return Full(file, left[0] + 1 if "sweep" in self.name else room)
+        return Full(file, left) if "a" in mode else file
 
     monkeypatch.setattr(Path, "open", opening)
 
@@ -69,7 +69,7 @@ def test_build_on_a_full_disk(
     path, wanted = tmp_path / "build.jsonl", gr.build_vectors(bridge, pairs, **OPTIONS)
     with monkeypatch.context() as patch:
         fill_up(patch, 2)
-        with pytest.raises(OSError, match=r"No space left .*cannot write; the records before are safe") as caught:
+        with pytest.raises(OSError, match=r"No space left .*cannot write; the results before are safe") as caught:
             gr.build_vectors(bridge, pairs, checkpoint=path, **OPTIONS)
     assert caught.value.filename == str(path)
     assert path.read_text().count("\n") == 2
@@ -113,7 +113,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_runs(
     with pytest.raises(OSError, match="cannot write"):
         vectors.save(tmp_path / "out" / "v.safetensors")
     monkeypatch.setattr("grains_tl.attribution.store.attribute_all", lambda *args, **kwargs: pytest.fail("it ran"))
-    monkeypatch.setattr("grains_tl.evaluate.records.run_settings", lambda *args, **kwargs: pytest.fail("it ran"))
+    monkeypatch.setattr("grains_tl.evaluate.measuring.run_settings", lambda *args, **kwargs: pytest.fail("it ran"))
     with pytest.raises(OSError, match="out"):
         gr.build_vectors(bridge, pairs, checkpoint=tmp_path / "out" / "c.jsonl", **OPTIONS)
     with pytest.raises(OSError, match="out"):

@@ -346,11 +346,35 @@ def test_torn_last_line(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: P
         same(attribute_records(bridge, tokenized, OPTIONS, checkpoint=path), wanted)
 
 
-def test_lines_of_another_program_are_left_alone(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"other": 1}\n[1, 2]\n3\n\nnot json\n',
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}',
+        "a,b\n1,2\n",
+        "\x00\x01",
+    ],
+    ids=["json", "records, no line end", "csv", "binary"],
+)
+def test_a_file_of_another_program_is_refused_and_left_alone(
+    content: str, bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path
+) -> None:
+    """Such as the records themselves, named by mistake: rows were once written to the end of them."""
     tokenized, path = gr.tokens.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
-    path.write_text('{"other": 1}\n[1, 2]\n3\n\nnot json\n')
-    wanted = attribute_records(bridge, tokenized, OPTIONS)
-    same(attribute_records(bridge, tokenized, OPTIONS, checkpoint=path), wanted)
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is not a checkpoint of attributions"):
+        attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
+    assert path.read_text() == content
+
+
+def test_lines_of_another_program_between_rows_are_skipped(
+    bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path
+) -> None:
+    tokenized, path = gr.tokens.tokenize_pairs(bridge, pairs), tmp_path / "c.jsonl"
+    wanted = attribute_records(bridge, tokenized, OPTIONS, checkpoint=path)
+    path.write_text('{"other": 1}\n[1, 2]\n3\n\nnot json\n' + path.read_text())
+    with only_identified(bridge):
+        same(attribute_records(bridge, tokenized, OPTIONS, checkpoint=path), wanted)
 
 
 def test_the_same_record_twice(bridge: Any, pairs: list[gr.PreferencePair], tmp_path: Path) -> None:
