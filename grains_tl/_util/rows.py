@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl._util.files import cannot_write, sealed_line, unsealed
 from grains_tl._util.processes import ALONE, Processes, files
+from grains_tl._util.store import append_rows, read_lines, require_own, rows_of
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,18 @@ class TensorRows:
             processes: names the part that this process writes to.
 
         Raises:
+            ValueError: the file holds something else; it is left as it is.
             OSError: the file cannot be written; before anything runs.
         """
         if path is None:
             return cls()
-        own, rows = processes.own_file(path), {}
+        own = processes.own_file(path)
+        rows: dict[str, dict[str, Any]] = {}
         for file in files(path):
-            text = file.read_text(encoding="utf-8", errors="replace")
-            for row in map(unsealed, text.split("\n")):
-                if row is not None and isinstance(row.get("key"), str) and isinstance(row.get("float32"), dict):
-                    rows[row["key"]] = row
-            if file == own and text and not text.endswith("\n"):  # a run was killed while it wrote its last line
-                _append(own, "\n")
-        own.parent.mkdir(parents=True, exist_ok=True)
-        _append(own, "")
+            lines = read_lines(file)
+            require_own(file, lines, "results")
+            rows |= {row["key"]: row for row in rows_of(lines) if isinstance(row.get("float32"), dict)}
+        append_rows(own, [])
         return cls(own, rows)
 
     def append(self, key: str, tensors: Mapping[str, Tensor], **about: Any) -> None:
@@ -70,7 +68,7 @@ class TensorRows:
         row = {"key": key, **about, "float32": {name: _packed(tensor) for name, tensor in tensors.items()}}
         self.rows[key] = row
         if self.path is not None:
-            _append(self.path, sealed_line(row))
+            append_rows(self.path, [row])
 
     def tensors(self, key: str) -> dict[str, Tensor]:
         """The tensors of a row; none if it is not there or is not one of ours."""
@@ -97,16 +95,6 @@ class TensorRows:
         if kept is None or not isinstance(have, list) or kept.shape[-2] != len(have) or not set(layers) <= set(have):
             return None
         return kept[..., [have.index(layer) for layer in layers], :]
-
-
-def _append(path: Path, text: str) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise cannot_write(
-            error, path, "the rows before are safe there, and the same call goes on from them"
-        ) from error
 
 
 def _packed(tensor: Tensor) -> dict[str, Any]:
