@@ -43,6 +43,7 @@ __all__ = [  # noqa: RUF022
     "compare_with_controls",
     "find_vector",
     "audit",
+    "explore",
     "attribution",
     "hooks",
     "baselines",

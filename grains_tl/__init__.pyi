@@ -11,6 +11,9 @@ from . import (
     evaluate as evaluate,
 )
 from . import (
+    exploring as exploring,
+)
+from . import (
     faithfulness as faithfulness,
 )
 from . import (
@@ -49,6 +52,7 @@ from .evaluate.choosing import report_choice as report_choice
 from .evaluate.controls import compare_with_controls as compare_with_controls
 from .evaluate.model_check import check_model as check_model
 from .evaluate.sweeps import sweep as sweep
+from .exploring.api import explore as explore
 from .faithfulness.compare import compare_attributions as compare_attributions
 from .finding.api import find_vector as find_vector
 from .finding.auditing import audit as audit

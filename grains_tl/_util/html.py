@@ -60,7 +60,17 @@ def text(value: Any, longest: int | None = None) -> str:
     shown = str(value)
     if longest is not None and len(shown) > longest:
         shown = shown[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return "".join(escape(c) if c in "\n\t" or not _hidden(c) else f"\\u{ord(c):04x}" for c in shown)
+    return escape(revealed(shown))
+
+
+def revealed(value: str) -> str:
+    """The text with characters named that are invisible or change its direction; markup is left as it is.
+
+    Examples:
+        >>> len(revealed("a" + chr(0x202E))), revealed("<b>")
+        (7, '<b>')
+    """
+    return "".join(c if c in "\n\t" or not _hidden(c) else f"\\u{ord(c):04x}" for c in value)
 
 
 def _hidden(character: str) -> bool:

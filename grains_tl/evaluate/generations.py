@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -22,6 +21,7 @@ from grains_tl.inference.objectives import kl_divergence, token_logprobs
 from grains_tl.models.running import forward_logits
 from grains_tl.records.pairs import plain_text, prompt_list
 from grains_tl.tokens.pairs import tokenize_responses
+from grains_tl.tokens.text import texts_after
 from grains_tl.types import HookedModel, Text
 from grains_tl.vectors.steering import Steering
 
@@ -106,16 +106,31 @@ def compare_generations(
             part = part.assign(
                 alpha=alpha, text=texts, changed=[_share_changed(b, t) for b, t in zip(base, texts, strict=True)]
             )
-            part[["logprob_change", "kl"]] = _divergence(model, step, asked, texts)
+            along = token_changes(model, step, asked, texts)
+            part[["logprob_change", "kl"]] = [[one["change"].mean(), one["kl"].mean()] for one in along]
             parts.append(pd.concat([part, text_quality(texts)[["repetition", "degenerate"]]], axis=1))
             bar.update(len(asked))
     table = pd.concat(parts).sort_values(["prompt_number", "alpha"], kind="stable", ignore_index=True)
     return Generations(table, replace(steering, alpha=0.0).label.replace(", alpha +0", ""))
 
 
-def _divergence(model: HookedModel, steering: Steering, prompts: Sequence[Text], texts: Sequence[str]) -> np.ndarray:
-    """``[prompt, 2]``: change of log p of the text, and KL along it, nats per token; NaN for an empty text."""
-    out = np.full((len(texts), 2), np.nan)
+def token_changes(
+    model: HookedModel, steering: Steering, prompts: Sequence[Text], texts: Sequence[str]
+) -> list[pd.DataFrame]:
+    """What steering does to the probability of every token of some continuations.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        steering: the step.
+        prompts: one per text.
+        texts: continuations, from this model or not.
+
+    Returns:
+        One table per text with a row per token: ``token`` (what it adds to the text), ``change`` (log p with steering minus
+        log p without) and ``kl`` (KL(steered || base) of the distribution it is drawn from), both in nats. Empty for an
+        empty text.
+    """
+    out = [pd.DataFrame({"token": pd.Series(dtype=object), "change": [], "kl": []}) for _ in texts]
     scored = [i for i, text in enumerate(texts) if text.strip()]
     split = {i: tokenize_responses(model, prompts[i], [texts[i]]) for i in scored}
     whole = {i: [*ids, *answer] for i, (ids, (answer,)) in split.items()}
@@ -139,9 +154,10 @@ def _divergence(model: HookedModel, steering: Steering, prompts: Sequence[Text],
             )
             gain = token_logprobs(changed, batch.target_id) - token_logprobs(base, batch.target_id)
             kl = kl_divergence(changed.log_softmax(-1), base.log_softmax(-1))
-            for row, i in enumerate(members):
+            for row, (i, start) in enumerate(zip(members, starts, strict=True)):
                 own = batch.target_row == row
-                out[i] = gain[own].mean().item(), kl[own].mean().item()
+                shown = texts_after(model.tokenizer, whole[i][:start], whole[i][start:])
+                out[i] = pd.DataFrame({"token": shown, "change": gain[own].tolist(), "kl": kl[own].tolist()})
     return out
 
 

@@ -50,11 +50,11 @@ OPTIONS: dict[str, Any] = {
 def find_vector(
     model: HookedModel,
     pairs: Iterable[PairLike] | Mapping[str, Iterable[PairLike]],
-    recipes: Sequence[Recipe | str | RecipeFunction] = ("grains", "caa", "margin_gradient", "random_direction"),
+    recipes: Sequence[Recipe | str | RecipeFunction] = ("grains", "kl_optimal", "caa", "random_direction"),
     kl: float = 0.05,
     *,
     layers: Sequence[int] | None = None,
-    alphas: Sequence[float] = (0.1, 0.2, 0.4),
+    alphas: Sequence[float] = (0.03, 0.1, 0.3),
     seed: int = 0,
     checkpoint: str | Path | None = None,
     **options: Any,
@@ -138,7 +138,7 @@ def _run(model: HookedModel, options: dict[str, Any], *, kl: float, alphas: Sequ
         raise OptionError(f"kl={kl}; expected a budget above 0 nats per token, such as 0.05")
     steps = sorted({finite("alpha", alpha) for alpha in listed("alphas", alphas)})
     if not steps or steps[0] <= 0:
-        raise OptionError(f"alphas={list(alphas)}; expected positive steps such as [0.1, 0.2, 0.4]")
+        raise OptionError(f"alphas={list(alphas)}; expected positive steps such as [0.03, 0.1, 0.3]")
     if not 0 < finite("level", given["level"]) < 1:
         raise OptionError(f"level={given['level']}; expected a share between 0 and 1, such as 0.95")
     require_objective(given["objective"])

@@ -80,6 +80,27 @@ def decode_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> s
     return str(tokenizer.decode(list(new), skip_special_tokens=True))  # a character is split between the two
 
 
+def texts_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> list[str]:
+    """What each new token adds to the text; together they are ``decode_after`` of all of them.
+
+    A character that several tokens share is given to the last of them, and the others add nothing.
+
+    Args:
+        tokenizer: of the model.
+        before: ids in front of them.
+        new: ids to decode.
+    """
+    texts, shown = [], ""
+    for n in range(1, len(new) + 1):
+        whole = decode_after(tokenizer, before, new[:n])
+        unfinished = whole.endswith("\N{REPLACEMENT CHARACTER}") and n < len(new)
+        # decoders that tidy up may change what was there before; the token's own text is then the best there is
+        added = whole[len(shown) :] if whole.startswith(shown) else str(tokenizer.decode([new[n - 1]]))
+        texts.append("" if unfinished else added)
+        shown = shown if unfinished else whole
+    return texts
+
+
 def last_tokens(tokenizer: Any, text: str, n: int) -> str:
     """The end of a text that its last ``n`` tokens cover.
 

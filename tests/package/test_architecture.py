@@ -11,7 +11,7 @@ import grains_tl as gr
 
 NAMESPACES = [
     *(gr.attribution, gr.hooks, gr.baselines, gr.evaluate, gr.faithfulness, gr.analysis, gr.plotting),
-    *(gr.hallucination, gr.records, gr.tokens, gr.inference, gr.models, gr.vectors, gr.finding),
+    *(gr.hallucination, gr.records, gr.tokens, gr.inference, gr.models, gr.vectors, gr.finding, gr.exploring),
 ]
 
 

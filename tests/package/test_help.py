@@ -29,6 +29,7 @@ PLACES = (
         gr.attribution,
         gr.baselines,
         gr.evaluate,
+        gr.exploring,
         gr.faithfulness,
         gr.finding,
         gr.hallucination,
