@@ -3,7 +3,8 @@
     nice -n 19 python -m studies.shuffled_labels --out studies/results/shuffled_labels     # about four minutes a seed
 
 A coin per record and a split per seed, otherwise the defaults of ``find_vector`` on SmolLM2; with ``--as-written`` the pairs
-keep their labels. One row per seed and recipe in results.jsonl; a run that was interrupted goes on at the next seed.
+keep their labels. The Fisher samples of kl_optimal, in which no label takes part, are estimated once and kept. One row per seed
+in results.jsonl; a run that was interrupted goes on at the next seed, and a second one can take others with ``--first``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 import grains_tl as gr
+from grains_tl.vectors import KLOptimal
 
 PAIRS = Path(__file__).parents[1] / "tests" / "data" / "refusal.jsonl"
 
@@ -30,11 +32,11 @@ def with_coins(pairs: list[gr.PreferencePair], seed: int) -> list[gr.PreferenceP
     ]
 
 
-def run_seed(model: Any, pairs: list[gr.PreferencePair], seed: int, recipes: list[str] | None) -> dict[str, Any]:
+def run_seed(model: Any, pairs: list[gr.PreferencePair], seed: int, fisher: Path) -> dict[str, Any]:
     """The verdict and the table of one search."""
     start = time.process_time()
-    given = {} if recipes is None else {"recipes": recipes}
-    found = gr.find_vector(model, pairs, seed=seed, n_examples=0, **given)
+    recipes = ["grains", KLOptimal(fisher=fisher), "caa", "random_direction"]
+    found = gr.find_vector(model, pairs, recipes, seed=seed, n_examples=0)
     return {
         "seed": seed,
         "steers": found.steers,
@@ -44,28 +46,33 @@ def run_seed(model: Any, pairs: list[gr.PreferencePair], seed: int, recipes: lis
     }
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The seeds that are done."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def main() -> None:
     """Parse the command line and run the seeds that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--as-written", action="store_true")
-    parser.add_argument("--recipes", help="separated by commas; default those of find_vector")
+    parser.add_argument("--first", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / ("as_written.jsonl" if args.as_written else "results.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     pairs, model = gr.load_pairs(PAIRS), gr.load_model("smollm2")
     with gr.settings(progress=False):
-        for seed in range(args.seeds):
-            if any(row["seed"] == seed for row in rows):
+        for seed in range(args.first, args.seeds):
+            if any(row["seed"] == seed for row in rows_of(path)):
                 continue
             given = pairs if args.as_written else with_coins(pairs, seed)
-            rows.append(run_seed(model, given, seed, args.recipes.split(",") if args.recipes else None))
+            row = run_seed(model, given, seed, args.out / "fisher.safetensors")
             with path.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print({name: rows[-1][name] for name in ("seed", "steers", "verdict", "cpu_seconds")}, flush=True)
+                file.write(json.dumps(row) + "\n")
+            print({name: row[name] for name in ("seed", "steers", "verdict", "cpu_seconds")}, flush=True)
+    rows = rows_of(path)
     print(f"{sum(not row['steers'] for row in rows)} of {len(rows)} searches find nothing that steers")
 
 

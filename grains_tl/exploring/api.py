@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Explorable = SteeringVectors | Steering | Mapping[str, SteeringVectors] | Mapping[str, Steering]
 
 #: Steps on a page, where none are given.
-ALPHAS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)
+ALPHAS = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2)
 
 #: Layers on a page, where none are given.
 N_LAYERS = 4
@@ -88,7 +88,7 @@ def explore(
         prompts: texts or conversations to choose from, or one of them; in a notebook any other can be typed.
         static: write a page to this file instead: everything is computed now, and the page opens without Python and
             without a network.
-        alphas: steps of a page, 0 included anyway (default nine from -0.3 to 0.3); ends of the slider in a notebook.
+        alphas: steps of a page, 0 included anyway (default seven from -0.2 to 0.2); ends of the slider in a notebook.
         layers: which of the stored ones (default all in a notebook, up to 4 on a page).
         kl: the budget that the meter marks, nats per token of neutral text.
         max_new_tokens: of each continuation.
