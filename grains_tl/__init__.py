@@ -38,7 +38,6 @@ __all__ = [  # noqa: RUF022
     "score_pairs",
     "sweep",
     "choose",
-    "Choice",
     "report_choice",
     "compare_with_controls",
     "find_vector",

@@ -3,8 +3,8 @@
     nice -n 19 python -m studies.shuffled_labels --out studies/results/shuffled_labels     # about four minutes a seed
 
 A coin per record and a split per seed, otherwise the defaults of ``find_vector`` on SmolLM2; with ``--as-written`` the pairs
-keep their labels. The Fisher samples of kl_optimal, in which no label takes part, are estimated once and kept. One row per seed
-in results.jsonl; a run that was interrupted goes on at the next seed, and a second one can take others with ``--first``.
+keep their labels. The Fisher samples of kl_optimal, in which no label takes part, are estimated once and kept. One row per
+seed in results.jsonl; a run that was interrupted goes on at the next seed, a second one can take others with ``--first``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def with_coins(pairs: list[gr.PreferencePair], seed: int) -> list[gr.PreferenceP
     """The records, each turned round with probability one half."""
     coins = np.random.default_rng(seed).random(len(pairs)) < 0.5
     return [
-        gr.PreferencePair(p.prompt, p.rejected, p.chosen) if turned else p for p, turned in zip(pairs, coins, strict=True)
+        gr.PreferencePair(p.prompt, p.rejected, p.chosen) if turned else p
+        for p, turned in zip(pairs, coins, strict=True)
     ]
 
 

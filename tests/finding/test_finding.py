@@ -92,7 +92,7 @@ def test_refusals_are_found_in_wordings_that_nothing_was_built_from(smollm2: Any
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_defaults_run_on_every_model_class(kind: str) -> None:
     found = gr.find_vector(planted_model(kind), varied_pairs(12), **{**QUICK, "n_draws": 2})
-    assert set(found.table["recipe"]) == {"grains", "caa", "margin_gradient", "random_direction"}
+    assert set(found.table["recipe"]) == {"grains", "caa", "kl_optimal", "random_direction"}
     assert found.table["recipe"][0] == found.best.vectors.info["method"]
     assert set(found.effects) == set(zip(found.table["recipe"], found.table["layer"], strict=True))
 
