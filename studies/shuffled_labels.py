@@ -36,7 +36,7 @@ def with_coins(pairs: list[gr.PreferencePair], seed: int) -> list[gr.PreferenceP
 def run_seed(model: Any, pairs: list[gr.PreferencePair], seed: int, fisher: Path) -> dict[str, Any]:
     """The verdict and the table of one search."""
     start = time.process_time()
-    recipes = ["grains", KLOptimal(fisher=fisher), "caa", "random_direction"]
+    recipes: list[Any] = ["grains", KLOptimal(fisher=fisher), "caa", "random_direction"]
     found = gr.find_vector(model, pairs, recipes, seed=seed, n_examples=0)
     return {
         "seed": seed,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grains_tl.exploring.widget import Explorer
 
 #: What can be explored.
-Explorable = SteeringVectors | Steering | Mapping[str, SteeringVectors] | Mapping[str, Steering]
+Explorable = SteeringVectors | Steering | Mapping[str, SteeringVectors | Steering]
 
 #: Steps on a page, where none are given.
 ALPHAS = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2)

@@ -11,13 +11,13 @@ import grains_tl as gr
 from tests.evaluate.test_sweep import vectors_of
 
 PROMPT = "the film was good and"
-CHAT = [{"role": "system", "content": "the"}, {"role": "user", "content": "was the food bad ?"}]
+CHAT: Any = [{"role": "system", "content": "the"}, {"role": "user", "content": "was the food bad ?"}]
 
 
 @pytest.fixture
 def explorer(model: Any) -> Any:
     pytest.importorskip("ipywidgets")
-    vectors = {"ours": vectors_of(), "both": vectors_of().steering(0.3, [0, 2], positions="generated")}
+    vectors: Any = {"ours": vectors_of(), "both": vectors_of().steering(0.3, [0, 2], positions="generated")}
     return gr.explore(model, vectors, [PROMPT, CHAT], alphas=[-0.5, 0.5], max_new_tokens=6)
 
 
@@ -65,7 +65,7 @@ def test_it_shows_itself_in_a_notebook(explorer: Any) -> None:
 
 def test_one_prompt_has_no_menu_and_a_step_starts_at_its_own_alpha(bridge: Any) -> None:
     pytest.importorskip("ipywidgets")
-    explorer = gr.explore(bridge, vectors_of().steering(0.35, 2), CHAT, max_new_tokens=4, attribution=None)
+    explorer: Any = gr.explore(bridge, vectors_of().steering(0.35, 2), CHAT, max_new_tokens=4, attribution=None)
     assert explorer.prompts not in explorer.box.children
     assert explorer.steering.label == "vector, alpha +0.35, layer 2" and explorer.prompt == CHAT
 
