@@ -54,7 +54,7 @@ def test_a_prompt_that_cannot_be_run_is_said_and_left_again(model: Any, explorer
         explorer.typed.value = bad
         assert explorer.view is None and explorer.shown.value == "" and "computing" not in explorer.status.value
         explorer.typed.value = "the film"
-        assert explorer.view.texts[1] == expected(model, explorer)
+        assert explorer.view is not None and explorer.view.texts[1] == expected(model, explorer)
 
 
 def test_it_shows_itself_in_a_notebook(explorer: Any) -> None:
