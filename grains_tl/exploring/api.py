@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 from grains_tl._util.checks import finite, listed, whole
 from grains_tl._util.errors import OptionError, numbered
 from grains_tl.attribution.methods import Method, method_of
 from grains_tl.exploring.page import write_page
 from grains_tl.exploring.views import Menu, Views, menu_of
+from grains_tl.exploring.widget import Explorer
 from grains_tl.models.state import require_ready
 from grains_tl.records.pairs import prompt_list
 from grains_tl.tokens.pairs import prompt_inputs
@@ -18,9 +19,6 @@ from grains_tl.types import HookedModel, Text
 from grains_tl.vectors.matching import require_match
 from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
-
-if TYPE_CHECKING:
-    from grains_tl.exploring.widget import Explorer
 
 #: What can be explored.
 Explorable = SteeringVectors | Steering | Mapping[str, SteeringVectors | Steering]
@@ -119,8 +117,6 @@ def explore(
     views = Views(model, max_new_tokens, method_of("leave_one_out" if attribution is None else attribution))
     attributed = attribution is not None
     if static is None:
-        from grains_tl.exploring.widget import Explorer  # needs ipywidgets
-
         return Explorer(views, menu, asked, _alphas(alphas, menu), budget=kl, attributed=attributed)
     target = Path(static)
     if target.is_dir():
