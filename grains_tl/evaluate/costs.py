@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,9 +23,10 @@ from grains_tl.evaluate.store import Checkpoint, open_checkpoint
 from grains_tl.inference.batches import Batch, by_token_budget, text_batch
 from grains_tl.inference.objectives import kl_divergence
 from grains_tl.inference.restart import prepare_restart, restart_logits
-from grains_tl.records.loading import neutral_texts
+from grains_tl.records.loading import COST_TEXTS, neutral_texts
 from grains_tl.tokens.pairs import prompt_ids
 from grains_tl.types import HookedModel
+from grains_tl.vectors.manifest import texts_used
 from grains_tl.vectors.steering import Steering
 
 #: What is kept of a text under a setting, per predicted token.
@@ -80,10 +83,49 @@ def text_costs(
         ValueError: no texts, one of fewer than two tokens, or one longer than the context, no list of settings, or
             settings without a ``key`` when there is a checkpoint; before anything runs.
 
+    Warns:
+        UserWarning: a text that a vector was built with.
+
     Examples:
         >>> costs = text_costs(model, grid({"ours": vectors}, [12], [0.1, 0.2]))       # doctest: +SKIP
         >>> costs.groupby("alpha")["kl"].mean()                                        # doctest: +SKIP
     """
+    settings = require_settings(model, settings)
+    vectors = {s.vector: s.hooks.vectors.info for s in settings if isinstance(s.hooks, Steering)}
+    warn_of_own_texts(vectors, cost_rows(model, texts))
+    return cost_table(model, settings, texts, checkpoint=checkpoint)
+
+
+def warn_of_own_texts(infos: Mapping[str, Mapping[str, Any]], rows: Sequence[Sequence[int]]) -> None:
+    """Say so when a vector was made cheap on the very texts that its cost is measured on.
+
+    Args:
+        infos: ``info`` of vectors by name.
+        rows: token ids of the texts.
+
+    Warns:
+        UserWarning: naming the vector, how many texts, and which to use.
+    """
+    hashes = {hash_of(list(row)) for row in rows}
+    for name, info in infos.items():
+        shared = hashes & texts_used(info)
+        if shared:
+            warnings.warn(
+                f"{len(shared)} of the {len(rows)} neutral texts were used to build {name!r}, so its cost looks lower than "
+                f"it is; measure on others, by default neutral_texts({COST_TEXTS})",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def cost_table(
+    model: HookedModel,
+    settings: Sequence[Setting | Steering],
+    texts: Sequence[str] | None = None,
+    *,
+    checkpoint: str | Path | Checkpoint | None = None,
+) -> pd.DataFrame:
+    """``text_costs`` for a caller that has asked already whether the vectors were built with these texts."""
     rows = cost_rows(model, texts)
     settings = require_settings(model, settings)
     store = open_checkpoint(checkpoint, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 import pandas as pd
 
 from grains_tl._util.checks import listed
-from grains_tl._util.files import hash_of
 from grains_tl._util.settings import with_settings
-from grains_tl.evaluate.costs import cost_rows, text_costs
+from grains_tl.evaluate.costs import cost_rows, cost_table, warn_of_own_texts
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid, named_vectors
 from grains_tl.evaluate.store import open_checkpoint
@@ -131,7 +129,7 @@ def sweep_records(
         ValueError: as ``sweep``: no records or one alone, no vectors, vectors of another model, layers the model lacks.
 
     Warns:
-        UserWarning: a neutral text that a vector's Fisher matrix was estimated on.
+        UserWarning: a neutral text that a vector was built with.
 
     Examples:
         >>> found, costs = sweep_records(model, {"ours": a, "caa": b}, pairs, neutral=10)    # doctest: +SKIP
@@ -154,13 +152,15 @@ def sweep_records(
     require_layers(model, [s.layer for s in settings])
     texts = neutral_texts(neutral) if isinstance(neutral, int) else neutral
     if texts is not None:
-        _warn_of_shared_texts(named, cost_rows(model, texts))  # also refused now, not after the records have run
+        warn_of_own_texts(
+            {n: v.info for n, v in named.items()}, cost_rows(model, texts)
+        )  # also refused now, not after the records have run
     with counted_token_layers(model) as count:
         store = open_checkpoint(checkpoint, model)
         found = record_effects(model, records, settings, objective=objective, checkpoint=store)
         costs = None
         if texts is not None:
-            costs = text_costs(model, settings, texts, checkpoint=store)
+            costs = cost_table(model, settings, texts, checkpoint=store)
     loop = found.attrs.pop("tokens") + (0 if costs is None else costs.attrs["tokens"])
     found.attrs |= {
         "operator": operator,
@@ -168,21 +168,6 @@ def sweep_records(
         "naive_token_layers": loop * (len(settings) + 1) * int(model.cfg.n_layers),
     }
     return found, costs
-
-
-def _warn_of_shared_texts(named: Mapping[str, SteeringVectors], rows: Sequence[Sequence[int]]) -> None:
-    """Say so when a vector was made cheap on the very texts that its cost is measured on."""
-    hashes = {hash_of(list(row)) for row in rows}
-    for name, vectors in named.items():
-        own = vectors.info.get("fisher")
-        shared = hashes.intersection(own.get("texts", ())) if isinstance(own, Mapping) else ()
-        if shared:
-            warnings.warn(
-                f"{len(shared)} of the {len(rows)} neutral texts were used to build {name!r} (its Fisher matrix), so its "
-                "cost looks lower than it is; measure on others, by default neutral_texts(12)",
-                UserWarning,
-                stacklevel=3,
-            )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 from grains_tl._util.checks import finite, listed, whole
 from grains_tl._util.errors import OptionError
+from grains_tl._util.files import hash_of
 from grains_tl._util.settings import settings as run_with
 from grains_tl.evaluate.costs import cost_rows
 from grains_tl.evaluate.store import open_checkpoint
@@ -25,7 +26,7 @@ from grains_tl.finding.result import Found, examples_of
 from grains_tl.finding.verdict import with_verdicts
 from grains_tl.inference.objectives import require_objective
 from grains_tl.models.running import require_layers
-from grains_tl.records.loading import neutral_texts
+from grains_tl.records.loading import COST_TEXTS, neutral_texts
 from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
@@ -85,7 +86,8 @@ def find_vector(
 
     Raises:
         ValueError: before anything runs: too few records, a record in two parts or both ways round, unknown recipes or
-            options, only controls, layers the model lacks, alphas or a budget that are not positive.
+            options, only controls, layers the model lacks, alphas or a budget that are not positive, neutral texts that a
+            recipe is built with.
 
     Examples:
         >>> found = find_vector(model, load_pairs("pairs.jsonl"))                   # doctest: +SKIP
@@ -104,7 +106,7 @@ def find_vector(
     for recipe in recipes:
         if not recipe.draws:
             recipe.check(building)
-    cost_rows(model, run.texts)
+    _require_other_texts(recipes, building, cost_rows(model, run.texts))
     run.store = open_checkpoint(checkpoint, model)
     with run_with(**own):
         vectors = {recipe.name: recipe.build(building) for recipe in recipes if not recipe.draws}
@@ -147,6 +149,18 @@ def _run(model: HookedModel, options: dict[str, Any], *, kl: float, alphas: Sequ
     neutral = given.pop("neutral")
     texts = neutral_texts(neutral) if isinstance(neutral, int) else listed("neutral", neutral)
     return Run(model, texts, float(kl), tuple(steps), seed, **given)
+
+
+def _require_other_texts(recipes: Sequence[Recipe], building: BuildingRecords, rows: Sequence[Sequence[int]]) -> None:
+    """Refuse to measure a vector's cost on texts on which it was made cheap (OptionError)."""
+    hashes = {hash_of(list(row)) for row in rows}
+    for recipe in recipes:
+        shared = hashes & recipe.texts_used(building)
+        if shared:
+            raise OptionError(
+                f"{len(shared)} of the {len(rows)} neutral texts are among those that {recipe.name!r} is built with, so its "
+                f"KL would look lower than it is; use neutral={COST_TEXTS} or fewer, or other texts"
+            )
 
 
 def _recipes(given: Sequence[Recipe | str | RecipeFunction]) -> list[Recipe]:

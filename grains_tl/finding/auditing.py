@@ -37,6 +37,7 @@ from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.files import load_vectors
 from grains_tl.vectors.foreign import with_resid_norms
+from grains_tl.vectors.manifest import texts_used
 from grains_tl.vectors.recipes import DirectRecipe, Recipe
 from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
@@ -58,6 +59,10 @@ class Given(DirectRecipe):
 
     name = NAME
     vectors: SteeringVectors | None = None
+
+    @override
+    def texts_used(self, records: BuildingRecords) -> frozenset[str]:
+        return texts_used(self.vectors.info) if self.vectors is not None else frozenset()
 
     @override
     def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grains_tl.evaluate.costs import text_costs
+from grains_tl.evaluate.costs import cost_table
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Setting, grid
 from grains_tl.evaluate.store import Checkpoint
@@ -60,7 +60,7 @@ class Run:
 
     def costs(self, settings: Sequence[Setting]) -> NDArray[np.float64]:
         """``[setting]`` mean KL per token of the neutral texts, nats."""
-        frame = text_costs(self.model, settings, self.texts, checkpoint=self.store)
+        frame = cost_table(self.model, settings, self.texts, checkpoint=self.store)
         weight = frame["n_tokens"].to_numpy(dtype=float).reshape(len(settings), -1)
         return np.average(frame["kl"].to_numpy().reshape(weight.shape), axis=1, weights=weight)
 

@@ -18,6 +18,9 @@ from grains_tl.records.sources import read_rows, source_name
 
 BUNDLED = ("sentiment", "misconceptions")
 
+#: The first bundled neutral texts, which are for measuring costs: recipes that need such texts build with the others.
+COST_TEXTS = 12
+
 
 def neutral_texts(n: int | None = None) -> list[str]:
     """The first ``n`` (default all 30) of the short neutral texts that ship with the package.

@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from grains_tl._util.checks import finite, listed, whole
 from grains_tl._util.errors import OptionError, numbered
-from grains_tl.records.loading import neutral_texts
+from grains_tl._util.files import hash_of
+from grains_tl.records.loading import COST_TEXTS, neutral_texts
 from grains_tl.tokens.pairs import prompt_ids
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
@@ -31,9 +32,6 @@ SHRINKAGES = (*(10 ** (k / 2) / (1 + 10 ** (k / 2)) for k in range(-6, 7)), 1.0)
 
 #: Shrinkages at which the manifest states the first-order ceiling beside that of the chosen one.
 CEILINGS = (0.1, 0.5, 0.9)
-
-#: The bundled neutral texts that are left for measuring costs; the others estimate F.
-COST_TEXTS = 12
 
 #: Parts of the texts and records that are held out in turn.
 FOLDS = 5
@@ -98,6 +96,12 @@ class KLOptimal(Recipe):
                 f"{n_texts} neutral text: shrinkage is chosen on held-out texts, so at least two are needed; give more "
                 "texts, or a shrinkage"
             )
+
+    @override
+    def texts_used(self, records: BuildingRecords) -> frozenset[str]:
+        given = self._given(records)
+        hashes = [hash_of(row) for row in self._rows(records)] if given is None else given.info.get("texts", ())
+        return frozenset(hashes)
 
     @override
     def build(self, records: BuildingRecords) -> SteeringVectors:

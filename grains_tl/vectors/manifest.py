@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -52,3 +52,15 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def texts_used(info: Mapping[str, Any]) -> frozenset[str]:
+    """Hashes (``hash_of`` of the token ids) of the neutral texts that went into vectors, from their ``info``.
+
+    Examples:
+        >>> sorted(texts_used({"neutral_texts": ["a"], "fisher": {"texts": ["b"]}}))
+        ['a', 'b']
+    """
+    fisher = info.get("fisher")
+    from_fisher = fisher.get("texts", ()) if isinstance(fisher, Mapping) else ()
+    return frozenset([*info.get("neutral_texts", ()), *from_fisher])

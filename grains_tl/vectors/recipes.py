@@ -56,6 +56,10 @@ class Recipe:
     def check(self, records: BuildingRecords) -> None:
         """Refuse records, layers or options that cannot work (ValueError), before anything long runs."""
 
+    def texts_used(self, records: BuildingRecords) -> frozenset[str]:
+        """Hashes of the neutral texts that it builds with, on which its cost must not be measured."""
+        return frozenset()
+
     def build(self, records: BuildingRecords) -> SteeringVectors:
         """One direction per layer."""
         raise NotImplementedError

@@ -130,6 +130,10 @@ class Trained(Recipe):
             self._samples(records)
 
     @override
+    def texts_used(self, records: BuildingRecords) -> frozenset[str]:
+        return frozenset(hash_of(row) for row in neutral_rows(records.model, self.texts))
+
+    @override
     def build(self, records: BuildingRecords) -> SteeringVectors:
         rows = neutral_rows(records.model, self.texts)
         mine = [records.layers[i] for i in records.processes.share(len(records.layers))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -224,3 +225,16 @@ def test_each_vector_at_its_own_best_layer() -> None:
     with pytest.raises(ValueError, match="two records"):
         one = [f[f["record"] == 0] for f in frames]
         gr.evaluate.effect_at_kl(pd.concat(one), pd.concat(costs), 0.04, best_layer=True)
+
+
+def test_texts_that_built_a_vector_are_pointed_out(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    texts = ["the soup was cold", "we liked this film", "is the hotel bad ?"]
+    options: dict[str, Any] = {"layers": [1], "texts": texts[:2]}
+    for recipe, more in (("trained", {"n_steps": 1}), ("kl_optimal", {"n_samples": 4, "shrinkage": 0.5})):
+        vectors = gr.build_vectors(bridge, pairs, recipe=recipe, **options, **more)
+        settings = [vectors.steering(0.1, 1)]
+        with pytest.warns(UserWarning, match=f"2 of the 3 neutral texts were used to build '{recipe}'"):
+            gr.evaluate.text_costs(bridge, settings, texts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gr.evaluate.text_costs(bridge, settings, texts[2:])

@@ -293,3 +293,11 @@ def test_the_shell(planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "5 report records" in (out / "report.html").read_text()
     assert main([*command, "caa", "--split", "part"]) == 2
     assert "record 1 has no such column" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["kl_optimal", "trained"])
+def test_costs_on_a_recipes_own_texts_are_refused(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted, pairs = planted_model("bridge"), planted_pairs()
+    monkeypatch.setattr(gr.vectors.Fisher, "estimate", lambda *a, **k: pytest.fail("something ran"))
+    with pytest.raises(ValueError, match=f"1 of the 13 neutral texts.*'{recipe}'.*neutral=12 or fewer"):
+        gr.find_vector(planted, pairs, [recipe, "caa"], layers=[1], neutral=13)
