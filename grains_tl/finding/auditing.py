@@ -125,10 +125,11 @@ class Audit:
             [html.text(r["records"]), *(html.signed(r[c]) for c in ("effect", "low", "high")), html.number(r["n"], "d")]
             for r in self.wordings.to_dict("records")
         ]
+        heads = ["records", "effect", "low", "high", "n"]
         return html.frame(
             html.title(first),
             *(html.note(sentence) for sentence in more),
-            html.table(["records", "effect", "low", "high", "n"], wordings, numbers=range(1, 5)),
+            *([html.table(heads, wordings, numbers=range(1, 5))] if len(wordings) > 1 else []),
             html.fold("the search", self.found._repr_html_()),
         )
 

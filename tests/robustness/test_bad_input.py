@@ -187,7 +187,11 @@ CASES = [
     Case("vector file, cut off", damaged(lambda c: c[:-9]), "v.safetensors is not a readable safetensors file"),
     Case("vector file, one bit flipped", damaged(flipped), "v.safetensors is damaged (its checksum"),
     Case("vector file, a header of terabytes", damaged(lambda c: b"\xff" * 5 + b"\0" * 3 + c[8:]), "not a readable"),
-    Case("vector file that is a pickle", damaged(lambda c: b"\x80\x04N."), "not a readable safetensors file"),
+    Case(
+        "vector file that is a pickle",
+        damaged(lambda c: b"\x80\x04N."),
+        "v.safetensors is not a readable file of torch.save",
+    ),
     Case("zero new tokens", say("the film", max_new_tokens=0), "max_new_tokens=0; at least 1"),
     Case("an empty prompt to continue", say(""), "the prompt is empty ... some text is needed"),
     Case("no prompts", say(), "no prompts; give at least one"),
