@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, TypeVar
+from inspect import Parameter, signature
+from typing import Any, TypedDict, TypeVar
 
 from grains_tl._util.checks import whole
 
@@ -25,6 +26,13 @@ class RunSettings:
 
     max_tokens: int = 512
     progress: bool = True
+
+
+class RunOptions(TypedDict, total=False):
+    """The same as keyword arguments of a single call: ``**run: Unpack[RunOptions]``; see ``with_settings``."""
+
+    max_tokens: int | None
+    progress: bool | None
 
 
 _DEFAULT = RunSettings()
@@ -70,10 +78,19 @@ def settings(*, max_tokens: int | None = None, progress: bool | None = None) -> 
 
 
 def with_settings(function: Function) -> Function:
-    """Let a function's own ``max_tokens`` and ``progress`` arguments hold for everything it calls."""
+    """Let a function's own ``max_tokens`` and ``progress`` arguments hold for everything it calls.
+
+    A function that takes them as ``**run`` has no use for others: those are refused (TypeError).
+    """
+    names = signature(function).parameters
+    known: set[str] | None = None
+    if "run" in names and names["run"].kind is Parameter.VAR_KEYWORD:
+        known = set(names) - {"run"} | set(RunOptions.__annotations__)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        for name in [] if known is None else kwargs.keys() - known:
+            raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
         with settings(max_tokens=kwargs.get("max_tokens"), progress=kwargs.get("progress")):
             return function(*args, **kwargs)
 

@@ -19,8 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grains_tl._util.progress import progress_bar
+from grains_tl._util.renamed import old_keywords
 from grains_tl.analysis.runs import batch_runner
-from grains_tl.analysis.sites import By, Component, Site, act_name, check_options, positions, site_table, sites_for
+from grains_tl.analysis.sites import (
+    By,
+    Component,
+    Site,
+    act_name,
+    by_and_offsets,
+    check_options,
+    positions,
+    site_table,
+    sites_for,
+)
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import HooksForBatch, batch_logprobs, hooks_for, score_batches
 from grains_tl.inference.objectives import Objective, margins
@@ -81,13 +92,13 @@ def patch(
     steering: HooksForBatch,
     *,
     component: Component | Sequence[Component] = "mlp_out",
-    by: By = "layer",
+    by: By | Sequence[int] = "layer",
     layers: Sequence[int] | None = None,
     into: Literal["base", "steered"] = "base",
     method: Literal["exact", "gradient"] = "exact",
-    offsets: Sequence[int] | None = None,
     fwd_hooks: HooksForBatch | None = None,
     objective: Objective = "sum",
+    **old: Any,
 ) -> pd.DataFrame:
     """Exchange activations between the plain and the steered run and see what that does to the margin.
 
@@ -101,20 +112,20 @@ def patch(
         steering: of the steered run, ``vectors.steering(0.2, [15])``, or hooks, or a function ``Batch -> hooks``.
         component: what to exchange; with ``by="layer"`` or ``"all"`` several can be exchanged together.
         by: one site per ``"layer"``, per ``"head"`` (component ``"z"``), per layer and ``"pos"``, or ``"all"`` layers
-            at once.
+            at once; positions of your own are counted from the prompt's last token, ``by=[-1, 0, 1]`` for the token before
+            it, itself, and the first token of the response.
         layers: default those that the steering can reach.
         into: see above.
         method: ``"exact"`` runs the model once per site. ``"gradient"`` is attribution patching (arXiv 2310.10348):
             (other - own activation) . gradient of the margin, all sites from one backward pass; ``compare_patching``
             shows its error.
-        offsets: with ``by="pos"``, positions counted from the prompt's last token (0; -1 before it, 1 the first token
-            of the response); default all there are.
         fwd_hooks: your own hooks, present in every run.
         objective: as elsewhere.
+        old: ``offsets`` of release 0.1, positions in place of ``by``, with a DeprecationWarning.
 
     Returns:
-        One row per site: ``component``, ``layer`` (-1 for all), ``head``, ``pos`` (offset; absent unless asked for),
-        ``effect`` (nats, mean over records: what of the steering's effect on the margin is gained by patching into
+        One row per site: ``component``, ``layer`` (-1 for all), ``head``, ``pos`` (from the prompt's end; only if asked
+        for), ``effect`` (nats, mean over records: what of the steering's effect on the margin is gained by patching into
         the plain run, or lost by patching into the steered one), ``se``, ``share`` of ``total``, the whole effect of
         steering on those records, ``n`` records that have the position.
 
@@ -128,11 +139,13 @@ def patch(
     """
     tokenized = as_tokenized(model, tokenized)
     components: tuple[Component, ...] = (component,) if isinstance(component, str) else tuple(component)
-    check_options(components, by, into, method)
+    by = old_keywords("patch", old, {"offsets": "by={value!r}"}).get("offsets", by)
+    kind, offsets = by_and_offsets(by)
+    check_options(components, kind, into, method)
     if not callable(steering) and not steering:
         raise ValueError("steering is an empty list of hooks; expected some, such as vectors.steering(0.2, [15])")
     known = steering.for_prompt(None) if isinstance(steering, PromptHooks) else steering
-    sites = sites_for(model, tokenized, components, by, layers, offsets, None if callable(known) else known)
+    sites = sites_for(model, tokenized, components, kind, layers, offsets, None if callable(known) else known)
     places = sorted({place for site in sites for place in site.places})
     require_hook_names(model, [(act_name(*place), id) for place in places])
     found = torch.full((len(sites), len(tokenized)), float("nan"))
@@ -147,7 +160,7 @@ def patch(
             found[:, group] = sign * effects
             total[group] = sign * both
             bar.update(len(sites) * len(group))
-    return site_table(sites, components, by, found, total)
+    return site_table(sites, components, kind, found, total)
 
 
 def compare_patching(exact: pd.DataFrame, quick: pd.DataFrame, *, n_top: int = 5) -> pd.Series:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from grains_tl._util.checks import listed, whole
 from grains_tl._util.stats import standard_error
 from grains_tl.inference.batches import Batch
 from grains_tl.models.running import require_layers
@@ -44,6 +45,24 @@ def act_name(component: Component, layer: int) -> str:
     if component not in get_args(Component):
         raise ValueError(f"component={component!r}; it is one of {get_args(Component)}")
     return f"blocks.{layer}.attn.hook_z" if component == "z" else f"blocks.{layer}.hook_{component}"
+
+
+def by_and_offsets(by: By | Sequence[int]) -> tuple[By, list[int] | None]:
+    """What there is a site for, and the positions where they are given.
+
+    Raises:
+        ValueError: something else than a name or whole numbers, or no number.
+
+    Examples:
+        >>> by_and_offsets("head"), by_and_offsets(range(-1, 1))
+        (('head', None), ('pos', [-1, 0]))
+    """
+    if isinstance(by, str):
+        return by, None
+    offsets = [whole("position", place) for place in listed("by", by)]
+    if not offsets:
+        raise ValueError("by is an empty list of positions; give some, such as by=[-1, 0], or by='pos' for all")
+    return "pos", offsets
 
 
 def check_options(components: Sequence[str], by: str, into: str, method: str) -> None:

@@ -4,13 +4,13 @@ from .controls import orthogonal_direction_vectors as orthogonal_direction_vecto
 from .controls import random_direction_vectors as random_direction_vectors
 from .controls import random_token_differences as random_token_differences
 from .controls import shuffled_label_vectors as shuffled_label_vectors
+from .draws import BASELINES as BASELINES
+from .draws import baseline_draws as baseline_draws
+from .draws import baseline_vectors as baseline_vectors
 from .heads import HeadVectors as HeadVectors
 from .heads import head_vectors as head_vectors
 from .lora import LoraRun as LoraRun
 from .lora import lora_adapter as lora_adapter
 from .prompting import with_system_prompt as with_system_prompt
-from .recipes import BASELINES as BASELINES
-from .recipes import baseline_draws as baseline_draws
-from .recipes import baseline_vectors as baseline_vectors
 
 __all__: list[str]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -27,14 +26,14 @@ from grains_tl.baselines.controls import (
     random_token_vectors,
     shuffled_label_vectors,
 )
+from grains_tl.demo.figures import attribution_figures, base, continuations, table_rows
 from grains_tl.demo.settings import ABOUT, AT_MOST, DemoSettings
 from grains_tl.demo.verdicts import verdict
-from grains_tl.evaluate.controls import RANDOM_TOKENS, Comparison, compare_with_controls
+from grains_tl.evaluate.controls import RANDOM_TOKENS, compare_with_controls
 from grains_tl.evaluate.equal_cost import effect_at_kl
 from grains_tl.evaluate.measuring import next_token_kl, swings
 from grains_tl.evaluate.summary import summarize
 from grains_tl.evaluate.sweeps import sweep_records
-from grains_tl.inference.generation import generate
 from grains_tl.records.loading import load_bundled
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
@@ -102,14 +101,14 @@ def run_set(
         "name": name,
         "about": ABOUT[name],
         "n": n,
-        "base": _base(compared),
-        **_attribution_figures(attributions, seconds, records["build"]),
-        "sweep": _records(sweep),
+        "base": base(compared),
+        **attribution_figures(attributions, seconds, records["build"]),
+        "sweep": table_rows(sweep),
         "chosen": {"method": method, "layer": layer, "alpha": alpha},
-        "table": _records(compared.table),
+        "table": table_rows(compared.table),
         "draws": compared.draws,
         "cost": cost,
-        "continuations": _continuations(model, records["test"], vectors[method], layer, alpha),
+        "continuations": continuations(model, records["test"], vectors[method], layer, alpha),
         "verdict": verdict(compared, list(CONTROLS), cost, method=method, layer=layer, alpha=settings.alpha),
     }
 
@@ -140,29 +139,6 @@ def _differences(
     norms = next(iter(differences.values())).resid_norms
     differences["CAA"] = caa_differences(model, tokenized, layers=layers, resid_norms=norms)
     return differences
-
-
-def _base(compared: Comparison) -> dict[str, float]:
-    """The unsteered model on the test split."""
-    mean, se = mean_and_se(compared.base)
-    return {
-        "margin": mean.item(),
-        "margin_se": se.item(),
-        "accuracy": (compared.base > 0).float().mean().item(),
-    }
-
-
-def _attribution_figures(
-    attributions: dict[str, list[Attribution]], seconds: dict[str, float], build: Sequence[PreferencePair]
-) -> dict[str, Any]:
-    """Two records as examples, and how well each method did."""
-    return {
-        "tokens": [_token_row(attributions[m][i], build[i]) for i in range(min(2, len(build))) for m in attributions],
-        "attribution": [
-            {"method": m, "median_relative_gap": _median_gap(found), "seconds": seconds[m], "n": len(found)}
-            for m, found in attributions.items()
-        ],
-    }
 
 
 def _layers(model: HookedModel, settings: DemoSettings) -> list[int]:
@@ -277,44 +253,9 @@ def _cost(
     assert costs is not None
     return {
         "kl": settings.kl,
-        "curve": _records(summarize(found, costs)),
-        "at_kl": _records(effect_at_kl(found, costs, settings.kl, against="CAA")),
+        "curve": table_rows(summarize(found, costs)),
+        "at_kl": table_rows(effect_at_kl(found, costs, settings.kl, against="CAA")),
     }
-
-
-def _token_row(a: Attribution, pair: PreferencePair) -> dict[str, Any]:
-    return {
-        "method": a.method,
-        "tokens": a.tokens,
-        "scores": a.scores.nan_to_num(0.0).tolist(),
-        "content": a.content.tolist(),
-        "objective": a.objective,
-        "baseline_objective": a.baseline_objective,
-        "gap": a.gap,
-        "chosen": str(pair.chosen),
-        "rejected": str(pair.rejected),
-    }
-
-
-def _median_gap(attributions: Sequence[Attribution]) -> float | None:
-    gaps = [a.relative_gap for a in attributions if a.relative_gap is not None]
-    return float(np.median(gaps)) if gaps else None
-
-
-def _continuations(
-    model: HookedModel, test: Sequence[PreferencePair], vectors: SteeringVectors, layer: int, alpha: float
-) -> list[dict[str, Any]]:
-    prompts = [str(p.prompt) for p in test[:3]]
-    rows = []
-    for a in (-alpha, 0.0, alpha):
-        texts = generate(model, prompts, vectors.hooks(a, [layer]), max_new_tokens=20)
-        rows += [{"prompt": p, "alpha": a, "text": t} for p, t in zip(prompts, texts, strict=True)]
-    return sorted(rows, key=lambda r: (prompts.index(r["prompt"]), r["alpha"]))
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of a table; missing numbers as ``None``, because NaN is no JSON."""
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def _say(text: str) -> None:

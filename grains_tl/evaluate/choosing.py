@@ -8,9 +8,10 @@ from warnings import warn
 
 import numpy as np
 import pandas as pd
+from typing_extensions import Unpack
 
 from grains_tl._util import html
-from grains_tl._util.settings import with_settings
+from grains_tl._util.settings import RunOptions, with_settings
 from grains_tl.evaluate.costs import text_costs
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid
@@ -198,8 +199,7 @@ def report_choice(
     draws: Sequence[SteeringVectors] = (),
     neutral: Sequence[str] | int | None = None,
     level: float = 0.95,
-    max_tokens: int | None = None,
-    progress: bool | None = None,
+    **run: Unpack[RunOptions],
 ) -> pd.DataFrame:
     """The chosen cell on records that had no part in choosing it.
 
@@ -211,8 +211,7 @@ def report_choice(
         draws: the vector built from resampled records (``bootstrap_vectors``): adds the uncertainty over building.
         neutral: texts to measure the cost on, or how many of the bundled ones.
         level: of the intervals.
-        max_tokens: token budget of one pass.
-        progress: show a progress bar.
+        run: ``max_tokens`` (token budget of one pass) and ``progress`` (show bars), as in ``settings``.
 
     Returns:
         One row, the columns of ``summarize`` (nats); its ``verdict`` is ``"steers"``, ``"no effect"`` or ``"wrong way"``.

@@ -112,30 +112,7 @@ def _adapter_class() -> Any:
                     "fwd_hooks is a function of a batch, which generation has none of; give a Steering "
                     "instead, or generation_hooks= too (a list, or a function prompt_len -> hooks)"
                 )
-            texts = [""] * len(requests)
-            settings: dict[tuple[int, float], list[int]] = {}
-            for i, request in enumerate(requests):
-                settings.setdefault(_generation_settings(request.args[1]), []).append(i)
-            with progress_bar(total=len(requests), desc="generate", unit="prompt") as bar:
-                for (limit, temperature), places in settings.items():
-                    # similar lengths together: a batch is padded to its longest
-                    places = sorted(places, key=lambda i: len(requests[i].args[0]))
-                    for start in range(0, len(places), self.batch_size):
-                        some = places[start : start + self.batch_size]
-                        prompts = [_shortened(self.model, requests[i].args[0], limit) for i in some]
-                        made = generate(
-                            self.model,
-                            prompts,
-                            hooks,
-                            max_new_tokens=limit,
-                            temperature=temperature,
-                            batch_size=self.batch_size,
-                            seed=start,
-                        )
-                        for i, text in zip(some, made, strict=True):
-                            texts[i] = _until(text, requests[i].args[1])
-                        bar.update(len(some))
-            return texts
+            return _generated(self.model, [request.args for request in requests], hooks, self.batch_size)
 
     return HookedLM
 
@@ -203,6 +180,35 @@ def _score(
                 out[i] = (logprob, misses == 0)
             bar.update(len(group))
     return out
+
+
+def _generated(
+    model: Any, requests: Sequence[tuple[str, dict[str, Any]]], hooks: GenerationHooks | None, batch_size: int
+) -> list[str]:
+    """The answer to every (prompt, settings): requests with the same settings in batches of similar length."""
+    texts = [""] * len(requests)
+    settings: dict[tuple[int, float], list[int]] = {}
+    for i, (_, options) in enumerate(requests):
+        settings.setdefault(_generation_settings(options), []).append(i)
+    with progress_bar(total=len(requests), desc="generate", unit="prompt") as bar:
+        for (limit, temperature), places in settings.items():
+            # similar lengths together: a batch is padded to its longest
+            places = sorted(places, key=lambda i: len(requests[i][0]))
+            for start in range(0, len(places), batch_size):
+                some = places[start : start + batch_size]
+                made = generate(
+                    model,
+                    [_shortened(model, requests[i][0], limit) for i in some],
+                    hooks,
+                    max_new_tokens=limit,
+                    temperature=temperature,
+                    batch_size=batch_size,
+                    seed=start,
+                )
+                for i, text in zip(some, made, strict=True):
+                    texts[i] = _until(text, requests[i][1])
+                bar.update(len(some))
+    return texts
 
 
 def _generation_settings(settings: dict[str, Any]) -> tuple[int, float]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from typing_extensions import Unpack
 
 from grains_tl._util.checks import listed
-from grains_tl._util.settings import with_settings
+from grains_tl._util.settings import RunOptions, with_settings
 from grains_tl.evaluate.costs import cost_rows, cost_table, warn_of_own_texts
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid, named_vectors
@@ -38,9 +39,8 @@ def sweep(
     positions: Positions | Sequence[Positions] = "all",
     objective: Objective = "sum",
     neutral: Sequence[str] | int | None = None,
-    max_tokens: int | None = None,
-    progress: bool | None = None,
     checkpoint: str | Path | None = None,
+    **run: Unpack[RunOptions],
 ) -> pd.DataFrame:
     """Steer at one layer at a time and see what happens to the margin, and what it costs.
 
@@ -54,10 +54,10 @@ def sweep(
         positions: a scope or several of them: ``"all"``, ``"prompt"``, ``"generated"``, ``"last"``.
         objective: how response tokens are combined.
         neutral: texts to measure the cost on, or how many of the bundled ones; ``None`` leaves the cost out.
-        max_tokens: token budget of one pass; settings of one layer share a pass as long as they fit.
-        progress: show bars.
         checkpoint: a ``.jsonl`` file that receives every result when it is finished. The same call with the same file goes
             on where it stopped, and a larger grid computes what is new.
+        run: ``max_tokens`` (token budget of one pass; settings of one layer share a pass as long as they fit) and
+            ``progress`` (show bars), as in ``settings``.
 
     Returns:
         One row per vector, scope, layer and alpha: ``vector``, ``positions``, ``layer``, ``alpha``, ``effect`` (mean
@@ -102,9 +102,8 @@ def sweep_records(
     positions: Positions | Sequence[Positions] = "all",
     objective: Objective = "sum",
     neutral: Sequence[str] | int | None = None,
-    max_tokens: int | None = None,
-    progress: bool | None = None,
     checkpoint: str | Path | None = None,
+    **run: Unpack[RunOptions],
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """``sweep`` before it is summarized: ``(record_effects, text_costs)``, the second ``None`` without ``neutral``.
 
@@ -118,9 +117,8 @@ def sweep_records(
         positions: one scope, or several to compare (see ``SteeringVectors.hooks``).
         objective: how response tokens are combined: ``"sum"``, ``"mean"`` or ``"single"`` (see ``attribute``).
         neutral: texts to measure the cost on, or how many of the bundled ones.
-        max_tokens: token budget of one pass.
-        progress: show a progress bar.
         checkpoint: a ``.jsonl`` file; an interrupted sweep resumes from it.
+        run: ``max_tokens`` (token budget of one pass) and ``progress`` (show bars), as in ``settings``.
 
     Returns:
         Two tables: one row per record and setting (nats), and one per text and setting (nats per token).

@@ -192,6 +192,26 @@ def test_transformer_lens_patching_gives_the_same_effects(model: Any, vector: gr
     torch.testing.assert_close(torch.tensor(wide.to_numpy()).float(), sign * mlps, atol=ATOL, rtol=0)
 
 
+def test_positions_of_ones_own(bridge: Any, pairs: list[gr.PreferencePair], vector: gr.SteeringVectors) -> None:
+    steering = vector.hooks(0.5, [0])
+    every = gr.analysis.patch(bridge, pairs, steering, by="pos", layers=[1])
+    some = gr.analysis.patch(bridge, pairs, steering, by=[0, -1], layers=[1])
+    assert some["pos"].tolist() == [0, -1]
+    assert some["effect"].tolist() == every.set_index("pos")["effect"][[0, -1]].tolist()
+    with pytest.warns(DeprecationWarning, match=r"by=\[0, -1\]"):
+        old = gr.analysis.patch(bridge, pairs, steering, by="pos", offsets=[0, -1], layers=[1])
+    assert old.equals(some)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("by", [[], [0.5], ["z"]])
+def test_positions_are_whole_numbers(
+    bridge: Any, pairs: list[gr.PreferencePair], vector: gr.SteeringVectors, by: Any
+) -> None:
+    with pytest.raises(ValueError, match="position"):
+        gr.analysis.patch(bridge, pairs, vector.hooks(0.5, [0]), by=by, layers=[1])
+
+
 # -- theorems ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,11 @@
-"""The shape of the package: few public names, no name that is a function and a module at once, light imports."""
+"""The shape of the package: few public names, no name that is a function and a module at once, small functions and files."""
 
 from __future__ import annotations
 
+import ast
 import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,3 +37,58 @@ def test_namespaces(namespace: Any) -> None:
         name for name in namespace.__all__ if name in modules and not hasattr(getattr(namespace, name), "__path__")
     }
     assert shadowed <= {"harness", "export"}, "a name that is a function and a module at once"
+
+
+ROOT = Path(gr.__file__).parent
+N_PARAMETERS, N_BODY_LINES, N_FILE_LINES = 10, 60, 300
+
+#: Above the limit; a number here may go down and never up. Add no name: shorten one, and take it out.
+MANY_PARAMETERS = {"compare_attributions": 17}
+LONG_FILES = {
+    "attribution/methods.py": 433,
+    "attribution/paths.py": 310,
+    "cli/main.py": 311,
+    "faithfulness/compare.py": 304,
+    "models/loading.py": 351,
+    "tokens/chat.py": 346,
+    "tokens/pairs.py": 333,
+    "vectors/fisher.py": 322,
+    "vectors/steering_vectors.py": 414,
+}
+
+
+def functions() -> Iterator[ast.FunctionDef]:
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield node
+
+
+def test_few_parameters() -> None:
+    """All that can be named in a call; ``**run`` and other documented options are one more."""
+    counts: dict[str, int] = {}
+    for node in functions():
+        named = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        counts[node.name] = max(counts.get(node.name, 0), len(named))
+    too_many = {name: n for name, n in counts.items() if n > MANY_PARAMETERS.get(name, N_PARAMETERS)}
+    assert not too_many
+    assert not {name for name in MANY_PARAMETERS if counts.get(name, 0) <= N_PARAMETERS}, "take these out of the list"
+
+
+def test_short_bodies() -> None:
+    """Lines from the first statement after the docstring to the last."""
+    too_long = {}
+    for node in functions():
+        body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+        lines = body[-1].end_lineno - body[0].lineno + 1 if body and body[-1].end_lineno else 0
+        if lines > N_BODY_LINES:
+            too_long[node.name] = lines
+    assert not too_long
+
+
+def test_short_files() -> None:
+    lines = {
+        p.relative_to(ROOT).as_posix(): len(p.read_text(encoding="utf-8").splitlines()) for p in ROOT.rglob("*.py")
+    }
+    assert not {name: n for name, n in lines.items() if n > LONG_FILES.get(name, N_FILE_LINES)}
+    assert not {name for name in LONG_FILES if lines.get(name, 0) <= N_FILE_LINES}, "take these out of the list"
