@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
+
+#: What a model's own code raises for arguments that it does not take; see ``require_from_outside``.
+MODEL_ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
+
+#: Packages that raise errors on behalf of whoever called them.
+_GO_BETWEENS = {"torch", "einops", "jaxtyping", "beartype", "contextlib", "functools"}
 
 
 class RecordError(ValueError):
@@ -44,3 +51,18 @@ def numbered(kind: str, number: int) -> Iterator[None]:
         yield
     except ValueError as error:
         raise RecordError(f"{kind} {number}: {error}", number) from None
+
+
+def require_from_outside(error: BaseException) -> None:
+    """Raise an error again unless a model's own code made it.
+
+    A fast path is tried on architectures that may not take its masks or positions; whatever they raise then means "not
+    here". The same kinds of error out of this package's own lines are mistakes, and out of memory is out of memory.
+
+    Args:
+        error: one of ``MODEL_ERRORS``, just caught.
+    """
+    names = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    blamed = next((name for name in reversed(names) if name not in _GO_BETWEENS), "")
+    if blamed == __name__.partition(".")[0] or "OutOfMemory" in type(error).__name__:
+        raise error

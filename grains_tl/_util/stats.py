@@ -66,7 +66,7 @@ def resampled_means(effects: Float[Tensor, "draw record"], *, seed: int = 0, n: 
     return np.array([values[i][r].mean() for i, r in zip(rng.integers(0, len(values), n), records, strict=True)])
 
 
-def centred_interval(draws: NDArray[np.float64], estimate: float, level: float = 0.95) -> tuple[float, float]:
+def centred_interval(draws: NDArray[np.floating], estimate: float, level: float = 0.95) -> tuple[float, float]:
     """The quantiles of bootstrap draws, moved so that the draws' mean lies on the estimate.
 
     Resampled building sets are a little noisier than the whole one, and draws may be measured on fewer records.

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl._util.errors import MODEL_ERRORS, require_from_outside
 from grains_tl._util.memory import returned_memory
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.settings import current
@@ -107,8 +108,9 @@ def _values_in_shared_rows(
     for part, batch, hidden in shared_batches(model, tokenized, rows, objective):
         try:
             values = _margins(model, batch, mask_hook(model, hidden, replacement=stand_ins.text))
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return None  # an architecture that takes no such mask or positions
+        except MODEL_ERRORS as error:  # an architecture that takes no such mask or positions
+            require_from_outside(error)
+            return None
         for i, value in zip(part, values.tolist(), strict=True):
             if i >= len(removals) and not abs(value - float(out[i])) < exactness(model):
                 return None

@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from grains_tl._util.errors import MODEL_ERRORS, require_from_outside
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget, scoring_batch
 from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.objectives import Objective, token_weights
-from grains_tl.models.precision import exactness
+from grains_tl.models.precision import agrees
 from grains_tl.models.running import is_bridge
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import HookedModel
@@ -107,9 +108,10 @@ def shares_prompts(model: HookedModel, tokenized: Sequence[TokenizedPair], objec
         with torch.no_grad():
             wanted = batch_logprobs(model, scoring_batch(model, [longest], objective))
             found = batch_logprobs(model, _batch(model, [longest], [[Branch(0, 0, (), 0)]], objective)[1])
-    except (RuntimeError, TypeError, ValueError, IndexError):  # an architecture that takes no such mask or positions
+    except MODEL_ERRORS as error:  # an architecture that takes no such mask or positions
+        require_from_outside(error)
         return False
-    return bool((found - wanted).abs().max() < exactness(model))
+    return agrees(model, found, wanted)
 
 
 def prompt_batches(

@@ -12,10 +12,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl._util.errors import MODEL_ERRORS, require_from_outside
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import batch_logprobs, gather_logprobs, target_logits
 from grains_tl.inference.packing import BlockInputs, Packing, pack_batch
-from grains_tl.models.precision import exactness, full_precision
+from grains_tl.models.precision import agrees, full_precision
 from grains_tl.models.running import final_norm, hooked, is_bridge, require_layers, resid_post
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -89,11 +90,14 @@ def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, 
 
 def _continues(model: HookedModel, restart: Restart, n: int) -> bool:
     """Whether ``n`` copies of the batch, continued from the lowest cached layer, give its base numbers."""
+    if is_bridge(model) and len(restart.block_inputs) != len(model.blocks):  # a block that runs twice, or not at all
+        return False
     try:
         again = restart_many(model, restart, min(restart.resid), [[]] * n)
-    except (RuntimeError, TypeError, ValueError, IndexError):  # an architecture with block arguments of another kind
+    except MODEL_ERRORS as error:  # an architecture with block arguments of another kind
+        require_from_outside(error)
         return False
-    return bool((again - restart.base).abs().max() < exactness(model))
+    return agrees(model, again, restart.base)
 
 
 def restart_logprobs(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grains_tl.models.identity import without_hooks
-from grains_tl.models.precision import exactness
+from grains_tl.models.precision import agrees
 from grains_tl.models.running import device_of, is_bridge, without_image_tokens
 from grains_tl.types import BridgeModel, HookedModel
 
@@ -237,4 +237,4 @@ def _compare(model: BridgeModel, plan: _Plan) -> bool:
         finally:
             for wrapper in plan.wrappers:
                 wrapper.parent._modules[wrapper.name] = wrapper.component
-    return bool((wrapped - plain).abs().max() < exactness(model))
+    return agrees(model, plain, wrapped)

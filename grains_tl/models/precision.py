@@ -45,6 +45,11 @@ def exactness(model: HookedModel) -> float:
     return ROUGH if half else EXACT
 
 
+def agrees(model: HookedModel, found: Tensor, plain: Tensor) -> bool:
+    """Whether a fast path's log-likelihoods are those of the plain run; NaN never is."""
+    return bool((found - plain).abs().max() < exactness(model))
+
+
 def residual_exactness(model: HookedModel) -> float:
     """The same for a residual activation, as a share of its largest entry."""
     return 1e-3 if exactness(model) == EXACT else 0.05

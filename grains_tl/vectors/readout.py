@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl._util.errors import MODEL_ERRORS, require_from_outside
 from grains_tl._util.progress import progress_bar
 from grains_tl.attribution.field import run_batches
 from grains_tl.attribution.sharing import can_share, prompt_batches
@@ -129,7 +130,8 @@ def _shared_ends(
     index = max(range(len(longer)), key=lambda i: longer[i].longest)
     try:
         found = _read_ends(model, longer, prompt_batches(model, longer, range(len(longer)), "sum"), layers, norms)
-    except (RuntimeError, TypeError, ValueError, IndexError):  # an architecture that takes no such mask or positions
+    except MODEL_ERRORS as error:  # an architecture that takes no such mask or positions
+        require_from_outside(error)
         return None
     # in a shared row the second response is what could see too much, the longest what could see too little
     record = longer[index]
@@ -142,9 +144,9 @@ def _shared_ends(
         layers,
         [],
     )
-    error = (found[index, list(sides)] - plain[:, 0]).abs().amax(-1)
+    difference = (found[index, list(sides)] - plain[:, 0]).abs().amax(-1)
     size = plain[:, 0].abs().amax(-1)
-    return (found, norms) if bool((error <= residual_exactness(model) * size).all()) else None
+    return (found, norms) if bool((difference <= residual_exactness(model) * size).all()) else None
 
 
 def _read_ends(

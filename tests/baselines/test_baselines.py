@@ -564,7 +564,15 @@ def test_every_control_is_compared(bridge: Any, pairs: list[gr.PreferencePair]) 
 
 
 @pytest.mark.parametrize(
-    "room", ["vectors.building", "baselines.recipes", "baselines.heads", "baselines.prompting", "baselines.lora"]
+    "room",
+    [
+        "vectors.building",
+        "baselines.draws",
+        "baselines.recipes",
+        "baselines.heads",
+        "baselines.prompting",
+        "baselines.lora",
+    ],
 )
 def test_docstring_examples_run(room: str) -> None:
     found = doctest.testmod(importlib.import_module(f"grains_tl.{room}"), optionflags=doctest.NORMALIZE_WHITESPACE)
