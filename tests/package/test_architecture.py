@@ -50,7 +50,6 @@ LONG_FILES = {
     "models/loading.py": 370,
     "tokens/chat.py": 350,
     "tokens/pairs.py": 335,
-    "vectors/fisher.py": 320,
     "vectors/steering_vectors.py": 415,
 }
 
