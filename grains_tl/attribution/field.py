@@ -186,7 +186,10 @@ def run_batches(
 def require_finite(values: Tensor, name: str) -> None:
     """Raises ValueError for NaN or infinite entries."""
     if not torch.isfinite(values).all():
-        raise ValueError(f"{name} has NaN or infinite entries; check the model's weights and its dtype (use float32)")
+        raise ValueError(
+            f"{name} has NaN or infinite entries: the model's weights are broken, or its dtype is too small for them "
+            "(float16 ends at 65504; use bfloat16 or float32)"
+        )
 
 
 def _enter(

@@ -19,8 +19,16 @@ from grains_tl._util.progress import progress_bar
 from grains_tl._util.settings import with_settings
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget, scoring_batch
 from grains_tl.inference.objectives import Objective, token_logprobs
-from grains_tl.models.precision import exact_unembedding, full_precision
-from grains_tl.models.running import final_norm, forward_logits, hooked, is_bridge, listed_hooks, padding_side
+from grains_tl.models.precision import exact_unembedding, full_precision, precision_hint
+from grains_tl.models.running import (
+    final_norm,
+    forward_logits,
+    hooked,
+    is_bridge,
+    listed_hooks,
+    padding_side,
+    resid_post,
+)
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized, tokenize_responses
 from grains_tl.types import FwdHooks, HookedModel, PromptHooks, Text
 
@@ -77,6 +85,9 @@ def score_pairs(
     Returns:
         ``[record, 2]`` on the CPU, column 0 chosen, 1 rejected; their difference is the margin f(x).
 
+    Raises:
+        ValueError: NaN or infinite log-likelihoods, with the layer they come from (float16 overflows in many models).
+
     Examples:
         >>> logprobs = score_pairs(model, tokenized, vectors.hooks(0.2, [24]))     # doctest: +SKIP
         >>> (logprobs[:, 0] - logprobs[:, 1]).mean()                               # doctest: +SKIP
@@ -88,8 +99,30 @@ def score_pairs(
         for group, batch in score_batches(model, tokenized, objective):
             hooks = hooks_for(fwd_hooks, batch)
             out[group] = batch_logprobs(model, batch, hooks).cpu()
+            _require_numbers(model, batch, out[group], hooks)
             bar.update(len(group))
     return out
+
+
+def _require_numbers(model: HookedModel, batch: Batch, logprobs: Tensor, hooks: FwdHooks) -> None:
+    """Refuse NaN and inf, naming the first block they come out of."""
+    if bool(torch.isfinite(logprobs).all()):
+        return
+    finite: dict[int, bool] = {}
+    real = batch.attention_mask.bool()
+
+    def look(layer: int) -> FwdHooks:
+        def hook_fn(act: Tensor, hook: Any) -> None:
+            finite[layer] = bool(torch.isfinite(act[real.to(act.device)]).all())
+
+        return [(resid_post(layer), hook_fn)]
+
+    target_logits(model, batch, [*hooks, *(pair for layer in range(int(model.cfg.n_layers)) for pair in look(layer))])
+    where = next((f"from block {layer} on" for layer, fine in sorted(finite.items()) if not fine), "in the logits")
+    raise ValueError(
+        f"the model gives NaN or infinite log-likelihoods, {where}{' with these hooks' if hooks else ''}; "
+        f"{precision_hint(model)}"
+    )
 
 
 def gather_logprobs(target_logits: Float[Tensor, "target vocab"], batch: Batch) -> Float[Tensor, "record 2"]:

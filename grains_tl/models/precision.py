@@ -50,6 +50,17 @@ def agrees(model: HookedModel, found: Tensor, plain: Tensor) -> bool:
     return bool((found - plain).abs().max() < exactness(model))
 
 
+#: What two orders of the same sums may differ by, by dtype: logits and log-probabilities in nats, and a residual activation
+#: as a share of its norm. float32: some tens of layers; a wrong hook or a lost mask shows as 1e-1 and more. Half precision:
+#: twice to ten times what SmolLM2, Gemma-3-270M and Qwen2.5-0.5B show; there a small fault cannot be told from rounding.
+ROUND_OFF = {"float32": (2e-3, 2e-3), "float64": (2e-3, 2e-3), "bfloat16": (0.5, 0.02), "float16": (0.2, 0.005)}
+
+
+def round_off(model: HookedModel) -> tuple[float, float]:
+    """``ROUND_OFF`` for the dtype that the blocks of a model compute in."""
+    return ROUND_OFF.get(autocast_dtype(model) or str(_of(model)[1]).removeprefix("torch."), ROUND_OFF["float32"])
+
+
 def residual_exactness(model: HookedModel) -> float:
     """The same for a residual activation, as a share of its largest entry."""
     return 1e-3 if exactness(model) == EXACT else 0.05
@@ -77,6 +88,17 @@ def exact_unembedding(model: HookedModel) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def precision_hint(model: HookedModel) -> str:
+    """What to do about NaN or inf, by the dtype they came up in."""
+    dtype = autocast_dtype(model) or str(_of(model)[1]).removeprefix("torch.")
+    if dtype == "float16":
+        return (
+            "float16 holds numbers up to 65504 only, which activations and attention scores of many models exceed: use "
+            "bfloat16 or float32"
+        )
+    return f"in {dtype} that means broken weights, or a step that is too large"
 
 
 def finite_hook(name: str) -> FwdHooks:

@@ -144,6 +144,50 @@ def test_one_table_has_one_precision(bridge: Any, pairs: list[gr.PreferencePair]
         assert file.read_bytes() == found
 
 
+@pytest.fixture(scope="module")
+def overflowing() -> Any:
+    """A tiny Llama in float16 whose residual stream leaves float16's range after block 1, and float32's does not."""
+    model = tiny_model("bridge")
+    with torch.no_grad():
+        model.original_model.model.layers[1].mlp.down_proj.weight *= 1e6
+    return model.to(torch.float16)
+
+
+CALLS: dict[str, Any] = {
+    "score_pairs": lambda m, p: gr.score_pairs(m, p),
+    "attribute": lambda m, p: gr.attribute(m, p[0]),
+    "attribute, gradients": lambda m, p: gr.attribute(m, p[0], method="gradient_x_input"),
+    "build_vectors": lambda m, p: gr.build_vectors(m, p),
+    "generate": lambda m, p: gr.generate(m, ["the film was"]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_overflow_of_float16_is_named(call: str, overflowing: Any, pairs: list[gr.PreferencePair]) -> None:
+    with pytest.raises(ValueError, match="float16|bfloat16") as error:
+        CALLS[call](overflowing, pairs)
+    assert "NaN or inf" in str(error.value)
+    assert call != "score_pairs" or "from block 1 on" in str(error.value)
+
+
+def test_overflow_by_a_step_is_named(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    half = tiny_model("bridge").to(torch.float16)
+    far = gr.hooks.steer_hook(1, torch.ones(32), 1e6, operator="add")
+    assert gr.score_pairs(half, pairs).isfinite().all()
+    with pytest.raises(ValueError, match="from block 1 on with these hooks"):
+        gr.score_pairs(half, pairs, far)
+    assert gr.score_pairs(bridge, pairs, far).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_check_model_knows_the_dtype(dtype: torch.dtype, overflowing: Any) -> None:
+    """The wiring is the same in half precision; what overflows is not."""
+    frame = gr.check_model(tiny_model("bridge").to(dtype))
+    assert frame["ok"].all(), frame.to_string()
+    frame = gr.check_model(overflowing)
+    assert "65504" in frame.set_index("check").loc["left padding equals right padding", "detail"]
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(("method", "least"), [("leave_one_out", 0.9), ("integrated_gradients", 0.98)])
 def test_vectors_of_smollm2(smollm2: SimpleNamespace, method: Any, least: float) -> None:
