@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl.models.precision import full_precision
-from grains_tl.models.running import device_of, embed_tokens, final_norm
+from grains_tl.models.running import device_of, embed_tokens
 from grains_tl.types import HookedModel
 from grains_tl.vectors.steering_vectors import SteeringVectors
+from grains_tl.vectors.words import through_unembedding
 
 
 def lens_logits(model: HookedModel, vectors: SteeringVectors) -> Float[Tensor, "layer vocab"]:
@@ -39,7 +40,7 @@ def lens_logits(model: HookedModel, vectors: SteeringVectors) -> Float[Tensor, "
         >>> lens_logits(model, vectors)[0].topk(5).indices        # doctest: +SKIP
     """
     vectors.require_match(model)
-    return _through_unembedding(model, vectors.directions)
+    return through_unembedding(model, vectors.directions)
 
 
 def logit_lens(
@@ -113,16 +114,6 @@ def embedding_neighbours(
     with full_precision(model):
         cosines = (units @ table.T).cpu()
     return _top_both_ways(model, cosines, chosen.layers, n_top, "cosine")
-
-
-def _through_unembedding(model: HookedModel, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
-    # at the length of a residual with mean square 1 the norm's epsilon does not matter
-    scaled = (directions * directions.shape[-1] ** 0.5).to(device_of(model), _dtype(model))
-    unembed: Any = model.unembed
-    with torch.no_grad(), full_precision(model):
-        up, down = (unembed(final_norm(model, h[:, None]))[:, 0].float() for h in (scaled, -scaled))
-    logits = (up - down) / 2
-    return (logits - logits.mean(-1, keepdim=True)).cpu()
 
 
 def _dtype(model: HookedModel) -> torch.dtype:

@@ -2,5 +2,9 @@ from .api import find_vector as find_vector
 from .auditing import Audit as Audit
 from .auditing import audit as audit
 from .result import Found as Found
+from .text_rules import praise as praise
+from .text_rules import refuses as refuses
+from .wording import WordingTest as WordingTest
+from .wording import wording_table as wording_table
 
 __all__: list[str]

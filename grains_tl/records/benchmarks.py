@@ -10,6 +10,7 @@ from typing import Any
 
 from grains_tl.records._prompts import require_format
 from grains_tl.records._rows import MMLU_COLUMNS, Row, source_rows
+from grains_tl.records.balance import counterbalanced
 from grains_tl.records.choices import MultipleChoice
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.records.sources import source_name
@@ -41,6 +42,15 @@ class Benchmark:
     def pairs(self) -> list[PreferencePair]:
         """One preference pair per question: the best right answer against the first wrong one."""
         return [item.pair() for item in self.items]
+
+    @property
+    def balanced_pairs(self) -> list[PreferencePair]:
+        """``pairs`` of questions answered by a letter, or by Yes and No: each twice, with the answers swapped.
+
+        Raises:
+            RecordError: a question of another kind, by its number.
+        """
+        return counterbalanced(self.pairs)
 
 
 def load_benchmark(

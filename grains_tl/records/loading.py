@@ -8,15 +8,19 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from itertools import islice
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, get_args
 
 from grains_tl._util.checks import whole
 from grains_tl._util.errors import OptionError, RecordError
+from grains_tl.records.balance import counterbalanced
 from grains_tl.records.columns import FIELDS, pair_of
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.records.sources import read_rows, source_name
 
 BUNDLED = ("sentiment", "misconceptions")
+
+#: The words of bundled responses: those that stand in the set, or a second way to say the same.
+Wording = Literal["own", "other"]
 
 #: The first bundled neutral texts, which are for measuring costs: recipes that need such texts build with the others.
 COST_TEXTS = 12
@@ -49,6 +53,7 @@ def load_pairs(
     columns: Mapping[str, str] | None = None,
     *,
     limit: int | None = None,
+    balanced: bool = False,
 ) -> list[PreferencePair]:
     r"""Read preference records.
 
@@ -63,6 +68,8 @@ def load_pairs(
             is read with ``{Incorrect Answers[0]}``: the first of its items. ``"image"`` too has a default, the column
             ``image`` or ``images``.
         limit: keep the first ``limit`` records.
+        balanced: for questions answered by a letter, or by Yes and No: every record twice, with the answers swapped, so
+            that no letter says which one is meant (``limit`` counts the questions).
 
     Returns:
         Records in the order of the source; other columns are kept in ``meta``. A prompt that stands in front of both
@@ -109,7 +116,7 @@ def load_pairs(
             UserWarning,
             stacklevel=2,
         )
-    return pairs
+    return counterbalanced(pairs) if balanced else pairs
 
 
 def preference_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
@@ -140,7 +147,7 @@ def preference_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
     return records
 
 
-def load_bundled(name: str, split: str | None = None) -> list[PreferencePair]:
+def load_bundled(name: str, split: str | None = None, *, wording: Wording = "own") -> list[PreferencePair]:
     """One of the preference sets that ship with the package (written for it, MIT).
 
     Args:
@@ -148,24 +155,33 @@ def load_bundled(name: str, split: str | None = None) -> list[PreferencePair]:
             three splits come from different domains, so a gain on the test split is transfer.
         split: ``"build"``, ``"choose"``, ``"test"``, or ``None`` for all. ``meta`` holds split and domain, and for
             sentiment the word that carries the good and the bad detail.
+        wording: ``"own"``, or ``"other"``: both responses of the test records said in other words, which tells a vector
+            that moves the behaviour from one that raises the words it was built from.
 
     Returns:
         The records, in the order of the file.
 
     Raises:
-        ValueError: an unknown set or split.
+        ValueError: an unknown set, split or wording; other wordings of records that have none.
 
     Examples:
         >>> len(load_bundled("sentiment", "build"))
         88
+        >>> load_bundled("sentiment", "test")[0].chosen, load_bundled("sentiment", "test", wording="other")[0].chosen
+        (' great', ' one I would gladly watch again')
     """
     if name not in BUNDLED:
         raise OptionError(f"no bundled set {name!r}; there are {BUNDLED}")
     if split not in (None, "build", "choose", "test"):
         raise OptionError(f"no split {split!r}; there are build, choose and test")
+    if wording not in get_args(Wording):
+        raise OptionError(f"wording={wording!r}; expected 'own' or 'other'")
+    if wording == "other" and split != "test":
+        raise OptionError(f"wording='other' of split {split!r}: only the test records have other wordings; give 'test'")
+    columns = {"chosen": "chosen_other", "rejected": "rejected_other"} if wording == "other" else None
     with resources.as_file(resources.files("grains_tl") / "data_files" / f"{name}.jsonl") as path:
-        pairs = load_pairs(path)
-    return [p for p in pairs if split is None or p.meta["split"] == split]
+        rows = [row for _, row in read_rows(path) if split is None or row["split"] == split]
+    return load_pairs(rows, columns)
 
 
 def _warn_of_repeats(pairs: list[PreferencePair], source: Any) -> None:

@@ -17,5 +17,6 @@ from .reduce import reduce_vectors as reduce_vectors
 from .steering import Steering as Steering
 from .steering_vectors import SteeringVectors as SteeringVectors
 from .trained import Trained as Trained
+from .words import without_words as without_words
 
 __all__: list[str]

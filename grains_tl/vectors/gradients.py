@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -27,6 +26,7 @@ from grains_tl.inference.objectives import Objective, require_objective, token_w
 from grains_tl.models.identity import model_identity
 from grains_tl.models.precision import autocast_dtype
 from grains_tl.models.state import autograd, require_gradient, require_ready
+from grains_tl.records.balance import unequal_answers
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
@@ -223,20 +223,17 @@ def warn_of_few_answers(records: BuildingRecords) -> None:
     """Say so when the gradient would learn which of a few answers is more often the chosen one.
 
     Warns:
-        UserWarning: two to four different responses that are chosen in some records and rejected in others, not equally
-            often.
+        UserWarning: two to eight different responses, some of which are chosen in some records and rejected in others, not
+            equally often.
     """
-    chosen = Counter(t.chosen for t in records.tokenized)
-    rejected = Counter(t.rejected for t in records.tokenized)
-    same = set(chosen) & set(rejected)
-    if len(records.tokenized) > 1 and 2 <= len({*chosen, *rejected}) <= 4 and same and chosen != rejected:
-        words = {ids: records.model.tokenizer.decode(list(ids)) for ids in same}
-        counts = ", ".join(
-            f"{words[ids]!r} {chosen[ids]} times chosen, {rejected[ids]} rejected" for ids in sorted(same)
-        )
+    decode = records.model.tokenizer.decode
+    chosen, rejected = ([decode(list(getattr(t, side))) for t in records.tokenized] for side in ("chosen", "rejected"))
+    counts = unequal_answers(chosen, rejected)
+    if counts:
         warnings.warn(
             f"the responses are a few fixed answers in unequal numbers ({counts}): the vector will mostly push towards the "
-            "one that is chosen more often. Counterbalance the records: each question twice, with the answers swapped",
+            "one that is chosen more often. Counterbalance the records: load_pairs(..., balanced=True), in building and in "
+            "test; or take the answers' words out of the vector with gr.vectors.without_words",
             UserWarning,
             stacklevel=4,
         )

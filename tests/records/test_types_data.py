@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,7 @@ def test_bundled_set(name: str) -> None:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_bundled_responses_continue_the_prompt(name: str) -> None:
-    for pair in gr.load_bundled(name):
+    for pair in gr.load_bundled(name) + gr.load_bundled(name, "test", wording="other"):
         assert isinstance(pair.prompt, str) and pair.prompt == pair.prompt.rstrip()
         for response in (pair.chosen, pair.rejected):
             assert isinstance(response, str) and response.startswith(" ") and not response.startswith("  ")
@@ -269,6 +270,29 @@ def test_unknown_set_or_split() -> None:
         gr.load_bundled("jokes")
     with pytest.raises(ValueError, match="train"):
         gr.load_bundled("sentiment", "train")
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_other_wordings_share_few_words_with_the_own_ones(name: str) -> None:
+    own, other = gr.load_bundled(name, "test"), gr.load_bundled(name, "test", wording="other")
+    assert len(other) == COUNTS[name]["test"] and [p.prompt for p in own] == [p.prompt for p in other]
+    shares = []
+    for a, b in zip(own, other, strict=True):
+        words = [
+            {w for w in re.findall(r"[a-z0-9]+", f"{p.chosen} {p.rejected}".lower()) if len(w) > 3} for p in (a, b)
+        ]
+        shares.append(len(words[0] & words[1]) / max(1, len(words[1])))
+    assert sum(shares) / len(shares) < 0.1 and max(shares) < 0.5
+    assert len({p.chosen for p in other}) > 0.8 * len(other)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_only_test_records_have_other_wordings() -> None:
+    for split in (None, "build"):
+        with pytest.raises(ValueError, match="only the test records"):
+            gr.load_bundled("sentiment", split, wording="other")
+    with pytest.raises(ValueError, match="wording='third'"):
+        gr.load_bundled("sentiment", "test", wording="third")  # type: ignore[arg-type]
 
 
 # -- attribution as data ----------------------------------------------------------------------------------------------
