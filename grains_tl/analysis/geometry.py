@@ -10,8 +10,8 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.attribution.groups import spaced
 from grains_tl.attribution.selection import Selection
+from grains_tl.attribution.words import spaced
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.vectors.differences import Differences
 from grains_tl.vectors.reduce import Reduce, Side, check_reduction, reduce_vectors

@@ -14,11 +14,12 @@ from torch import Tensor
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.renamed import current_names
 from grains_tl._util.settings import current, with_settings
-from grains_tl.attribution.groups import GroupBy, groups_of
 from grains_tl.attribution.job import Job
-from grains_tl.attribution.methods import Method, method_of
+from grains_tl.attribution.method_base import Method
+from grains_tl.attribution.methods import method_of
 from grains_tl.attribution.paths import Scores
 from grains_tl.attribution.result import Attribution
+from grains_tl.attribution.words import GroupBy, groups_of
 from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.inference.batches import by_token_budget
 from grains_tl.inference.objectives import Objective, require_objective, token_weights

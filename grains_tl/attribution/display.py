@@ -7,13 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from jaxtyping import Float
+from torch import Tensor
+
 from grains_tl._util import html
-from grains_tl.attribution.groups import Grouped, spaced
-from grains_tl.attribution.result import Attribution
 from grains_tl.tokens.patches import ImageSpan
 
 #: What to do with tokens of the chat template and special tokens: leave them out, fold runs of them, or show them all.
 Template = Literal["hide", "fold", "show"]
+
+#: The user's words, the template's (special tokens too), or a part of an image.
+Kind = Literal["content", "template", "image"]
 
 #: Grids with more patches than this are told in words; ``plot_image_attribution`` draws them.
 MAX_PATCHES = 324
@@ -32,45 +36,59 @@ class Piece:
     Attributes:
         text: as it is read, with the space before it.
         score: nats.
-        kind: whether it is the user's words, the template's (special tokens too), or a part of an image.
+        kind: what it belongs to.
     """
 
     text: str
     score: float
-    kind: Literal["content", "template", "image"] = "content"
+    kind: Kind = "content"
 
 
-def attribution_html(attribution: Attribution, template: Template = "fold") -> str:
-    """The display of one attribution.
+@dataclass(frozen=True)
+class Shown:
+    """A prompt with its scores, as it is displayed.
+
+    Attributes:
+        title: what the scores are.
+        about: what is said beside it.
+        pieces: the prompt in order.
+        grids: the patch grids of its images, each with its scores ``[row, col]``, nats.
+        responses: texts of the chosen and the rejected response, where they are known.
+    """
+
+    title: str
+    about: str
+    pieces: Sequence[Piece]
+    grids: Sequence[tuple[ImageSpan, Tensor]] = ()
+    responses: tuple[str, str] | None = None
+
+
+def kind_of(content: bool, is_image: bool) -> Kind:
+    """The kind of a piece."""
+    return "image" if is_image else "content" if content else "template"
+
+
+def prompt_html(shown: Shown, template: Template = "fold") -> str:
+    """The display of a prompt.
 
     Args:
-        attribution: from ``attribute``.
+        shown: the prompt with its scores.
         template: what to do with the tokens of the chat template and special tokens.
 
     Raises:
         ValueError: ``template`` is something else.
     """
-    a = attribution
-    flags = zip(a.content.tolist(), a.is_image.tolist(), strict=True)
-    kinds: list[Literal["content", "template", "image"]] = [
-        "image" if is_image else "content" if content else "template" for content, is_image in flags
-    ]
-    texts = spaced(a.tokens, () if a.starts_word is None else a.starts_word.tolist())
-    scores = a.scores.nan_to_num(0.0).tolist()
-    pieces = [Piece(*one) for one in zip(texts, scores, kinds, strict=True)]
-    return _display(a, "", pieces, template)
-
-
-def grouped_html(grouped: Grouped, template: Template = "fold") -> str:
-    """The display of scores of words, sentences or phrases: one tint for each of them."""
-    a = grouped.attribution
-    pieces = []
-    for text, score, own in zip(grouped.texts, grouped.scores.tolist(), grouped.positions, strict=True):
-        positions = list(own)
-        content, is_image = bool(a.content[positions].any()), bool(a.is_image[positions].any())
-        kind: Literal["content", "template", "image"] = "image" if is_image else "content" if content else "template"
-        pieces.append(Piece(text, score, kind))
-    return _display(a, f", {html.count(len(pieces), 'group')}", pieces, template)
+    if template not in get_args(Template):
+        raise ValueError(f"template={template!r}; expected one of {get_args(Template)}")
+    top = _largest(shown.pieces)
+    parts = [html.title(shown.title, shown.about)]
+    parts += [_image(number, span, scores) for number, (span, scores) in enumerate(shown.grids, start=1)]
+    parts.append(_text(shown.pieces, top, template))
+    if shown.responses is not None:
+        colours = (html.TOWARD_CHOSEN, html.TOWARD_REJECTED)
+        parts += [_response(*one) for one in zip(("chosen", "rejected"), shown.responses, colours, strict=True)]
+    parts.append(html.note(_scale(top)))
+    return html.frame(*parts)
 
 
 def tokens_html(tokens: Sequence[str], scores: Sequence[float]) -> str:
@@ -78,21 +96,6 @@ def tokens_html(tokens: Sequence[str], scores: Sequence[float]) -> str:
     pieces = [Piece(token, score) for token, score in zip(tokens, scores, strict=True)]
     top = _largest(pieces)
     return html.frame(_text(pieces, top, "show"), html.note(_scale(top)))
-
-
-def _display(a: Attribution, about: str, pieces: Sequence[Piece], template: Template) -> str:
-    if template not in get_args(Template):
-        raise ValueError(f"template={template!r}; expected one of {get_args(Template)}")
-    gap = "" if a.gap is None else f", completeness gap {html.signed(a.gap)} nats"
-    top = _largest(pieces)
-    parts = [html.title(a.method, f"f(x) = {html.signed(a.objective)} nats{gap}{about}")]
-    parts += [_image(a, i, span) for i, span in enumerate(a.spans)]
-    parts.append(_text(pieces, top, template))
-    if a.chosen is not None and a.rejected is not None:
-        sides = (("chosen", a.chosen, html.TOWARD_CHOSEN), ("rejected", a.rejected, html.TOWARD_REJECTED))
-        parts += [_response(*side) for side in sides]
-    parts.append(html.note(_scale(top)))
-    return html.frame(*parts)
 
 
 def _largest(pieces: Iterable[Piece]) -> float:
@@ -141,8 +144,7 @@ def _folded(run: Sequence[Piece], one: str, several: str) -> str:
     return " " + html.element("span", label, f"{_FAINT};font-size:.85em", title=title) + " "
 
 
-def _image(a: Attribution, index: int, span: ImageSpan) -> str:
-    scores = a.scores.nan_to_num(0.0)[span.positions]
+def _image(number: int, span: ImageSpan, scores: Float[Tensor, "row col"]) -> str:
     top = float(scores.abs().max())
     total = f"sum {html.signed(scores.sum())} nats, strongest patch {html.number(top)}"
     about = html.note(f"image {span.image + 1}, {span.rows} x {span.cols} patches: {total}")
@@ -151,7 +153,7 @@ def _image(a: Attribution, index: int, span: ImageSpan) -> str:
     side = max(5, min(18, 180 // span.cols))
     cells = "".join(f'<i style="{html.tint(score, top)}"></i>' for score in scores.flatten().tolist())
     grid = f"display:inline-grid;grid:auto-flow {side}px/repeat({span.cols},{side}px);gap:1px;border:1px solid #8886"
-    return html.element("div", cells, grid, title=f"patches of image {index + 1}") + about
+    return html.element("div", cells, grid, title=f"patches of image {number}") + about
 
 
 def _response(name: str, words: str, colour: str) -> str:

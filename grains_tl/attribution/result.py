@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from grains_tl._util import html
+from grains_tl.attribution.display import Piece, Shown, Template, kind_of, prompt_html
+from grains_tl.attribution.words import spaced
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,6 +82,23 @@ class Attribution:
         return f"Attribution({self})"
 
     def _repr_html_(self) -> str:
-        from grains_tl.attribution.display import attribution_html  # which imports this module
+        return self.as_html()
 
-        return attribution_html(self)
+    def as_html(self, template: Template = "fold") -> str:
+        """The prompt as text with a tint on every token; ``template`` as in ``show_tokens``."""
+        texts = spaced(self.tokens, () if self.starts_word is None else self.starts_word.tolist())
+        kinds = [kind_of(*flags) for flags in zip(self.content.tolist(), self.is_image.tolist(), strict=True)]
+        scores = self.scores.nan_to_num(0.0).tolist()
+        return prompt_html(self.shown([Piece(*one) for one in zip(texts, scores, kinds, strict=True)]), template)
+
+    def shown(self, pieces: Sequence[Piece], about: str = "") -> Shown:
+        """The prompt in pieces, with everything that is shown besides."""
+        gap = "" if self.gap is None else f", completeness gap {html.signed(self.gap)} nats"
+        scores = self.scores.nan_to_num(0.0)
+        return Shown(
+            self.method,
+            f"f(x) = {html.signed(self.objective)} nats{gap}{about}",
+            pieces,
+            [(span, scores[span.positions]) for span in self.spans],
+            None if self.chosen is None or self.rejected is None else (self.chosen, self.rejected),
+        )

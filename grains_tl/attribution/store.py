@@ -13,7 +13,7 @@ from grains_tl._util.files import short_hash
 from grains_tl._util.processes import ALONE, Processes, files
 from grains_tl._util.store import append_rows, read_lines, require_own, rows_of
 from grains_tl.attribution.api import attribute_all
-from grains_tl.attribution.methods import Method
+from grains_tl.attribution.method_base import Method
 from grains_tl.attribution.result import Attribution
 from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.inference.objectives import Objective

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from grains_tl._util.checks import whole
 from grains_tl._util.errors import OptionError
-from grains_tl.attribution.groups import GroupBy, group, groups_of, select_groups
+from grains_tl.attribution.groups import group, select_groups
 from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import Selection, check_budget, select_tokens
+from grains_tl.attribution.words import GroupBy, groups_of
 from grains_tl.tokens.pairs import TokenizedPair
 
 

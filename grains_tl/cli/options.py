@@ -45,7 +45,8 @@ def add_attribution_options(parser: argparse.ArgumentParser) -> None:
     """The attribution method and its settings."""
     from typing import get_args
 
-    from grains_tl.attribution.methods import METHODS, Nodes
+    from grains_tl.attribution.gradient_methods import Nodes
+    from grains_tl.attribution.methods import METHODS
     from grains_tl.attribution.reference import REFERENCES
     from grains_tl.hooks.mask import Masker
     from grains_tl.inference.objectives import Objective

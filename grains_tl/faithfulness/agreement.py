@@ -14,7 +14,8 @@ from torch import Tensor
 
 from grains_tl._util.stats import standard_error
 from grains_tl.attribution.api import attribute_all
-from grains_tl.attribution.methods import METHODS, Method
+from grains_tl.attribution.method_base import Method
+from grains_tl.attribution.methods import METHODS
 from grains_tl.attribution.result import Attribution
 from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs

@@ -15,7 +15,8 @@ from grains_tl._util.progress import progress_bar
 from grains_tl._util.renamed import current_names, old_keywords
 from grains_tl._util.settings import with_settings
 from grains_tl.attribution.api import check_method
-from grains_tl.attribution.methods import Method, method_of
+from grains_tl.attribution.method_base import Method
+from grains_tl.attribution.methods import method_of
 from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import select_tokens
 from grains_tl.attribution.store import attribute_records, seconds_spent

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from grains_tl._util.html import Html
-from grains_tl.attribution.display import Template, attribution_html, grouped_html, tokens_html
-from grains_tl.attribution.groups import Grouped, spaced
+from grains_tl.attribution.display import Template, tokens_html
+from grains_tl.attribution.groups import Grouped
 from grains_tl.attribution.result import Attribution
+from grains_tl.attribution.words import spaced
 from grains_tl.plotting.style import (
     CHOSEN,
     GREY,
@@ -63,10 +64,8 @@ def show_tokens(
     if renderer not in get_args(Renderer):
         raise ValueError(f"renderer={renderer!r}; expected one of {get_args(Renderer)}")
     given = attribution_or_tokens
-    if renderer == "html" and isinstance(given, Attribution):
-        return Html(attribution_html(given, template))
-    if renderer == "html" and isinstance(given, Grouped):
-        return Html(grouped_html(given, template))
+    if renderer == "html" and isinstance(given, (Attribution, Grouped)):
+        return Html(given.as_html(template))
     if isinstance(given, Attribution):
         tokens, scores = given.tokens, given.scores
     elif isinstance(given, Grouped):

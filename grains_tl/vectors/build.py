@@ -8,7 +8,7 @@ from typing import Any
 
 from grains_tl._util.processes import ALONE, Processes
 from grains_tl._util.settings import settings
-from grains_tl.attribution.methods import Method
+from grains_tl.attribution.method_base import Method
 from grains_tl.attribution.top_k import TopK
 from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.models.running import require_layers

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from grains_tl._util import html
-from grains_tl.vectors.steering import Steering
-from grains_tl.vectors.steering_vectors import SteeringVectors, made_from
+from grains_tl.vectors.directions import LayerDirections
 
 
 def vectors_html(
-    vectors: SteeringVectors, tokens: Mapping[int, tuple[Sequence[str], Sequence[str]]] | None = None
+    vectors: LayerDirections, tokens: Mapping[int, tuple[Sequence[str], Sequence[str]]] | None = None
 ) -> str:
     """The display of steering vectors.
 
@@ -39,28 +39,27 @@ def vectors_html(
     return html.frame(*parts, html.note(note))
 
 
-def steering_html(steering: Steering) -> str:
-    """The display of a step along steering vectors: how long it is at each layer."""
-    vectors = steering.vectors
-    rows = []
-    for layer in steering.layers:
-        row = list(vectors.layers).index(layer)
-        residual, length = float(vectors.resid_norms[row]), float(vectors.magnitudes[row])
-        step = steering.alpha * (residual if steering.scale == "residual" else length)
-        removed = steering.operator == "ablate"
-        rows.append(
-            [html.number(layer, "d"), html.DASH if removed else html.signed(step), html.number(residual, ".1f")]
-        )
-    scope = steering.positions if isinstance(steering.positions, str) else "masked"
-    about = [f"operator {steering.operator}", f"positions {scope}", f"alpha in units of the {_UNITS[steering.scale]}"]
-    about += [] if steering.gate is None else ["gated"]
-    title = html.title("Steering", steering.label)
-    return html.frame(
-        title, html.table(["layer", "step", "residual norm"], rows, numbers=range(3)), html.note(", ".join(about))
-    )
+def steps_html(label: str, steps: Sequence[tuple[int, float | None, float]], about: Sequence[str]) -> str:
+    """The display of a step along steering vectors.
+
+    Args:
+        label: names the steering.
+        steps: layer, length of the step there (``None`` where something is taken out), and typical residual norm.
+        about: what else is to be said.
+    """
+    rows = [
+        [html.number(layer, "d"), html.DASH if step is None else html.signed(step), html.number(residual, ".1f")]
+        for layer, step, residual in steps
+    ]
+    table = html.table(["layer", "step", "residual norm"], rows, numbers=range(3))
+    return html.frame(html.title("Steering", label), table, html.note(", ".join(about)))
 
 
-_UNITS = {"residual": "layer's typical residual norm", "raw": "vector's own length"}
+def made_from(info: Mapping[str, Any]) -> list[str]:
+    """Method, model and number of records, as far as they are known."""
+    made = [str(info["method"])] if "method" in info else []
+    made += [str(info["model"].get("name"))] if isinstance(info.get("model"), Mapping) else []
+    return [*made, f"{info['n_records']} records"] if "n_records" in info else made
 
 
 def _bar(share: float, top: float) -> str:

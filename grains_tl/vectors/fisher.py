@@ -29,9 +29,9 @@ from grains_tl.hooks.steer import Positions
 from grains_tl.models.identity import model_identity, same_fingerprint
 from grains_tl.models.running import require_layers
 from grains_tl.types import HookedModel
-from grains_tl.vectors.files import digest, read_tensors, with_checksum
 from grains_tl.vectors.fisher_samples import FisherStep, score_samples
 from grains_tl.vectors.shrunken import ShrunkenInverse
+from grains_tl.vectors.tensor_files import digest, read_tensors, with_checksum
 from grains_tl.vectors.zero_steps import StepOperator, check_step
 
 FORMAT = "grains_tl.fisher"

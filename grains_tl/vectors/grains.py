@@ -16,12 +16,14 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from grains_tl.attribution.api import check_method, current_options
-from grains_tl.attribution.groups import GroupBy
-from grains_tl.attribution.methods import LeaveOneOut, Method, method_of
+from grains_tl.attribution.method_base import Method
+from grains_tl.attribution.methods import method_of
+from grains_tl.attribution.removal_methods import LeaveOneOut
 from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import Selection
 from grains_tl.attribution.store import attribute_records, recorded_options
 from grains_tl.attribution.top_k import TopK
+from grains_tl.attribution.words import GroupBy
 from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.precision import autocast_dtype

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from grains_tl._util.checks import finite
@@ -15,30 +15,15 @@ from grains_tl._util.files import hash_of
 from grains_tl.hooks.steer import Gate, Operator, Positions, require_step, steer_hook
 from grains_tl.models.running import hooked, resid_post
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.directions import LayerDirections
+from grains_tl.vectors.display import steps_html
 from grains_tl.vectors.torch_hooks import TorchHooks
 
 #: The unit of ``alpha``: the layer's typical residual norm, or the vector's own length.
 Scale = Literal["residual", "raw"]
 
 
-@runtime_checkable
-class DirectionSet(Protocol):
-    """What steering needs of ``SteeringVectors``."""
-
-    @property
-    def directions(self) -> Float[Tensor, "layer d_model"]: ...  # noqa: D102
-    @property
-    def layers(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def magnitudes(self) -> Float[Tensor, "layer"]: ...  # noqa: D102
-    @property
-    def resid_norms(self) -> Float[Tensor, "layer"]: ...  # noqa: D102
-    @property
-    def info(self) -> Any: ...  # noqa: D102
-
-    def layer_list(self, layers: int | Sequence[int] | None) -> list[int]:
-        """Stored layers as numbers from 0."""
-        ...
+_UNITS = {"residual": "layer's typical residual norm", "raw": "vector's own length"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,7 +55,7 @@ class Steering:
         ...     model.generate("The film was")
     """
 
-    vectors: DirectionSet
+    vectors: LayerDirections
     alpha: float | int
     layers: tuple[int, ...]
     operator: Operator = "add_renorm"
@@ -79,7 +64,7 @@ class Steering:
     scale: Scale = "residual"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.vectors, DirectionSet):
+        if not isinstance(self.vectors, LayerDirections):
             raise ValueError(f"vectors are a {type(self.vectors).__name__}; expected SteeringVectors")
         if self.scale not in ("residual", "raw"):
             raise ValueError(f"scale={self.scale!r}; it is 'residual' or 'raw'")
@@ -118,9 +103,16 @@ class Steering:
         return f"Steering({self.label})"
 
     def _repr_html_(self) -> str:
-        from grains_tl.vectors.display import steering_html  # which imports this module
-
-        return steering_html(self)
+        units = self.vectors.resid_norms if self.scale == "residual" else self.vectors.magnitudes
+        steps = [
+            (layer, None if self.operator == "ablate" else self.alpha * float(units[row]), float(residual))
+            for layer, row, residual in zip(
+                self.layers, self._rows, self.vectors.resid_norms[self._rows].tolist(), strict=True
+            )
+        ]
+        scope = self.positions if isinstance(self.positions, str) else "masked"
+        about = [f"operator {self.operator}", f"positions {scope}", f"alpha in units of the {_UNITS[self.scale]}"]
+        return steps_html(self.label, steps, about + ([] if self.gate is None else ["gated"]))
 
     @property
     def key(self) -> str:

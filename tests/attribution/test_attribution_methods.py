@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.attribution import paths, samples
+from grains_tl.attribution import other_paths, paths, samples
 from grains_tl.attribution.field import Run, Sample, in_order, real_inputs
 from grains_tl.attribution.methods import METHODS
 from grains_tl.attribution.paths import Ends, Scores
@@ -82,7 +82,7 @@ def by_path(name: str, f: Callable[[Tensor], Tensor], start: Tensor = START) -> 
     if name == "adaptive":
         return paths.adaptive_path(field, both, budget=400, tolerance=1e-4)[0]
     if name == "along points":
-        return paths.along_points(
+        return other_paths.along_points(
             field, both, [torch.stack([paths.between(start, X, a) for a in torch.linspace(0, 1, 401).tolist()])]
         )[0]
     if name == "expected":
@@ -126,7 +126,7 @@ def test_of_a_maximum_the_winner_takes_the_path_while_it_wins(name: str) -> None
 def test_sequential_paths_end_at_leave_one_out() -> None:
     """On the product, moving one token alone gives (u - u') v: leave-one-out, and its sum is not f(x) - f(x')."""
     field = PlainField(product, X)
-    (found,) = paths.one_at_a_time(field, ends(field), *paths.path_nodes(3))
+    (found,) = other_paths.one_at_a_time(field, ends(field), *paths.path_nodes(3))
     torch.testing.assert_close(found.scores, torch.tensor([2 * -0.5, -0.75 * 3.0, 0.0]), atol=ATOL, rtol=0)
     assert found.gap == pytest.approx(0, abs=ATOL) and found.steps == 9
     assert found.start_value == pytest.approx(-1.5 - float(found.scores.sum()), abs=ATOL)
@@ -184,7 +184,7 @@ def test_a_walk_through_real_tokens_is_monotone_and_ends_where_it_should() -> No
     generator = torch.Generator().manual_seed(0)
     vocabulary = torch.randn(200, 4, generator=generator)
     x, start = vocabulary[:3], vocabulary[3:6]
-    path = paths.token_path(x, start, vocabulary, n_points=7)
+    path = other_paths.token_path(x, start, vocabulary, n_points=7)
     assert path.shape == (7, 3, 4) and torch.equal(path[0], start) and torch.equal(path[-1], x)
     steps = torch.diff(path, dim=0) * torch.sign(x - start)
     assert bool((steps >= -1e-6).all())

@@ -9,9 +9,8 @@ import torch
 
 import grains_tl as gr
 from grains_tl._util import html
-from grains_tl.attribution.display import attribution_html
-from grains_tl.attribution.groups import groups_of, spaced
 from grains_tl.attribution.result import Attribution
+from grains_tl.attribution.words import groups_of, spaced
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.tokens.patches import ImageSpan
 from tests._util.test_html import HOSTILE, Reader
@@ -96,7 +95,7 @@ def test_words_of_tokenizers_that_drop_spaces_stay_apart(make: Any) -> None:
     assert tokenized.responses[0] is not None and tokenized.responses[0].strip() == "was good"
     a = gr.attribute(model, record, method="leave_one_out")
     assert (a.chosen, a.rejected) == tokenized.responses
-    assert "the film was great and the food" in Reader(attribution_html(a)).data
+    assert "the film was great and the food" in Reader(a.as_html()).data
     sentence = gr.attribution.group(a, by="sentence")
     assert any("the film was great and the food" in text for text in sentence.texts)
     phrase = gr.attribution.group(a, by=["was great"])  # found although no token has a space

@@ -15,7 +15,7 @@ import grains_tl as gr
 from grains_tl._util import memory
 from grains_tl._util.memory import returned_memory
 from grains_tl.attribution import paths
-from grains_tl.attribution.methods import IntegratedGradients
+from grains_tl.attribution.gradient_methods import IntegratedGradients
 from grains_tl.attribution.store import attribute_records
 from tests.attribution.test_attribution_methods import PlainField, ends
 

@@ -17,8 +17,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.attribution.groups import groups_of
 from grains_tl.attribution.removal import values_without
+from grains_tl.attribution.words import groups_of
 from grains_tl.cli.compare import pretty
 from grains_tl.cli.main import main
 from grains_tl.faithfulness.agreement import random_attributions, random_weights

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import grains_tl as gr
-from grains_tl.attribution.methods import GradientXInput, IntegratedGradients, LeaveOneOut
+from grains_tl.attribution.gradient_methods import GradientXInput, IntegratedGradients
+from grains_tl.attribution.removal_methods import LeaveOneOut
 from grains_tl.evaluate.model_check import check_model
 from grains_tl.faithfulness.compare import compare_attributions
 from grains_tl.faithfulness.judging import Judging

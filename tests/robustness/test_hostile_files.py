@@ -17,7 +17,7 @@ from safetensors.torch import save
 import grains_tl as gr
 from grains_tl._util.store import sealed_line, unsealed
 from grains_tl.evaluate.store import open_checkpoint
-from grains_tl.vectors.files import FORMAT
+from grains_tl.vectors.tensor_files import FORMAT
 from studies.tiny_vlm.state_file import load_state, save_state
 from tests.helpers.attributing import attribute_records
 

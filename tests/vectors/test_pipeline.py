@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import grains_tl as gr
-from grains_tl.attribution.methods import METHODS, IntegratedGradients
+from grains_tl.attribution.gradient_methods import IntegratedGradients
+from grains_tl.attribution.methods import METHODS
 from grains_tl.vectors.manifest import manifest
 from tests.conftest import KINDS, TL_MAJOR, tiny_model, tiny_tokenizer
 from tests.helpers.attributing import attribute_records

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import grains_tl as gr
 from grains_tl._util.files import write_atomically
-from grains_tl.vectors.files import FORMAT
+from grains_tl.vectors.tensor_files import FORMAT
 from tests.conftest import TL_MAJOR, tiny_model
 
 ATOL = 1e-5  # unit vectors, reduced in float64 and kept in float32
