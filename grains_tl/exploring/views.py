@@ -12,7 +12,6 @@ from grains_tl._util import html
 from grains_tl._util.errors import OptionError
 from grains_tl._util.files import hash_of
 from grains_tl.attribution.api import attribute
-from grains_tl.attribution.display import attribution_html
 from grains_tl.attribution.methods import Method
 from grains_tl.attribution.result import Attribution
 from grains_tl.evaluate.costs import text_costs
@@ -208,7 +207,7 @@ def view_html(view: View, budget: float) -> str:
     scale = f"Tint: log p with steering minus without; the strongest is {STRONGEST:g} nats (blue up, red down)."
     parts = [meter(view.kl, budget), texts, *same, html.note(f"{about}. {scale}")]
     if view.attribution is not None:
-        parts += [html.title("Which prompt tokens", "speak for the steered text"), attribution_html(view.attribution)]
+        parts += [html.title("Which prompt tokens", "speak for the steered text"), view.attribution.as_html()]
     return html.frame(*parts)
 
 
