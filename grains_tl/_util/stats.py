@@ -108,6 +108,20 @@ def t_reach(se: float, n: int, level: float = 0.95) -> float:
     return float(stats.t.ppf((1 + level) / 2, n - 1)) * se
 
 
+def rank_correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    """Spearman's; NaN where one side is constant or has fewer than two values.
+
+    Examples:
+        >>> rank_correlation(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3]))
+        1.0
+    """
+    from scipy.stats import spearmanr
+
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(spearmanr(a, b).statistic)
+
+
 def standard_error(values: Sequence[float] | np.ndarray) -> float:
     """Standard error of a mean; NaN for fewer than two values."""
     x = np.asarray(values, dtype=float)

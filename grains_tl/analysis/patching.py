@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.renamed import old_keywords
+from grains_tl._util.stats import rank_correlation
 from grains_tl.analysis.runs import batch_runner
 from grains_tl.analysis.sites import (
     By,
@@ -191,15 +192,13 @@ def compare_patching(exact: pd.DataFrame, quick: pd.DataFrame, *, n_top: int = 5
         raise ValueError(
             f"the tables have {len(exact)} and {len(quick)} sites, {len(both)} in common; patch the same sites"
         )
-    from scipy.stats import rankdata
-
     a, b = both.effect.to_numpy(dtype=float), both.effect_quick.to_numpy(dtype=float)
     error = np.abs(b - a)
     top = [set(np.argsort(-np.abs(x), kind="stable")[:n_top].tolist()) for x in (a, b)]
     return pd.Series(
         {
             "correlation": _correlation(a, b),
-            "rank_correlation": _correlation(rankdata(a), rankdata(b)),
+            "rank_correlation": rank_correlation(a, b),
             "slope": float(a @ b / (a @ a)),
             "mean_error": float(error.mean()),
             "relative_error": float(error.sum() / np.abs(a).sum()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,16 +36,24 @@ def random_direction_vectors(like: SteeringVectors, *, n_draws: int = 20, seed: 
         >>> [v.layers for v in random_direction_vectors(like, n_draws=2)]
         [(4, 5), (4, 5)]
     """
+    return _drawn_like(
+        like, "random_direction", lambda g: torch.randn(like.directions.shape, generator=g), n_draws, seed
+    )
+
+
+def _drawn_like(
+    like: SteeringVectors, method: str, draw: Callable[[torch.Generator], Tensor], n_draws: int, seed: int
+) -> list[SteeringVectors]:
+    """Draws at the layers and norms of ``like``, all from one generator."""
     generator = torch.Generator().manual_seed(seed)
-    shape = tuple(like.directions.shape)
     return [
         SteeringVectors.from_raw(
-            torch.randn(shape, generator=generator),
+            draw(generator),
             like.layers,
             like.resid_norms,
-            {"method": "random_direction", "seed": seed, "draw": draw, "model": like.info.get("model")},
+            {"method": method, "seed": seed, "draw": number, "model": like.info.get("model")},
         )
-        for draw in range(n_draws)
+        for number in range(n_draws)
     ]
 
 
@@ -78,16 +86,7 @@ def orthogonal_direction_vectors(like: SteeringVectors, *, n_draws: int = 20, se
         >>> v.cosine(like).abs().max().item() < 1e-6
         True
     """
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        SteeringVectors.from_raw(
-            orthogonal_directions(like.directions, generator),
-            like.layers,
-            like.resid_norms,
-            {"method": "orthogonal_direction", "seed": seed, "draw": draw, "model": like.info.get("model")},
-        )
-        for draw in range(n_draws)
-    ]
+    return _drawn_like(like, "orthogonal_direction", lambda g: orthogonal_directions(like.directions, g), n_draws, seed)
 
 
 def shuffle_labels(differences: Differences, generator: torch.Generator) -> Differences:

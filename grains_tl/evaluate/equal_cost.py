@@ -162,15 +162,36 @@ def _at(
     """Alpha and mean effect where the KL first reaches the budget; NaN where it never does."""
     alphas, change = curve[0], curve[1] if records is None else curve[1][:, records]
     kl = _mean_kl(curve, texts)
-    above = np.flatnonzero(kl >= budget)
-    if not len(above):
+    crossed = crossing(kl, budget)
+    if crossed is None:
         return np.nan, np.nan
-    i = above[0]
-    low, high, wanted = np.sqrt([max(kl[i - 1], 0.0), kl[i], budget])
-    share = (wanted - low) / (high - low)
+    i, share = crossed
     effect = change.mean(1)
     alpha, nats = (float(x[i - 1] + share * (x[i] - x[i - 1])) for x in (alphas, effect))
     return alpha, nats
+
+
+def crossing(kl: NDArray[np.float64], budget: float) -> tuple[int, float] | None:
+    """Where a KL first reaches the budget: linear in its root, as the KL of small steps grows with alpha squared.
+
+    Args:
+        kl: at rising alphas, beginning with 0 at alpha 0.
+        budget: above 0, in the same unit.
+
+    Returns:
+        The first place that reaches the budget, and how far it lies from the place before (a share of 0 to 1); ``None``
+        where it is never reached.
+
+    Examples:
+        >>> crossing(np.array([0.0, 0.01, 0.04]), 0.0225)
+        (2, 0.5)
+    """
+    above = np.flatnonzero(kl >= budget)
+    if not len(above):
+        return None
+    i = int(above[0])
+    low, high, wanted = np.sqrt([max(kl[i - 1], 0.0), kl[i], budget])
+    return i, float((wanted - low) / (high - low))
 
 
 def _interval(draws: NDArray[np.float64], tail: float) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from grains_tl._util.stats import standard_error
+from grains_tl._util import stats
 from grains_tl.attribution.api import attribute_all
 from grains_tl.attribution.method_base import Method
 from grains_tl.attribution.methods import METHODS
@@ -31,14 +31,10 @@ def rank_correlation(a: Attribution, b: Attribution) -> float:
         >>> rank_correlation(one, one)
         1.0
     """
-    from scipy.stats import spearmanr
-
     if len(a.scores) != len(b.scores):
         raise ValueError(f"scores of {len(a.scores)} and {len(b.scores)} tokens; they must be of the same prompt")
     x, y = (s.scores[a.content].nan_to_num(0.0).double().numpy() for s in (a, b))
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    return round(float(spearmanr(x, y).statistic), 12)
+    return round(stats.rank_correlation(x, y), 12)
 
 
 def rank_agreement(found: Mapping[str, Sequence[Attribution]]) -> pd.DataFrame:
@@ -202,7 +198,7 @@ def _mean(values: np.ndarray) -> dict[str, float]:
     known = values[~np.isnan(values)]
     return {
         "spearman": float(known.mean()) if len(known) else float("nan"),
-        "se": standard_error(known),
+        "se": stats.standard_error(known),
         "n": len(known),
     }
 

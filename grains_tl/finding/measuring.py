@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from grains_tl.evaluate.costs import cost_table
+from grains_tl.evaluate.equal_cost import crossing
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Setting, grid
 from grains_tl.evaluate.store import Checkpoint
@@ -119,7 +120,7 @@ def _shared_store() -> Iterator[None]:
 
 
 def alpha_at(alphas: Sequence[float], kls: Sequence[float], budget: float) -> float:
-    """Where the KL first reaches the budget: linear in its root, as the KL grows with alpha squared.
+    """Where the KL first reaches the budget, between the alphas that were measured; NaN counts as too much.
 
     Examples:
         >>> alpha_at([0.1, 0.2], [0.01, 0.04], 0.0225)
@@ -127,14 +128,13 @@ def alpha_at(alphas: Sequence[float], kls: Sequence[float], budget: float) -> fl
         >>> alpha_at([0.1, 0.2], [0.01, 0.04], 1.0)
         0.2
     """
-    steps, roots = [0.0, *alphas], [0.0, *np.sqrt(np.maximum(np.nan_to_num(kls, nan=np.inf), 0))]
-    wanted = budget**0.5
-    for i in range(1, len(steps)):
-        if roots[i] >= wanted:
-            share = (wanted - roots[i - 1]) / (roots[i] - roots[i - 1])
-            alpha = steps[i - 1] + share * (steps[i] - steps[i - 1])
-            return float(round(alpha, 6)) or steps[1] / 2  # a smallest step that breaks the model
-    return float(steps[-1])
+    steps = [0.0, *alphas]
+    crossed = crossing(np.array([0.0, *np.nan_to_num(kls, nan=np.inf)]), budget)
+    if crossed is None:
+        return float(steps[-1])
+    i, share = crossed
+    alpha = steps[i - 1] + share * (steps[i] - steps[i - 1])
+    return float(round(alpha, 6)) or steps[1] / 2  # a smallest step that breaks the model
 
 
 def search(

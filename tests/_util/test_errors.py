@@ -44,6 +44,11 @@ def test_own_mistakes_are_not_hidden(line: str) -> None:
         assert tried(code_of(package, line)) is None
 
 
+def test_a_model_may_refuse_a_keyword() -> None:
+    """Python raises this in the line of the caller, which is ours."""
+    assert tried(code_of("grains_tl.inference", "(lambda ids: ids)(1, position_ids=2)")) is None
+
+
 def test_out_of_memory_is_not_hidden() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         tried(code_of("transformers", "raise torch.OutOfMemoryError('CUDA out of memory')"))

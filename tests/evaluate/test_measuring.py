@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import grains_tl as gr
-from grains_tl._util.stats import centred_interval, mean_interval, tails
+from grains_tl._util.stats import centred_interval, mean_interval, rank_correlation, tails
+from grains_tl.evaluate.equal_cost import crossing
 from grains_tl.evaluate.measuring import swings
+from grains_tl.finding.measuring import alpha_at
 from grains_tl.inference.objectives import kl_divergence
 
 
@@ -70,3 +72,24 @@ def test_intervals_against_scipy() -> None:
     assert tails(0.95) == [0.025, 0.975]
     low, high = centred_interval(values, 3.0, 0.9)
     assert high - low == pytest.approx(np.subtract(*np.quantile(values, [0.95, 0.05])))
+
+
+@pytest.mark.parametrize("budget", [0.005, 0.0225, 0.04, 1.0])
+def test_where_a_kl_is_reached_is_the_same_in_tables_and_searches(budget: float) -> None:
+    """Against interpolation by NumPy in the root of the KL."""
+    alphas, kls = [0.1, 0.2, 0.4], [0.01, 0.04, 0.09]
+    wanted = float(np.interp(budget**0.5, [0.0, *np.sqrt(kls)], [0.0, *alphas]))
+    assert alpha_at(alphas, kls, budget) == pytest.approx(wanted, abs=1e-6)
+    crossed = crossing(np.array([0.0, *kls]), budget)
+    if budget > max(kls):
+        assert crossed is None
+    else:
+        assert crossed is not None
+        place, share = crossed
+        steps = [0.0, *alphas]
+        assert steps[place - 1] + share * (steps[place] - steps[place - 1]) == pytest.approx(wanted)
+
+
+def test_rank_correlation_has_no_value_for_a_constant() -> None:
+    assert np.isnan(rank_correlation(np.ones(3), np.arange(3.0)))
+    assert rank_correlation(np.array([1.0, 5.0, 3.0, 3.0]), np.array([0.0, 9.0, 4.0, 4.0])) == pytest.approx(1.0)
