@@ -1,6 +1,7 @@
 from .ablation import ablate_hooks as ablate_hooks
 from .ablation import ablation_table as ablation_table
 from .direct_writers import writers as writers
+from .freezing import mechanism as mechanism
 from .geometry import building_records as building_records
 from .geometry import building_tokens as building_tokens
 from .geometry import cosine_map as cosine_map

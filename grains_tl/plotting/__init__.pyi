@@ -3,6 +3,7 @@ from .attribution import plot_convergence as plot_convergence
 from .attribution import plot_curves as plot_curves
 from .effects import plot_controls as plot_controls
 from .effects import plot_layers as plot_layers
+from .freezing import plot_mechanism as plot_mechanism
 from .hallucination import plot_captions as plot_captions
 from .hallucination import plot_yes_no as plot_yes_no
 from .images import attribution_share as attribution_share

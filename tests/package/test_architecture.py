@@ -18,6 +18,9 @@ NAMESPACES = [
     *(gr.hallucination, gr.records, gr.tokens, gr.inference, gr.models, gr.vectors, gr.finding, gr.exploring),
 ]
 
+#: Where the names that others rely on leave no room for 22.
+LARGER = {"grains_tl.analysis": 26}
+
 
 def test_few_public_names() -> None:
     assert len(gr.__all__) <= 36
@@ -32,7 +35,7 @@ def test_top_level_modules() -> None:
 @pytest.mark.parametrize("namespace", NAMESPACES, ids=lambda n: n.__name__)
 def test_namespaces(namespace: Any) -> None:
     functions = [name for name in namespace.__all__ if hasattr(namespace, name)]
-    assert len(functions) == len(namespace.__all__) <= 22
+    assert len(functions) == len(namespace.__all__) <= LARGER.get(namespace.__name__, 22)
     modules = {m.name for m in pkgutil.iter_modules(namespace.__path__)}
     shadowed = {
         name for name in namespace.__all__ if name in modules and not hasattr(getattr(namespace, name), "__path__")

@@ -1,0 +1,354 @@
+"""What carries a steering effect: later parts of the model, frozen at what they were without steering.
+
+1. Run the records without steering and keep, in every block after the steered one, what heads attend to (QK), what they
+   move (OV), what the MLP writes, and what the norms divide by.
+2. Run them steered with any of these four held at its kept value. With all four held only the step itself reaches the
+   unembedding: the direct path, which is linear in the step.
+3. The sixteen combinations give each kind's part of the effect (Shapley's value): with the direct path they add up to it.
+
+Frozen attention patterns alone are the question of arXiv 2604.08524.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from grains_tl._util.checks import whole
+from grains_tl._util.errors import OptionError
+from grains_tl._util.progress import progress_bar
+from grains_tl._util.stats import mean_interval
+from grains_tl.analysis.runs import batch_runner
+from grains_tl.evaluate.costs import text_costs
+from grains_tl.inference.logprobs import hooks_for, score_batches
+from grains_tl.inference.objectives import Objective, require_objective
+from grains_tl.models.running import require_hook_names, resid_post
+from grains_tl.records.loading import neutral_texts
+from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
+from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.steering import Steering
+from grains_tl.vectors.steering_vectors import SteeringVectors
+
+#: What is frozen or free, all later blocks together.
+PARTS = ("norms", "QK", "OV", "MLP")
+
+#: What mechanism takes apart.
+Parts = Literal["all", "layer", "head"]
+
+#: Texts on which the KL of the vector and of its random counterparts is measured.
+N_TEXTS = 12
+
+RANDOM = "random direction"
+
+#: A set of (part, layer, head) that is held at its unsteered value; head -1 for all of them.
+Frozen = frozenset[tuple[str, int, int]]
+
+
+@torch.inference_mode(False)
+def mechanism(
+    model: HookedModel,
+    steering: Steering,
+    pairs: Records,
+    *,
+    by: Parts = "all",
+    n_random: int = 3,
+    texts: Sequence[str] | None = None,
+    seed: int = 0,
+    objective: Objective = "sum",
+) -> pd.DataFrame:
+    """How a steering effect reaches the responses: directly, or through attention, MLPs and norms of later blocks.
+
+    Freezing is exact: hooks put back the values of the run without steering. Beside the vector stand random directions
+    that cost the same KL on neutral text, so that what any disturbance does can be told from what this one does.
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        steering: ``vectors.steering(alpha, layer)``.
+        pairs: the records, tokenized or not.
+        by: ``"all"``: kinds of parts over all later blocks (16 runs of the records); ``"layer"``: each kind in each block (2
+            runs each); ``"head"``: each head (2 runs each).
+        n_random: random directions; 0 for none.
+        texts: neutral texts to match the KL on; default the first 12 bundled ones.
+        seed: of the random directions.
+        objective: how response tokens are combined.
+
+    Returns:
+        A row per vector (``"steering"`` and ``"random direction"``) and part, effects in nats, mean over records:
+
+        * ``by="all"``: ``part`` is ``"direct"``, ``"norms"``, ``"QK"`` (changed attention patterns), ``"OV"`` (changed
+          values), ``"MLP"`` and ``"total"``. ``effect`` of the five adds up to the total; ``alone``: what the part adds to
+          the direct path by itself; ``lost``: what the whole effect loses if this part is frozen. Where ``alone`` and
+          ``lost`` differ the parts act together.
+        * ``by="layer"`` or ``"head"``: ``layer``, ``head``, ``part`` (of a head: ``"QK"``, or ``"head"`` for all that it
+          writes), ``alone`` with everything else frozen, and ``lost``.
+
+        ``low`` and ``high`` are the 95 % interval of ``effect`` (of ``lost`` by layer or head) over records, for random
+        directions over draws; ``share`` is of the total, ``n`` counts records or draws, ``kl`` is nats per token.
+
+    Raises:
+        ValueError: steering at the last layer (nothing comes after it), no records, an unknown option.
+        KeyError: a model without the hook points for patterns or values.
+
+    Examples:
+        >>> table = mechanism(model, vectors.steering(0.1, 18), pairs)                       # doctest: +SKIP
+        >>> table[table.vector == "steering"][["part", "effect", "low", "high", "share"]]    # doctest: +SKIP
+    """
+    if by not in ("all", "layer", "head"):
+        raise OptionError(f"by={by!r}; expected 'all', 'layer' or 'head'")
+    if not isinstance(steering, Steering):
+        raise OptionError(f"steering is a {type(steering).__name__}; expected vectors.steering(alpha, layer)")
+    require_objective(objective)
+    n_random = whole("n_random", n_random, 0)
+    tokenized = as_tokenized(model, pairs)
+    if not tokenized:
+        raise ValueError("no records; expected at least one")
+    after = range(min(steering.layers) + 1, int(model.cfg.n_layers))
+    if not after:
+        raise ValueError(f"layer {min(steering.layers)} is the model's last, so that only the direct path is left")
+    points = _points(model, after)
+    steps, spent = _with_controls(model, steering, n_random, texts, seed)
+    plan = _plan(by, after, int(model.cfg.n_heads))
+    effects = _run(model, tokenized, steps, plan, points, objective)
+    rows = [_rows(by, after, int(model.cfg.n_heads), plan, effects[:1], "steering", spent[:1])]
+    if n_random:
+        rows.append(_rows(by, after, int(model.cfg.n_heads), plan, effects[1:], RANDOM, spent[1:]))
+    return pd.DataFrame([row for part in rows for row in part])
+
+
+# -- what is run ------------------------------------------------------------------------------------------------------
+def _plan(by: Parts, after: range, n_heads: int) -> list[Frozen]:
+    """The sets that are frozen, in the order in which they are run; the first is nothing, the second everything."""
+    whole_parts = {part: frozenset((part, layer, -1) for layer in after) for part in PARTS}
+    everything = frozenset().union(*whole_parts.values())
+    sets: list[Frozen] = [frozenset(), everything]
+    if by == "all":
+        choices = itertools.chain.from_iterable(itertools.combinations(PARTS, n) for n in range(1, len(PARTS)))
+        return sets + [frozenset().union(*(whole_parts[part] for part in chosen)) for chosen in choices]
+    sites = _sites(by, after, n_heads)
+    for site in sites:
+        own = _own(site)
+        sets += [own, _but(everything, own, n_heads)]
+    return sets
+
+
+def _sites(by: Parts, after: range, n_heads: int) -> list[tuple[str, int, int]]:
+    if by == "layer":
+        return [(part, layer, -1) for layer in after for part in ("QK", "OV", "MLP")]
+    return [(part, layer, head) for layer in after for head in range(n_heads) for part in ("QK", "head")]
+
+
+def _own(site: tuple[str, int, int]) -> Frozen:
+    return frozenset([site])
+
+
+def _but(everything: Frozen, own: Frozen, n_heads: int) -> Frozen:
+    """Everything frozen but one site; of a block with a free head, its other heads one by one."""
+    ((part, layer, head),) = own
+    if head < 0:
+        return everything - own
+    rest = everything - {("QK", layer, -1), ("OV", layer, -1)}
+    if part == "QK":  # its pattern is free, all values stay
+        patterns = {("QK", layer, other) for other in range(n_heads) if other != head}
+        return rest | patterns | {("OV", layer, -1)}
+    return rest | {("head", layer, other) for other in range(n_heads) if other != head}
+
+
+def _points(model: HookedModel, after: range) -> dict[tuple[str, int], list[str]]:
+    """Hook points of every part and block; KeyError where the model lacks them."""
+    names = {
+        (part, layer): [f"blocks.{layer}.{point}"]
+        for layer in after
+        for part, point in (
+            ("QK", "attn.hook_pattern"),
+            ("OV", "attn.hook_v"),
+            ("head", "attn.hook_z"),
+            ("MLP", "hook_mlp_out"),
+        )
+    }
+    require_hook_names(model, [(name, id) for own in names.values() for name in own])
+    known = list(model.hook_dict)
+    for layer in after:
+        start = f"blocks.{layer}.ln"
+        names["norms", layer] = [name for name in known if name.startswith(start) and name.endswith(".hook_scale")]
+    if "ln_final.hook_scale" in known:
+        names["norms", after[-1]].append("ln_final.hook_scale")
+    return names
+
+
+def _run(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    steps: Sequence[Steering],
+    plan: Sequence[Frozen],
+    points: Mapping[tuple[str, int], list[str]],
+    objective: Objective,
+) -> Float[Tensor, "step set record"]:
+    """Change of the margin by each step with each set frozen, nats."""
+    effects = torch.zeros(len(steps), len(plan), len(tokenized))
+    lowest = resid_post(min(steps[0].layers))
+    with progress_bar(total=effects.numel(), desc="mechanism", unit="run") as bar, warnings.catch_warnings():
+        # a held norm is computed in another order than the model's own: float round-off
+        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+        for group, batch in score_batches(model, tokenized, objective):
+            run = batch_runner(model, batch, [lowest])
+            kept: dict[str, Tensor] = {}
+            base = run(_keep(points, kept))
+            for i, step in enumerate(steps):
+                own = hooks_for(step, batch)
+                for j, frozen in enumerate(plan):
+                    effects[i, j, group] = (run(own + _held(frozen, points, kept)) - base).cpu()
+                    bar.update(len(group))
+    return effects
+
+
+def _keep(points: Mapping[tuple[str, int], list[str]], store: dict[str, Tensor]) -> FwdHooks:
+    def keep(name: str) -> Any:
+        def hook_fn(act: Tensor, hook: Any) -> Tensor:
+            store[name] = act.detach()
+            return act
+
+        return hook_fn
+
+    return [(name, keep(name)) for own in points.values() for name in own]
+
+
+def _held(frozen: Frozen, points: Mapping[tuple[str, int], list[str]], kept: Mapping[str, Tensor]) -> FwdHooks:
+    """Hooks that put kept values back: whole activations, or single heads of a pattern or of what heads write."""
+    heads: dict[tuple[str, int], list[int]] = {}
+    for part, layer, head in frozen:
+        heads.setdefault((part, layer), []).append(head)
+
+    def put_back(name: str, own: list[int], axis: int) -> Any:
+        def hook_fn(act: Tensor, hook: Any) -> Tensor:
+            before = kept[name].to(act)
+            if -1 in own:
+                return before
+            mask = torch.zeros(act.shape[axis], dtype=torch.bool, device=act.device)
+            mask[own] = True
+            return torch.where(mask.view([-1 if a == axis else 1 for a in range(act.ndim)]), before, act)
+
+        return hook_fn
+
+    # patterns are [batch, head, query, key], values and outputs [batch, pos, head, d_head]
+    return [
+        (name, put_back(name, own, 1 if part == "QK" else 2))
+        for (part, layer), own in sorted(heads.items())
+        for name in points[part, layer]
+    ]
+
+
+# -- random directions of equal KL --------------------------------------------------------------------------------------
+def _with_controls(
+    model: HookedModel, steering: Steering, n_random: int, texts: Sequence[str] | None, seed: int
+) -> tuple[list[Steering], NDArray[np.float64]]:
+    """The step and random ones that cost as much, and the KL of each on neutral text (NaN without controls)."""
+    if not n_random:
+        return [steering], np.full(1, math.nan)
+    neutral = neutral_texts(N_TEXTS) if texts is None else list(texts)
+    generator = torch.Generator().manual_seed(seed)
+    controls = []
+    for _ in range(n_random):
+        raw = torch.randn(len(steering.layers), steering.vectors.directions.shape[1], generator=generator)
+        norms = torch.stack([steering.vectors.resid_norms[steering.vectors.layers.index(x)] for x in steering.layers])
+        vectors = SteeringVectors.from_raw(raw, steering.layers, norms.cpu(), {"method": "random_direction"})
+        controls.append(replace(steering, vectors=vectors, scale="residual", alpha=_as_share(steering)))
+    spent = _kl(model, [steering, *controls], neutral)
+    for _ in range(2):  # the KL of a step grows about with its square
+        factors = np.sqrt(spent[0] / np.maximum(spent[1:], 1e-12))
+        controls = [
+            replace(c, alpha=c.alpha * float(np.clip(f, 0.2, 5.0))) for c, f in zip(controls, factors, strict=True)
+        ]
+        spent[1:] = _kl(model, controls, neutral)
+    return [steering, *controls], spent
+
+
+def _as_share(steering: Steering) -> float:
+    """The step's size in residual norms, whatever its unit."""
+    if steering.scale == "residual":
+        return float(steering.alpha)
+    row = steering.vectors.layers.index(steering.layers[0])
+    return float(steering.alpha) * float(steering.vectors.magnitudes[row] / steering.vectors.resid_norms[row])
+
+
+def _kl(model: HookedModel, steps: Sequence[Steering], texts: Iterable[str]) -> NDArray[np.float64]:
+    frame = text_costs(model, steps, list(texts))
+    weights = frame["n_tokens"].to_numpy(dtype=float).reshape(len(steps), -1)
+    return np.average(frame["kl"].to_numpy(dtype=float).reshape(weights.shape), axis=1, weights=weights)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+def _rows(
+    by: Parts,
+    after: range,
+    n_heads: int,
+    plan: Sequence[Frozen],
+    effects: Float[Tensor, "draw set record"],
+    name: str,
+    spent: NDArray[np.float64],
+) -> list[dict[str, Any]]:
+    """The table of one vector, or of several random ones together."""
+    values = {frozen: effects[:, j].double().numpy() for j, frozen in enumerate(plan)}
+    total, direct = values[plan[0]], values[plan[1]]
+    about = {"vector": name, "kl": float(spent.mean())}
+    if by == "all":
+        shapley = _shapley(values, after)
+        rows = [{**about, "part": "direct", **_numbers(direct, total)}]
+        for part in PARTS:
+            free = plan[1] - _whole(part, after)
+            more = {
+                "alone": float((values[free] - direct).mean()),
+                "lost": float((total - values[_whole(part, after)]).mean()),
+            }
+            rows.append({**about, "part": part, **_numbers(shapley[part], total), **more})
+        return [*rows, {**about, "part": "total", **_numbers(total, total)}]
+    rows = []
+    for i, (part, layer, head) in enumerate(_sites(by, after, n_heads)):
+        frozen, free = plan[2 + 2 * i], plan[3 + 2 * i]
+        where = {"layer": layer, **({"head": head} if by == "head" else {}), "part": part}
+        numbers = _numbers(total - values[frozen], total)
+        numbers["lost"] = numbers.pop("effect")
+        rows.append({**about, **where, **numbers, "alone": float((values[free] - direct).mean())})
+    return rows
+
+
+def _whole(part: str, after: range) -> Frozen:
+    return frozenset((part, layer, -1) for layer in after)
+
+
+def _shapley(values: Mapping[Frozen, NDArray[Any]], after: range) -> dict[str, NDArray[Any]]:
+    """Each part's mean gain over all orders in which the parts can be set free."""
+
+    def of(free: frozenset[str]) -> NDArray[Any]:
+        return values[frozenset().union(*(_whole(part, after) for part in PARTS if part not in free))]
+
+    found = {}
+    for part in PARTS:
+        others = [p for p in PARTS if p != part]
+        gains = []
+        for n in range(len(PARTS)):
+            weight = 1 / (len(PARTS) * math.comb(len(others), n))
+            for chosen in itertools.combinations(others, n):
+                free = frozenset(chosen)
+                gains.append(weight * (of(free | {part}) - of(free)))
+        found[part] = np.sum(gains, axis=0)
+    return found
+
+
+def _numbers(values: NDArray[Any], total: NDArray[Any]) -> dict[str, Any]:
+    """Mean and interval: over records for one vector, over draws for several."""
+    units = values[0] if len(values) == 1 else values.mean(1)
+    mean, _, low, high = mean_interval(units)
+    whole_effect = float(total.mean())
+    share = mean / whole_effect if whole_effect else math.nan
+    return {"effect": mean, "low": low, "high": high, "share": share, "n": len(units)}
