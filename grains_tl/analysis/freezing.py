@@ -14,8 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,25 +28,20 @@ from grains_tl._util.checks import whole
 from grains_tl._util.errors import OptionError
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.stats import mean_interval
+from grains_tl.analysis.equal_kl import with_random_directions
 from grains_tl.analysis.runs import batch_runner
-from grains_tl.evaluate.costs import text_costs
 from grains_tl.inference.logprobs import hooks_for, score_batches
 from grains_tl.inference.objectives import Objective, require_objective
 from grains_tl.models.running import require_hook_names, resid_post
-from grains_tl.records.loading import neutral_texts
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.steering import Steering
-from grains_tl.vectors.steering_vectors import SteeringVectors
 
 #: What is frozen or free, all later blocks together.
 PARTS = ("norms", "QK", "OV", "MLP")
 
 #: What mechanism takes apart.
 Parts = Literal["all", "layer", "head"]
-
-#: Texts on which the KL of the vector and of its random counterparts is measured.
-N_TEXTS = 12
 
 RANDOM = "random direction"
 
@@ -117,7 +111,7 @@ def mechanism(
     if not after:
         raise ValueError(f"layer {min(steering.layers)} is the model's last, so that only the direct path is left")
     points = _points(model, after)
-    steps, spent = _with_controls(model, steering, n_random, texts, seed)
+    steps, spent = with_random_directions(model, steering, n_random, texts, seed)
     plan = _plan(by, after, int(model.cfg.n_heads))
     effects = _run(model, tokenized, steps, plan, points, objective)
     rows = [_rows(by, after, int(model.cfg.n_heads), plan, effects[:1], "steering", spent[:1])]
@@ -246,45 +240,6 @@ def _held(frozen: Frozen, points: Mapping[tuple[str, int], list[str]], kept: Map
         for (part, layer), own in sorted(heads.items())
         for name in points[part, layer]
     ]
-
-
-# -- random directions of equal KL --------------------------------------------------------------------------------------
-def _with_controls(
-    model: HookedModel, steering: Steering, n_random: int, texts: Sequence[str] | None, seed: int
-) -> tuple[list[Steering], NDArray[np.float64]]:
-    """The step and random ones that cost as much, and the KL of each on neutral text (NaN without controls)."""
-    if not n_random:
-        return [steering], np.full(1, math.nan)
-    neutral = neutral_texts(N_TEXTS) if texts is None else list(texts)
-    generator = torch.Generator().manual_seed(seed)
-    controls = []
-    for _ in range(n_random):
-        raw = torch.randn(len(steering.layers), steering.vectors.directions.shape[1], generator=generator)
-        norms = torch.stack([steering.vectors.resid_norms[steering.vectors.layers.index(x)] for x in steering.layers])
-        vectors = SteeringVectors.from_raw(raw, steering.layers, norms.cpu(), {"method": "random_direction"})
-        controls.append(replace(steering, vectors=vectors, scale="residual", alpha=_as_share(steering)))
-    spent = _kl(model, [steering, *controls], neutral)
-    for _ in range(2):  # the KL of a step grows about with its square
-        factors = np.sqrt(spent[0] / np.maximum(spent[1:], 1e-12))
-        controls = [
-            replace(c, alpha=c.alpha * float(np.clip(f, 0.2, 5.0))) for c, f in zip(controls, factors, strict=True)
-        ]
-        spent[1:] = _kl(model, controls, neutral)
-    return [steering, *controls], spent
-
-
-def _as_share(steering: Steering) -> float:
-    """The step's size in residual norms, whatever its unit."""
-    if steering.scale == "residual":
-        return float(steering.alpha)
-    row = steering.vectors.layers.index(steering.layers[0])
-    return float(steering.alpha) * float(steering.vectors.magnitudes[row] / steering.vectors.resid_norms[row])
-
-
-def _kl(model: HookedModel, steps: Sequence[Steering], texts: Iterable[str]) -> NDArray[np.float64]:
-    frame = text_costs(model, steps, list(texts))
-    weights = frame["n_tokens"].to_numpy(dtype=float).reshape(len(steps), -1)
-    return np.average(frame["kl"].to_numpy(dtype=float).reshape(weights.shape), axis=1, weights=weights)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

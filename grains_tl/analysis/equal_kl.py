@@ -1,0 +1,69 @@
+"""Random directions that cost as much KL as a given step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grains_tl.evaluate.costs import text_costs
+from grains_tl.records.loading import neutral_texts
+from grains_tl.types import HookedModel
+from grains_tl.vectors.steering import Steering
+from grains_tl.vectors.steering_vectors import SteeringVectors
+
+#: Texts on which the KL is measured.
+N_TEXTS = 12
+
+
+def with_random_directions(
+    model: HookedModel, steering: Steering, n_random: int, texts: Sequence[str] | None, seed: int
+) -> tuple[list[Steering], NDArray[np.float64]]:
+    """The step and random ones that cost as much, and the KL of each on neutral text (NaN without controls).
+
+    Args:
+        model: a ``TransformerBridge`` or ``HookedTransformer``.
+        steering: the step to match.
+        n_random: random directions, at its layers and positions and by its operator.
+        texts: neutral texts; default the first bundled ones.
+        seed: of the directions.
+
+    Returns:
+        The step and the random ones; ``[step]`` KL, nats per token.
+    """
+    if not n_random:
+        return [steering], np.full(1, math.nan)
+    neutral = neutral_texts(N_TEXTS) if texts is None else list(texts)
+    generator = torch.Generator().manual_seed(seed)
+    controls = []
+    for _ in range(n_random):
+        raw = torch.randn(len(steering.layers), steering.vectors.directions.shape[1], generator=generator)
+        norms = torch.stack([steering.vectors.resid_norms[steering.vectors.layers.index(x)] for x in steering.layers])
+        vectors = SteeringVectors.from_raw(raw, steering.layers, norms.cpu(), {"method": "random_direction"})
+        controls.append(replace(steering, vectors=vectors, scale="residual", alpha=_as_share(steering)))
+    spent = _kl(model, [steering, *controls], neutral)
+    for _ in range(2):  # the KL of a step grows about with its square
+        factors = np.sqrt(spent[0] / np.maximum(spent[1:], 1e-12))
+        controls = [
+            replace(c, alpha=c.alpha * float(np.clip(f, 0.2, 5.0))) for c, f in zip(controls, factors, strict=True)
+        ]
+        spent[1:] = _kl(model, controls, neutral)
+    return [steering, *controls], spent
+
+
+def _as_share(steering: Steering) -> float:
+    """The step's size in residual norms, whatever its unit."""
+    if steering.scale == "residual":
+        return float(steering.alpha)
+    row = steering.vectors.layers.index(steering.layers[0])
+    return float(steering.alpha) * float(steering.vectors.magnitudes[row] / steering.vectors.resid_norms[row])
+
+
+def _kl(model: HookedModel, steps: Sequence[Steering], texts: Iterable[str]) -> NDArray[np.float64]:
+    frame = text_costs(model, steps, list(texts))
+    weights = frame["n_tokens"].to_numpy(dtype=float).reshape(len(steps), -1)
+    return np.average(frame["kl"].to_numpy(dtype=float).reshape(weights.shape), axis=1, weights=weights)
