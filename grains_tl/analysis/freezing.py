@@ -129,10 +129,8 @@ def _plan(by: Parts, after: range, n_heads: int) -> list[Frozen]:
     if by == "all":
         choices = itertools.chain.from_iterable(itertools.combinations(PARTS, n) for n in range(1, len(PARTS)))
         return sets + [frozenset().union(*(whole_parts[part] for part in chosen)) for chosen in choices]
-    sites = _sites(by, after, n_heads)
-    for site in sites:
-        own = _own(site)
-        sets += [own, _but(everything, own, n_heads)]
+    for site in _sites(by, after, n_heads):
+        sets += [frozenset([site]), _but(everything, site, n_heads)]
     return sets
 
 
@@ -142,15 +140,11 @@ def _sites(by: Parts, after: range, n_heads: int) -> list[tuple[str, int, int]]:
     return [(part, layer, head) for layer in after for head in range(n_heads) for part in ("QK", "head")]
 
 
-def _own(site: tuple[str, int, int]) -> Frozen:
-    return frozenset([site])
-
-
-def _but(everything: Frozen, own: Frozen, n_heads: int) -> Frozen:
+def _but(everything: Frozen, site: tuple[str, int, int], n_heads: int) -> Frozen:
     """Everything frozen but one site; of a block with a free head, its other heads one by one."""
-    ((part, layer, head),) = own
+    part, layer, head = site
     if head < 0:
-        return everything - own
+        return everything - {site}
     rest = everything - {("QK", layer, -1), ("OV", layer, -1)}
     if part == "QK":  # its pattern is free, all values stay
         patterns = {("QK", layer, other) for other in range(n_heads) if other != head}
