@@ -123,12 +123,11 @@ def mechanism(
 # -- what is run ------------------------------------------------------------------------------------------------------
 def _plan(by: Parts, after: range, n_heads: int) -> list[Frozen]:
     """The sets that are frozen, in the order in which they are run; the first is nothing, the second everything."""
-    whole_parts = {part: frozenset((part, layer, -1) for layer in after) for part in PARTS}
-    everything = frozenset().union(*whole_parts.values())
+    everything = frozenset().union(*(_whole(part, after) for part in PARTS))
     sets: list[Frozen] = [frozenset(), everything]
     if by == "all":
         choices = itertools.chain.from_iterable(itertools.combinations(PARTS, n) for n in range(1, len(PARTS)))
-        return sets + [frozenset().union(*(whole_parts[part] for part in chosen)) for chosen in choices]
+        return sets + [frozenset().union(*(_whole(part, after) for part in chosen)) for chosen in choices]
     for site in _sites(by, after, n_heads):
         sets += [frozenset([site]), _but(everything, site, n_heads)]
     return sets
@@ -255,10 +254,8 @@ def _rows(
         rows = [{**about, "part": "direct", **_numbers(direct, total)}]
         for part in PARTS:
             free = plan[1] - _whole(part, after)
-            more = {
-                "alone": float((values[free] - direct).mean()),
-                "lost": float((total - values[_whole(part, after)]).mean()),
-            }
+            alone, lost = values[free] - direct, total - values[_whole(part, after)]
+            more = {"alone": float(alone.mean()), "lost": float(lost.mean())}
             rows.append({**about, "part": part, **_numbers(shapley[part], total), **more})
         return [*rows, {**about, "part": "total", **_numbers(total, total)}]
     rows = []
