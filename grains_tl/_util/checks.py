@@ -23,9 +23,9 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name}={value!r}; a whole number is needed") from None
+        raise ValueError(f"{name}={value!r}; expected a whole number") from None
     if least is not None and number < least:
-        raise ValueError(f"{name}={number}; at least {least} is needed")
+        raise ValueError(f"{name}={number}; expected at least {least}")
     return number
 
 
@@ -44,9 +44,9 @@ def finite(name: str, value: Any) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{name}={value!r}; one number is needed") from None
+        raise ValueError(f"{name}={value!r}; expected one number") from None
     if not math.isfinite(number):
-        raise ValueError(f"{name}={number}; a finite number is needed")
+        raise ValueError(f"{name}={number}; expected a finite number")
     return number
 
 
@@ -63,7 +63,7 @@ def listed(name: str, values: Any) -> list[Any]:
     if hasattr(values, "tolist"):  # arrays, tensors, series
         values = values.tolist()
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-        raise ValueError(f"{name}={values!r}; a list is needed: {name}=[{values}]")
+        raise ValueError(f"{name}={values!r}; expected a list: {name}=[{values}]")
     return list(values)
 
 

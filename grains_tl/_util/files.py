@@ -59,7 +59,7 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
 def cannot_write(error: OSError, path: Path, safe: str) -> OSError:
     """The same kind of error, saying which file, what is safe, and what to do."""
     reason = error.strerror or str(error)
-    return type(error)(error.errno, f"{reason}: cannot write; {safe}. Make room or give another path", str(path))
+    return type(error)(error.errno, f"{reason}: cannot write; {safe}. Free some space, or give another path", str(path))
 
 
 def plain(value: Any) -> Any:

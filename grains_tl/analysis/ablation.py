@@ -57,7 +57,7 @@ def ablate_hooks(
     """
     every = [vectors] if isinstance(vectors, SteeringVectors) else list(vectors)
     if not every:
-        raise ValueError("no vectors given; at least one direction is needed to take out")
+        raise ValueError("no vectors given; expected at least one direction to take out")
     at = layer_numbers(every[0].layers if layers is None else layers)
     if any(layer < 0 for layer in at):
         raise ValueError(f"layers={at}; layers are counted from 0, from the bottom")
@@ -132,7 +132,7 @@ def ablation_table(
     tokenized = as_tokenized(model, tokenized)
     every = [vectors] if isinstance(vectors, SteeringVectors) else list(vectors)
     if not every:
-        raise ValueError("no vectors given; at least one direction is needed to take out")
+        raise ValueError("no vectors given; expected at least one direction to take out")
     for v in every:
         v.require_match(model)
     stored = list(every[0].layers)

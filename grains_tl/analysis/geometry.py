@@ -131,7 +131,7 @@ def stability(
     n = len(differences.toward_chosen)
     check_reduction(reduce, side, n)
     if n < 4:
-        raise ValueError(f"{n} records; at least 4 are needed to set two halves against each other")
+        raise ValueError(f"{n} records; expected at least 4 to set two halves against each other")
     generator = torch.Generator().manual_seed(seed)
     halves, left_out = [], []
 
@@ -206,7 +206,7 @@ def building_records(
     for number, pair in enumerate(tokenized or (), start=1):
         if not isinstance(pair, TokenizedPair):
             kind = type(pair).__name__
-            raise ValueError(f"record {number} is a {kind}; a TokenizedPair is needed: tokenize_pairs(model, pairs)")
+            raise ValueError(f"record {number} is a {kind}; expected a TokenizedPair: tokenize_pairs(model, pairs)")
     if tokenized is not None:
         table["prompt"] = ["".join(spaced(t.strings, t.starts_word)) for t in tokenized]
         if selections is not None:

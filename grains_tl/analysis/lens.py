@@ -98,7 +98,7 @@ def embedding_neighbours(
         >>> embedding_neighbours(model, vectors, layers=[24])["token"].tolist()     # doctest: +SKIP
     """
     if space not in ("embed", "unembed"):
-        raise ValueError(f"space={space!r}; it is 'embed' or 'unembed'")
+        raise ValueError(f"space={space!r}; expected 'embed' or 'unembed'")
     chosen = vectors.at(vectors.layers if layers is None else layers)
     chosen.require_match(model)
     units = chosen.directions.to(device_of(model))

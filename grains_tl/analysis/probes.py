@@ -109,7 +109,7 @@ def residuals(
     """
     tokenized = as_tokenized(model, tokenized)
     if readout not in get_args(ProbeReadout):
-        raise ValueError(f"readout={readout!r}; it is one of {get_args(ProbeReadout)}")
+        raise ValueError(f"readout={readout!r}; expected one of {get_args(ProbeReadout)}")
     at = existing_layers(model, range(model.cfg.n_layers) if layers is None else layers)
     with hooked(model, fwd_hooks or []):
         if readout == "response_end":
@@ -170,7 +170,7 @@ def fit_probes(
     if features.shape[1:3] != (2, len(layers)):
         raise ValueError(f"features {tuple(features.shape)} do not fit [record, 2, {len(layers)} layers, d_model]")
     if not 2 <= n_folds <= n:
-        raise ValueError(f"{n} records in n_folds={n_folds}; at least 2 folds and one record in each are needed")
+        raise ValueError(f"{n} records in n_folds={n_folds}; expected at least 2 folds and one record in each")
     rng = np.random.default_rng(seed)
     fold = rng.permutation(np.arange(n) % n_folds)
     swapped = np.concatenate([np.zeros((1, n), dtype=bool), rng.random((n_shuffles, n)) < 0.5])

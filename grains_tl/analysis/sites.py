@@ -43,7 +43,7 @@ def act_name(component: Component, layer: int) -> str:
         ('blocks.3.attn.hook_z', 'blocks.3.hook_mlp_out')
     """
     if component not in get_args(Component):
-        raise ValueError(f"component={component!r}; it is one of {get_args(Component)}")
+        raise ValueError(f"component={component!r}; expected one of {get_args(Component)}")
     return f"blocks.{layer}.attn.hook_z" if component == "z" else f"blocks.{layer}.hook_{component}"
 
 
@@ -75,7 +75,7 @@ def check_options(components: Sequence[str], by: str, into: str, method: str) ->
         ("method", method, ("exact", "gradient")),
     ):
         if value not in known:
-            raise ValueError(f"{name}={value!r}; it is one of {known}")
+            raise ValueError(f"{name}={value!r}; expected one of {known}")
     if by == "head" and tuple(components) != ("z",):
         raise ValueError(f"by='head' with component={list(components)}; only component='z' has heads")
     if not components or (by == "pos" and len(components) > 1):

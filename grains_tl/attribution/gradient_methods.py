@@ -59,9 +59,9 @@ class IntegratedGradients(Method):
         super().__post_init__()
         check_reference(self.reference)
         if self.nodes is not None and self.nodes not in get_args(Nodes):
-            raise OptionError(f"nodes={self.nodes!r} is not known; choose one of {', '.join(get_args(Nodes))}")
+            raise OptionError(f"nodes={self.nodes!r} is not known; expected one of {', '.join(get_args(Nodes))}")
         if self.nodes == "adaptive" and self.n_steps < 3:
-            raise OptionError(f"n_steps={self.n_steps}: adaptive nodes need at least 3 gradients")
+            raise OptionError(f"n_steps={self.n_steps} is too few for adaptive nodes; expected at least 3")
 
     @override
     def scores(self, job: Job) -> list[Scores]:
@@ -100,7 +100,9 @@ class SequentialIG(Method):
         super().__post_init__()
         check_reference(self.reference)
         if self.nodes not in (None, "gauss_legendre", "riemann"):
-            raise OptionError(f"nodes={self.nodes!r}: sequential_ig takes 'gauss_legendre' or 'riemann'")
+            raise OptionError(
+                f"nodes={self.nodes!r} cannot be used by sequential_ig; expected 'gauss_legendre' or 'riemann'"
+            )
 
     @override
     def n_runs(self, record: TokenizedPair) -> int:
@@ -137,7 +139,9 @@ class DiscretizedIG(Method):
         super().__post_init__()
         check_reference(self.reference)
         if self.n_steps < 2:
-            raise OptionError(f"n_steps={self.n_steps}: discretized_ig needs both ends of its path, n_steps=2 or more")
+            raise OptionError(
+                f"n_steps={self.n_steps} is too few for discretized_ig, whose path has two ends; expected at least 2"
+            )
 
     @override
     def scores(self, job: Job) -> list[Scores]:
@@ -210,7 +214,7 @@ class SmoothGrad(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if finite("noise", self.noise) < 0:
-            raise OptionError(f"noise={self.noise}: a fraction of 0 or more is needed")
+            raise OptionError(f"noise={self.noise}: expected a fraction of 0 or more")
 
     @override
     def scores(self, job: Job) -> list[Scores]:

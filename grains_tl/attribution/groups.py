@@ -116,7 +116,7 @@ def select_groups(grouped: Grouped, top_k: int) -> Selection:
         Selection(toward_chosen=(1, 2), toward_rejected=(0,))
     """
     if top_k < 1:
-        raise ValueError(f"top_k={top_k}; at least one group must be chosen")
+        raise ValueError(f"top_k={top_k}; expected at least 1 group")
     order = [i for i in grouped.scores.argsort(descending=True, stable=True).tolist() if grouped.content[i]]
     up = [i for i in order if grouped.scores[i] > 0][:top_k]
     down = [i for i in reversed(order) if grouped.scores[i] < 0][:top_k]

@@ -99,7 +99,7 @@ class GradientJob:
             ValueError: several references where one is needed.
         """
         if not isinstance(reference, (str, Tensor)):
-            raise ValueError(f"reference={reference!r}: this method needs a single one")
+            raise ValueError(f"reference={reference!r}; this method expects a single reference, not a list")
         if self.field.layer is None or isinstance(reference, Tensor):
             return self._starts(reference, self.x)
         # inside the model the reference is what the layers below make of a reference prompt

@@ -63,17 +63,19 @@ def method_of(method: Method | str, *, shared: Mapping[str, Any] | None = None, 
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(method, Method):
         if given:
-            raise OptionError(f"{', '.join(given)}: set these on the method itself: {type(method).__name__}(...)")
+            raise OptionError(
+                f"{', '.join(given)} cannot be given beside a method value; set them on it: {type(method).__name__}(...)"
+            )
         return method
     if method not in METHODS:
-        raise OptionError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
+        raise OptionError(f"method={method!r} is not known; expected one of {', '.join(METHODS)}")
     kind = METHODS[method]
     known = kind.field_names()
     if "n_steps" not in known and "n_steps" in given:
         whole("n_steps", given.pop("n_steps"), 1)
     unknown = sorted(set(given) - set(known))
     if unknown:
-        has = f"its options are {', '.join(known)}" if known else "it has no options"
+        has = f"its options are {', '.join(known)}" if known else "it takes no options"
         raise OptionError(f"method {method!r} takes no {', '.join(unknown)}; {has}")
     common = {name: value for name, value in (shared or {}).items() if name in known and value is not None}
     return kind(**{**common, **given})

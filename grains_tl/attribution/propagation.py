@@ -42,7 +42,7 @@ def frozen_hooks(model: HookedModel, *, from_layer: int = 0) -> FwdHooks:
         missing = [name for name in needed if name not in known] or ([] if scales else [f"{block}.ln1.hook_scale"])
         if missing:
             raise ValueError(
-                f"attention-aware propagation needs the hook points {missing}; this model does not have them"
+                f"attention_aware needs the hook points {missing}, which this model does not have; use another method"
             )
         hooks += [(name, _constant) for name in (*scales, needed[0])]
         hooks += _linear_mlp(block, gated=f"{block}.mlp.hook_pre_linear" in known)
@@ -74,8 +74,8 @@ def checked(hooks: FwdHooks, *, fired: set[str] | None = None) -> Iterator[FwdHo
     silent = sorted({name for name, _ in hooks} - seen)
     if silent:
         raise ValueError(
-            f"attention-aware propagation is not supported here: the hook points {silent[:4]} did not fire on this model "
-            "(a fused kernel computes there); use another method"
+            f"attention_aware does not work on this model: its hook points {silent[:4]} never ran "
+            "(a fused kernel takes their place); use another method"
         )
 
 

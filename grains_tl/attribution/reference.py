@@ -50,11 +50,13 @@ def check_reference(reference: Reference | None, *, several: bool = False) -> No
         return
     if not isinstance(reference, (str, Tensor)):
         if not several or not len(reference):
-            raise ValueError(f"reference={reference!r}: several references are for expected_gradients")
+            raise ValueError(
+                f"reference={reference!r} is a list; only expected_gradients takes several references, and at least one"
+            )
         for one in reference:
             check_reference(one)
     elif isinstance(reference, str) and reference not in (*REFERENCES, OLD_NAME):
-        raise ValueError(f"reference={reference!r} is not known; choose one of {', '.join(REFERENCES)}, or a vector")
+        raise ValueError(f"reference={reference!r} is not known; expected one of {', '.join(REFERENCES)}, or a vector")
 
 
 class References:
@@ -69,7 +71,7 @@ class References:
         if isinstance(reference, Tensor):
             if reference.shape not in (x.shape, x.shape[-1:]):
                 raise ValueError(
-                    f"the reference has shape {tuple(reference.shape)}; the embeddings have {tuple(x.shape)}"
+                    f"the reference has shape {tuple(reference.shape)}; expected {tuple(x.shape)} or {tuple(x.shape[-1:])}"
                 )
             return reference.detach().to(x).expand_as(x).clone()
         if reference == "uniform_prompt":
@@ -103,7 +105,8 @@ class References:
             words = neutral_tokens(self.model)
             if not words:
                 raise ValueError(
-                    "reference 'function_words': the tokenizer writes no English function word as one token; use another one"
+                    "reference='function_words' needs a tokenizer with English function words as single tokens, "
+                    "and this one has none; use another reference, such as 'mean_embedding'"
                 )
             ids = torch.tensor([words], device=device_of(self.model))
             self._vectors["function_words"] = embed_tokens(self.model, ids)[0].float().cpu()

@@ -64,9 +64,11 @@ def select_tokens(
 def check_budget(top_k: int, top_k_image: int | None = None) -> None:
     """Refuse numbers that choose nothing (ValueError)."""
     if top_k_image is None and top_k < 1:
-        raise ValueError(f"top_k={top_k}; at least one token must be chosen")
+        raise ValueError(f"top_k={top_k}; expected at least 1")
     if top_k_image is not None and (min(top_k, top_k_image) < 0 or top_k + top_k_image < 1):
-        raise ValueError(f"top_k={top_k}, top_k_image={top_k_image}; at least one token must be chosen, none negative")
+        raise ValueError(
+            f"top_k={top_k}, top_k_image={top_k_image}; expected numbers from 0 on, at least one of them above 0"
+        )
 
 
 def _first(order: list[int], is_image: Tensor, top_k: int, top_k_image: int | None) -> list[int]:

@@ -44,10 +44,10 @@ class TopK:
         check_budget(self.k, self.image)
         if self.group_by is not None and self.image is not None:
             raise OptionError(
-                f"top_k_image={self.image} counts patches, group_by={self.group_by!r} words; use one of them"
+                f"top_k_image={self.image} and group_by={self.group_by!r} cannot be combined; give one of them"
             )
         if self.group_by is not None and self.spare_end:
-            raise OptionError(f"spare_end is for single tokens, group_by={self.group_by!r} for groups; use one of them")
+            raise OptionError(f"spare_end and group_by={self.group_by!r} cannot be combined; give one of them")
 
     @classmethod
     def of(cls, top_k: TopK | int) -> TopK:
@@ -73,10 +73,10 @@ class TopK:
             groups = groups_of(pair.strings, pair.starts_word, self.group_by, pair.wordless)
             n = sum(any(pair.content[p] for p in own) for own in groups)
             if self.k > n:
-                raise ValueError(f"top_k={self.k}, but its prompt has {n} content groups")
+                raise ValueError(f"top_k={self.k} is more than the {n} content groups of its prompt")
             return
         n_text = pair.n_content - (0 if self.image is None else pair.n_patches)
         if self.k > n_text:
-            raise ValueError(f"top_k={self.k}, but its prompt has {n_text} content tokens")
+            raise ValueError(f"top_k={self.k} is more than the {n_text} content tokens of its prompt")
         if (self.image or 0) > pair.n_patches:
-            raise ValueError(f"top_k_image={self.image}, but its prompt has {pair.n_patches} patches")
+            raise ValueError(f"top_k_image={self.image} is more than the {pair.n_patches} patches of its prompt")

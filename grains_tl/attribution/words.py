@@ -30,7 +30,7 @@ def groups_of(
     if by == "sentence":
         return _sentences(tokens, begins, apart)
     if isinstance(by, str):
-        raise ValueError(f"grouping {by!r}; it is 'word', 'sentence' or a list of spans")
+        raise ValueError(f"grouping {by!r}; expected 'word', 'sentence' or a list of spans")
     pieces = spaced(tokens, starts_word)
     return _with_spans(len(tokens), [_span(pieces, one) for one in by])
 
@@ -87,7 +87,7 @@ def _span(tokens: Sequence[str], span: Any) -> tuple[int, int]:
         text = "".join(tokens)
         at = text.find(span)
         if not span or at < 0:
-            raise ValueError(f"the text {span!r} does not stand in the prompt {text!r}")
+            raise ValueError(f"the text {span!r} is not in the prompt {text!r}")
         ends = torch.tensor([len(t) for t in tokens]).cumsum(0).tolist()
         first = next(i for i, end in enumerate(ends) if end > at)
         last = next(i for i, end in enumerate(ends) if end >= at + len(span))
@@ -95,7 +95,9 @@ def _span(tokens: Sequence[str], span: Any) -> tuple[int, int]:
     begin, end = span
     if not 0 <= begin < end <= len(tokens):
         raise ValueError(
-            f"span {(begin, end)}; the prompt has positions 0 to {len(tokens) - 1}, the end is not included"
+            f"the span {(begin, end)} lies outside the prompt, which has positions 0 to {len(tokens) - 1}; the "
+            "end of a span is not "
+            "included"
         )
     return int(begin), int(end)
 

@@ -96,7 +96,7 @@ def baseline_draws(
         names = [name for name in CONTROLS if name != "orthogonal_direction" or told.like is not None]
     wanted_recipes = _recipes(names, told)
     if n_draws < 1:
-        raise ValueError(f"n_draws={n_draws}; at least one draw is needed")
+        raise ValueError(f"n_draws={n_draws}; expected at least one draw")
     wanted = tuple(require_layers(model, layers))
     records = BuildingRecords(model, tokenize_pairs(model, pairs), wanted)
     for recipe in wanted_recipes.values():
@@ -156,7 +156,7 @@ def baseline_vectors(
 
 def _recipes(names: Sequence[str | RecipeFunction], told: ControlOptions) -> dict[str, DirectRecipe]:
     if isinstance(names, str) or not names:
-        raise ValueError(f"names={names!r}; a list of baselines is needed, such as ['caa', 'icv']")
+        raise ValueError(f"names={names!r}; expected a list of baselines, such as ['caa', 'icv']")
     unknown = [n for n in names if isinstance(n, str) and n not in BASELINES]
     if unknown:
         raise ValueError(f"no baselines called {unknown}; there are {list(BASELINES)}, or pass a function")

@@ -66,9 +66,9 @@ class HeadVectors:
             ValueError: an unknown scale, a non-finite alpha, or heads whose pushes cancel.
         """
         if scale not in ("residual", "sigma"):
-            raise ValueError(f"scale={scale!r}; it is 'residual' or 'sigma'")
+            raise ValueError(f"scale={scale!r}; expected 'residual' or 'sigma'")
         if not math.isfinite(alpha):
-            raise ValueError(f"alpha={alpha}; a finite number is needed")
+            raise ValueError(f"alpha={alpha}; expected a finite number")
         factor = alpha
         if scale == "residual":
             push = float((self.sigmas[:, None] * self.writes).sum(0).norm())
@@ -139,7 +139,7 @@ def head_vectors(
     per_layer = int(model.cfg.n_heads)
     candidates = [(layer, head) for layer in wanted for head in range(per_layer)]
     if direction not in ("mean_shift", "probe"):
-        raise ValueError(f"direction={direction!r}; it is 'mean_shift' or 'probe'")
+        raise ValueError(f"direction={direction!r}; expected 'mean_shift' or 'probe'")
     if len(tokenized) < 2:
         raise ValueError(f"probes need at least 2 records, {len(tokenized)} given")
     n_heads = max(1, round(0.05 * len(candidates))) if n_heads is None else n_heads

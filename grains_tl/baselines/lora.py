@@ -99,7 +99,7 @@ def lora_adapter(
     if torch.is_inference_mode_enabled():
         raise ValueError("an adapter cannot be trained inside torch.inference_mode(); train it outside")
     if loss not in ("sft", "dpo"):
-        raise ValueError(f"loss={loss!r}; it is 'sft' or 'dpo'")
+        raise ValueError(f"loss={loss!r}; expected 'sft' or 'dpo'")
     if min(rank, n_epochs, batch_size) < 1 or learning_rate <= 0 or beta <= 0:
         raise ValueError("rank, n_epochs and batch_size are at least 1, learning_rate and beta positive")
     tokenized = tokenize_pairs(model, pairs)

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Any], rea
     names = [name.strip() for name in args.methods.split(",") if name.strip()]
     methods = [method_of(name, shared={"n_steps": args.n_steps}) for name in names]
     if args.limit < 1 or args.eval_limit < 0:
-        raise ValueError(f"--limit {args.limit} --eval-limit {args.eval_limit}: at least one record is needed")
+        raise ValueError(f"--limit {args.limit} --eval-limit {args.eval_limit}: expected at least one record")
     files = [*args.pairs, *(args.set or ([] if args.pairs else BUNDLED))]
     stems = [Path(name).stem for name in files]  # what the table and the page call them
     if len(set(stems)) < len(stems):

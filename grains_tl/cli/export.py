@@ -42,7 +42,7 @@ def run_export(args: argparse.Namespace, load: Callable[[argparse.Namespace, str
         print(f"{path}: llama-cli -m MODEL.gguf --control-vector-scaled {path} SCALE; SCALE 1 is alpha {alpha:g}")
         return
     if args.alpha is None:
-        raise ValueError(f"--format {args.format} needs --alpha: the size of the step is part of what is written")
+        raise ValueError(f"--format {args.format} needs --alpha, because the size of the step is written into the file")
     if args.format == "vllm":
         spec = vllm_interventions(vectors, alpha=args.alpha, **common)
         path = write_atomically(args.out, (json.dumps(spec) + "\n").encode())

@@ -59,7 +59,9 @@ def _parts(pairs: Any, column: str) -> dict[str, list[Any]]:
     parts: dict[str, list[Any]] = {}
     for number, pair in enumerate(pairs, start=1):
         if column not in pair.meta:
-            raise ValueError(f"--split {column}: record {number} has no such column; it has {sorted(pair.meta)}")
+            raise ValueError(
+                f"--split {column}: record {number} does not have this column; its columns are {sorted(pair.meta)}"
+            )
         parts.setdefault(str(pair.meta[column]), []).append(pair)
     return parts
 

@@ -210,7 +210,7 @@ def _vision_demo(args: argparse.Namespace) -> None:
     from grains_tl.demo.vision import VISION_QUICK, VisionDemoSettings, run_vision_demo, vision_summary
 
     if args.set:
-        raise ValueError("--set is for text models; the tiny-vlm demo makes its own scenes")
+        raise ValueError("--set cannot be used with tiny-vlm, whose demo makes its own scenes; leave it out")
     results = run_vision_demo(load(args), args.out, VISION_QUICK if args.quick else VisionDemoSettings())
     print(vision_summary(results))
     print(f"\n{results['seconds']:.0f} s; open {Path(args.out) / 'report.html'} (numbers in results.json beside it)")
@@ -265,7 +265,7 @@ def _steer(args: argparse.Namespace) -> None:
     # refuses bad options now, not after the model is loaded and has written the base text
     steering = vectors.steering(args.alpha, layers, operator=args.operator, positions=args.positions)
     if not all(prompt.strip() for prompt in args.prompt):
-        raise ValueError("--prompt is empty; some text is needed")
+        raise ValueError("--prompt is empty; expected some text")
     model = load(args, vectors.info.get("model", {}).get("name"))
     vectors.require_match(model)
     prompts = [[{"role": "user", "content": p}] if args.chat else p for p in args.prompt]

@@ -74,7 +74,7 @@ def layer_list(text: str) -> list[int]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 12,18 or 10-20") from None
     if not layers:
-        raise argparse.ArgumentTypeError(f"{text!r} has no layer in it; write the lower one first, as in 10-20")
+        raise argparse.ArgumentTypeError(f"{text!r} contains no layer; write the lower one first, as in 10-20")
     return layers
 
 

@@ -63,11 +63,11 @@ def run_sweep(args: argparse.Namespace, pairs: Any, test: Any, load: Callable[[s
     for stem, one in vectors.items():
         lacking = sorted(set(args.layers or []) - set(one.layers))
         if lacking:
-            raise ValueError(f"--layers: {stem} has no layers {lacking}; stored are {list(one.layers)}")
+            raise ValueError(f"--layers: {stem} does not contain the layers {lacking}; it contains {list(one.layers)}")
     both = {record_id(pair) for pair in pairs} & {record_id(pair) for pair in test}
     if both:
         raise ValueError(
-            f"--test: {len(both)} of its records are in --pairs too; report on records that were not used to choose"
+            f"--test: {len(both)} of its records are also in --pairs; give records that were not used to choose"
         )
     model = load(next(iter(vectors.values())).info.get("model", {}).get("name"))
     checkpoint = sweep_checkpoint(args)

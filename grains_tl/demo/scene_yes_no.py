@@ -87,7 +87,7 @@ def yes_no_curves(
     """
     truth = [q.answer for q in questions]
     if len(set(truth)) < 2:
-        raise ValueError(f"{len(truth)} questions with one kind of answer; both yes and no are needed")
+        raise ValueError(f"{len(truth)} questions with one kind of answer; expected both yes and no")
     base = question_margins(model, questions).numpy()
     biases = [0.0, *-np.quantile(base, np.linspace(0.01, 0.99, n_biases))]
     rows = [_row("constant bias", math.nan, float(b), truth, base + b) for b in sorted(biases)]

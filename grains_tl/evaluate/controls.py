@@ -97,7 +97,7 @@ def compare_with_controls(
         )
     n_test_draws = whole("n_test_draws", n_test_draws, 1)
     if not test:
-        raise ValueError("no test records; at least one is needed")
+        raise ValueError("no test records; expected at least one")
     choose, test = as_tokenized(model, choose), as_tokenized(model, test)
     base, found = swings(model, test, list(vectors.values()), alpha)
     part = test[:n_test_draws]

@@ -51,7 +51,7 @@ def cost_rows(model: HookedModel, texts: Sequence[str] | None = None) -> list[li
         if len(rows[-1]) < 2:
             raise ValueError(f"text {number} has fewer than two tokens, so nothing in it is predicted")
     if not rows:
-        raise ValueError("no texts; at least one is needed")
+        raise ValueError("no texts; expected at least one")
     return rows
 
 

@@ -198,9 +198,7 @@ def _questions(records: list[Record]) -> list[MultipleChoice]:
     """The records, none lost: one of another kind would shift the results of all after it."""
     for number, record in enumerate(records, start=1):
         if not isinstance(record, MultipleChoice):
-            raise ValueError(
-                f"record {number} is a {type(record).__name__} among questions; a MultipleChoice is needed"
-            )
+            raise ValueError(f"record {number} is a {type(record).__name__} among questions; expected a MultipleChoice")
     return [r for r in records if isinstance(r, MultipleChoice)]
 
 

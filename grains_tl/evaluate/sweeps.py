@@ -134,7 +134,7 @@ def sweep_records(
         >>> effect_at_kl(found, costs, kl=0.05, against="caa")                               # doctest: +SKIP
     """
     if isinstance(pairs, PreferencePair):
-        raise ValueError("records are a PreferencePair; a list of PreferencePair is needed: [pair] for one")
+        raise ValueError("records are a PreferencePair; expected a list of PreferencePair: [pair] for one")
     if isinstance(pairs, (str, Path)):
         raise ValueError(f"records are the path {str(pairs)!r}; read them first: gr.load_pairs({str(pairs)!r})")
     records = listed("records", pairs)

@@ -32,7 +32,7 @@ def rank_correlation(a: Attribution, b: Attribution) -> float:
         1.0
     """
     if len(a.scores) != len(b.scores):
-        raise ValueError(f"scores of {len(a.scores)} and {len(b.scores)} tokens; they must be of the same prompt")
+        raise ValueError(f"attributions of {len(a.scores)} and {len(b.scores)} tokens; expected two of the same prompt")
     x, y = (s.scores[a.content].nan_to_num(0.0).double().numpy() for s in (a, b))
     return round(stats.rank_correlation(x, y), 12)
 
@@ -114,7 +114,7 @@ def seed_agreement(
         >>> seed_agreement(model, pairs, method="leave_k_out", seeds=(0, 1))     # doctest: +SKIP
     """
     if len(set(seeds)) < 2:
-        raise ValueError(f"seeds={tuple(seeds)}; at least two different ones are needed")
+        raise ValueError(f"seeds={tuple(seeds)}; expected at least two different ones")
     tokenized = tokenize_pairs(model, pairs)
     found = {f"seed {seed}": attribute_all(model, tokenized, **_with_seed(method, seed), **options) for seed in seeds}
     return rank_agreement(found)

@@ -91,7 +91,7 @@ def curves(
     _require_same(tokenized, attributions)
     shares = [finite("share", s) for s in listed("shares", shares)]
     if not shares or any(not 0 < s < 1 for s in shares):
-        raise ValueError(f"shares={tuple(shares)}; they lie between 0 and 1 (both ends are always added)")
+        raise ValueError(f"shares={tuple(shares)}; expected numbers between 0 and 1 (both ends are always added)")
     steps = [0.0, *sorted(shares), 1.0]
     orders = [content_order(a) for a in attributions]
     removals: list[Removal] = []
@@ -141,4 +141,4 @@ def _require_same(tokenized: Sequence[TokenizedPair], attributions: Sequence[Att
         len(t.prompt) == len(a.scores) for t, a in zip(tokenized, attributions, strict=True)
     )
     if not same:
-        raise ValueError("one attribution per record is needed, with a score for every prompt token of it")
+        raise ValueError("expected one attribution per record, with one score for each of its prompt tokens")

@@ -70,7 +70,7 @@ def caption_hallucination(
         (0.5, 0.333, 0.75)
     """
     if not captions or len(captions) != len(present):
-        raise ValueError(f"{len(captions)} captions and {len(present)} sets of objects; one each is needed")
+        raise ValueError(f"{len(captions)} captions and {len(present)} sets of objects; expected one each")
     absent, covered, right, wrong, missed = [], [], 0, 0, 0
     for text, there in zip(captions, present, strict=True):
         named, real = set(objects(text)), set(there)

@@ -108,7 +108,10 @@ class ImageQuestion:
             ValueError: an open question, or one whose answer is not known.
         """
         if self.answer is None or len(self.options) < 2:
-            raise ValueError(f"the question has {len(self.options)} options and the answer {self.reference!r}: no pair")
+            raise ValueError(
+                f"a question with {len(self.options)} options and the answer {self.reference!r} gives no "
+                "preference pair; expected a right and a wrong option"
+            )
         wrong = next(i for i in range(len(self.options)) if i != self.answer)
         letters = [f"({string.ascii_uppercase[i]})" for i in (self.answer, wrong)]
         image = list(self.images) or None
@@ -146,7 +149,9 @@ def load_pope(source: Source, split: str | None = None, *, images: str | Path | 
         text = row.get("text", row.get("question"))
         label = str(row["label"]).strip().lower()
         if text is None or label not in ("yes", "no"):
-            raise ValueError(f"row {number}: POPE needs a text and a label yes or no; got {text!r}, {row['label']!r}")
+            raise ValueError(
+                f"row {number}: expected a text and a label yes or no (POPE), got {text!r}, {row['label']!r}"
+            )
         name = split or str(row.get("category", "unknown"))
         used = ("image", "text", "question", "label")
         found.append(YesNoQuestion(_image(row["image"], images), str(text), label == "yes", name, _others(row, used)))
@@ -246,7 +251,9 @@ def load_mmmu(source: Source, *, images: str | Path | None = None) -> list[Image
         places = string.ascii_uppercase[: len(options)]
         answer = places.index(letter) if len(letter) == 1 and letter in places else None
         if options and answer is None and letter != "?":  # the test split keeps its answers back
-            raise ValueError(f"row {number}: the answer {letter!r} is none of the {len(options)} options ({places})")
+            raise ValueError(
+                f"row {number}: the answer {letter!r} does not name one of the {len(options)} options ({places})"
+            )
         pictures = [row.get(f"image_{i}") for i in range(1, 8)]
         kept = tuple(_image(p, images) for p in pictures if p is not None)
         meta = _others(row, ("question", "options", "answer", *(f"image_{i}" for i in range(1, 8))))
@@ -259,18 +266,18 @@ def _options(value: Any, number: int) -> tuple[str, ...]:
         try:
             value = ast.literal_eval(value) if value.strip() else []
         except (ValueError, SyntaxError):
-            raise ValueError(f"row {number}: options {value!r} are not a list") from None
+            raise ValueError(f"row {number}: options {value!r} cannot be read as a list") from None
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"row {number}: options are a {type(value).__name__}; a list is needed")
+        raise ValueError(f"row {number}: options are a {type(value).__name__}; expected a list")
     return tuple(str(option) for option in value)
 
 
 def _require(row: Any, columns: Sequence[str], number: int) -> None:
     if not isinstance(row, Mapping):
-        raise ValueError(f"row {number} is a {type(row).__name__}; a mapping with {list(columns)} is needed")
+        raise ValueError(f"row {number} is a {type(row).__name__}; expected a mapping with {list(columns)}")
     missing = [c for c in columns if row.get(c) is None]
     if missing:
-        raise ValueError(f"row {number} has no {missing}; it has {list(row)}")
+        raise ValueError(f"row {number} lacks the columns {missing}; it has {list(row)}")
 
 
 def _image(value: Any, folder: str | Path | None) -> Any:

@@ -96,14 +96,16 @@ def judge_answers(
         [True]
     """
     if len(questions) != len(answers):
-        raise ValueError(f"{len(questions)} questions and {len(answers)} answers; one each is needed")
+        raise ValueError(f"{len(questions)} questions and {len(answers)} answers; expected one each")
     rows = []
     pairs = progress_bar(zip(questions, answers, strict=True), total=len(questions), desc="judge")
     for number, (question, answer) in enumerate(pairs, start=1):
         reply = judge(rating_prompt(question, answer))
         rating = read_rating(reply)
         if rating is None:
-            raise ValueError(f"answer {number}: the judge's reply has no 'Rating: 0..6': {reply[:200]!r}")
+            raise ValueError(
+                f"answer {number}: expected 'Rating: 0' to 'Rating: 6' in the judge's reply, got: {reply[:200]!r}"
+            )
         rows.append(
             {
                 "kind": question.kind,
@@ -148,7 +150,7 @@ def chat_judge(
         >>> judge_answers(load_mmhal("response_template.json"), answers, judge)["hallucinates"].mean()  # doctest: +SKIP
     """
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"url={url!r}; an address such as 'http://localhost:8000/v1' is needed")
+        raise ValueError(f"url={url!r}; expected an address such as 'http://localhost:8000/v1'")
     address = url.rstrip("/") + "/chat/completions"
     headers = {"Content-Type": "application/json"}
     if api_key is not None:

@@ -82,11 +82,14 @@ def yes_no_scores(
         raise ValueError("neither answers nor margins given; pass said=, margins=, or both")
     m = None if margins is None else np.asarray(margins, dtype=float)
     if m is not None and not np.isfinite(m).all():
-        raise ValueError("some margins are not finite; the model's log-probabilities are broken for those questions")
+        raise ValueError(
+            "some margins are NaN or infinite, so the model gave broken log-probabilities for those questions; "
+            "check its dtype"
+        )
     yes: Any = np.asarray(said, dtype=bool) if said is not None else np.asarray(margins, dtype=float) > 0
     if not len(y) or len(yes) != len(y) or (m is not None and len(m) != len(y)):
         margin_count = "no" if m is None else len(m)
-        raise ValueError(f"{len(y)} true answers, {len(yes)} given ones, {margin_count} margins; one each is needed")
+        raise ValueError(f"{len(y)} true answers, {len(yes)} given ones, {margin_count} margins; expected one each")
     precision, recall, f1, _ = precision_recall_fscore_support(y, yes, average="binary", zero_division=np.nan)
     right = (yes == y).astype(float)
     sides = [right[y], right[~y]]
@@ -176,6 +179,6 @@ def preference_win_rate(logprobs: Float[Tensor, "record 2"]) -> tuple[float, flo
         (0.5, 0.5)
     """
     if not len(logprobs):
-        raise ValueError("no records; at least one preference pair is needed")
+        raise ValueError("no records; expected at least one preference pair")
     wins = ((logprobs[:, 0] - logprobs[:, 1]).sign().double() / 2 + 0.5).cpu().numpy()
     return float(wins.mean()), standard_error(wins)

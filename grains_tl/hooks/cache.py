@@ -37,7 +37,9 @@ def cache_hook(
     def keep(row: int) -> Any:
         def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
             if weights.shape != act.shape[:2]:
-                raise ValueError(f"weights {tuple(weights.shape)} do not fit activations {tuple(act.shape)}")
+                raise ValueError(
+                    f"weights of shape {tuple(weights.shape)} do not fit activations of shape {tuple(act.shape)}"
+                )
             # weights keep their precision: 1/n is no half-precision number, and differences of means are small
             store[:, row] = (weights.to(act.device)[..., None] * act.detach()).sum(1).to(store)
 

@@ -48,7 +48,7 @@ class Mask:
     def __post_init__(self) -> None:
         for name, value, known in (("text", self.text, get_args(Masker)), ("image", self.image, get_args(ImageMasker))):
             if value not in known:
-                raise OptionError(f"mask: {name}={value!r} is not known; choose one of {', '.join(known)}")
+                raise OptionError(f"mask: {name}={value!r} is not known; expected one of {', '.join(known)}")
 
     @classmethod
     def of(cls, mask: Mask | Masker) -> Mask:
@@ -79,7 +79,7 @@ def replacement_embedding(model: HookedModel, how: str) -> Float[Tensor, "d_mode
     rules = token_rules(model)
     token = {"eos": rules.eos, "pad": rules.pad, "mask": getattr(model.tokenizer, "mask_token_id", None)}
     if how not in token:
-        raise ValueError(f"mask {how!r} has no embedding that could stand in; choose one of {get_args(Masker)}")
+        raise ValueError(f"mask {how!r} does not name an embedding; expected one of {get_args(Masker)}")
     if token[how] is None:
         raise ValueError("mask 'mask': the tokenizer has no mask token; use 'eos', 'mean_embedding' or 'attention'")
     return embed_tokens(model, torch.tensor([[token[how]]], device=device_of(model)))[0, 0]

@@ -190,5 +190,5 @@ def _stand_ins(
             which[places] = len(kinds)
             kinds.append(found[places].mean(0, keepdim=True))
     elif how != "zero":
-        raise NotImplementedError(f"nothing says what {how!r} puts in the place of a patch")
+        raise NotImplementedError(f"image mask {how!r} is not known")
     return torch.cat(kinds), which

@@ -76,7 +76,7 @@ def steer_hook(
     prompt_len = require_border(prompt_len)
     size = direction.float().norm()
     if not torch.isfinite(size) or size == 0:
-        raise ValueError(f"the direction at layer {layer} has norm {size:.3g}; a finite, non-zero vector is needed")
+        raise ValueError(f"the direction at layer {layer} has norm {size:.3g}; expected a finite, non-zero vector")
     unit = lasting(direction.float() / size)
 
     def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
@@ -99,14 +99,15 @@ def steer_hook(
 def require_step(operator: Any, positions: Any, gate: Any = None) -> None:
     """Refuse an operator, scope or gate that cannot be meant (ValueError), without a model or a direction."""
     if operator not in get_args(Operator):
-        raise ValueError(f"operator={operator!r}; it is one of {get_args(Operator)}")
+        raise ValueError(f"operator={operator!r}; expected one of {get_args(Operator)}")
     if isinstance(positions, str) and positions not in get_args(Positions):
-        raise ValueError(f"positions={positions!r}; it is one of {get_args(Positions)} or a [batch, pos] mask")
+        raise ValueError(f"positions={positions!r}; expected one of {get_args(Positions)} or a [batch, pos] mask")
     if not isinstance(positions, (str, torch.Tensor)) or (
         isinstance(positions, torch.Tensor) and (positions.ndim != 2 or positions.dtype != torch.bool)
     ):
         raise ValueError(
-            f"positions={positions!r}; it is one of {get_args(Positions)} or a boolean [batch, pos] tensor, True where to "
+            f"positions={positions!r}; expected one of {get_args(Positions)} or a boolean [batch, pos] tensor, "
+            "True where to "
             "steer (not a list of places)"
         )
     is_mask = isinstance(gate, torch.Tensor) and gate.dtype == torch.bool and gate.ndim in (1, 2)
@@ -141,7 +142,7 @@ def require_border(prompt_len: Any) -> int | Int[Tensor, "batch"] | None:
     if not isinstance(prompt_len, torch.Tensor) or prompt_len.ndim == 0:
         return whole("prompt_len", prompt_len, 1)
     if prompt_len.ndim != 1 or prompt_len.is_floating_point() or prompt_len.numel() == 0 or int(prompt_len.min()) < 1:
-        raise ValueError(f"prompt_len={prompt_len.tolist()}; a whole number from 1 on is needed, or one per row")
+        raise ValueError(f"prompt_len={prompt_len.tolist()}; expected a whole number from 1 on, or one per row")
     return prompt_len
 
 

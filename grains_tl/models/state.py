@@ -76,8 +76,8 @@ def _require_nothing_random(inner: Any) -> None:
         p = max((p for p in shares if isinstance(p, (int, float))), default=0)
         if p > 0:
             raise ValueError(
-                f"the model is in train mode and {name or 'it'} drops out {p:.0%} at random, so no number would be "
-                "repeatable; call model.eval() first"
+                f"the model is in train mode and {name or 'it'} drops out {p:.0%} at random, so results could not be "
+                "repeated; call model.eval() first"
             )
 
 

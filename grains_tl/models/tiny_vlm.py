@@ -175,7 +175,9 @@ def load_tiny_vlm(path: str | Path | None = None, dtype: torch.dtype = torch.flo
         wanted = (folder / CHECKSUM).read_text().split()[0]
         found = _sha256(weights)
         if found != wanted:
-            raise ValueError(f"{weights} has sha256 {found}, {CHECKSUM} says {wanted}; the file is damaged or replaced")
+            raise ValueError(
+                f"{weights} has sha256 {found}, expected {wanted} (from {CHECKSUM}); the file is damaged or was replaced"
+            )
         # not from_pretrained: it draws a progress bar for a load of milliseconds, and would pass over missing weights
         model = build_model()
         model.load_state_dict(load_file(weights))

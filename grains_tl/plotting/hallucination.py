@@ -52,15 +52,15 @@ def plot_captions(
     pictures = [load_images(image)[0] for image in images]
     lengths = {"images": len(pictures), "absent": len(absent)} | {name: len(texts) for name, texts in captions.items()}
     if not pictures or not captions or len(set(lengths.values())) != 1:
-        raise ValueError(f"one caption of each name and one set of absent words per image are needed, got {lengths}")
+        raise ValueError(f"expected one caption of each name and one set of absent words per image, got {lengths}")
     wrong = [{_bare(word) for word in words} for words in absent]
     side, margin, line, label = 0.95, 0.2, 0.24, 1.6
     with style():
         drawn = []
         for row in range(len(pictures)):
             texts = {name: texts[row].split() for name, texts in captions.items()}
-            room = width - side - label - 4 * margin
-            lines = {name: wrapped(words, text_widths(words), room) for name, words in texts.items()}
+            line_width = width - side - label - 4 * margin
+            lines = {name: wrapped(words, text_widths(words), line_width) for name, words in texts.items()}
             drawn.append((texts, lines))
         heights = [max(side, sum(line * n + 0.08 for _, n in lines.values())) + margin for _, lines in drawn]
         head = 0.3 if title else 0.0

@@ -83,7 +83,7 @@ def plot_image_attribution(attribution: Attribution, image: Any, *, width: float
     pictures = load_images(image)
     n_images = 1 + max(span.image for panel in panels for span in panel)
     if len(pictures) != n_images:
-        raise ValueError(f"{len(pictures)} image(s) given, the record has {n_images}")
+        raise ValueError(f"got {len(pictures)} image(s), expected {n_images} as in the record")
     scores = finite(attribution.scores)
     top = largest(scores)
     margin, head, foot, gutter = 0.2, 0.62, 0.75, 0.3  # inches
@@ -148,7 +148,7 @@ def _layout(
 def _panels(attribution: Attribution) -> list[list[ImageSpan]]:
     """Spans drawn over one picture: each grid over the whole image alone, crops of an image together."""
     if not attribution.spans:
-        raise ValueError("the attribution has no image; use plot_tokens for a prompt of words alone")
+        raise ValueError("the attribution has no image; use plot_tokens for a prompt of text only")
     panels: list[list[ImageSpan]] = []
     for span in attribution.spans:
         last = panels[-1][-1] if panels else None

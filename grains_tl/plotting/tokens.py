@@ -76,7 +76,7 @@ def show_tokens(
         raise ValueError("tokens need scores: show_tokens(tokens, scores), or show_tokens(attribution)")
     values = finite(scores)
     if len(values) != len(tokens):
-        raise ValueError(f"{len(tokens)} tokens but {len(values)} scores; one score per token is needed")
+        raise ValueError(f"{len(tokens)} tokens but {len(values)} scores; expected one score per token")
     return Html(tokens_html(tokens, values)) if renderer == "html" else _circuitsvis(tokens, values)
 
 

@@ -69,7 +69,7 @@ def require_format(prompt_format: str) -> None:
         used = []
     if "question" not in used or set(used) - set(FIELDS):
         raise ValueError(
-            f"prompt_format={prompt_format!r}; it is one of {sorted(PROMPT_FORMATS)}, or a text with {{question}} in it "
+            f"prompt_format={prompt_format!r}; expected one of {sorted(PROMPT_FORMATS)}, or a text with {{question}} in it "
             "(and, if wanted, {context}, {options}, {header})"
         )
 

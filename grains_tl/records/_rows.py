@@ -83,7 +83,7 @@ def source_rows(source: Any, *, mmlu: bool = False) -> Iterator[Row]:
     for number, cells in _mmlu_csv(Path(source)) if is_mmlu_csv else read_rows(source):
         where = f"{label}, row {number}"
         if not isinstance(cells, Mapping):
-            raise ValueError(f"{where} is a {type(cells).__name__}; a mapping from columns to cells is wanted")
+            raise ValueError(f"{where} is a {type(cells).__name__}; expected a mapping from columns to cells")
         yield Row(where, cells)
 
 

@@ -106,10 +106,10 @@ def load_benchmark(
         if lettered and name not in ("mmlu", "faitheval"):
             raise ValueError(f"prompt_format={prompt_format!r} letters the answers; that is for mmlu and faitheval")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}; at least 1 question is needed")
+        raise ValueError(f"limit={limit}; expected at least 1 question")
     items = list(itertools.islice(reader(source_rows(source, mmlu=name == "mmlu"), prompt_format or default), limit))
     if not items:
-        raise ValueError(f"no {name} questions in {source_name(source)}; at least one is needed")
+        raise ValueError(f"no {name} questions in {source_name(source)}; expected at least one")
     return Benchmark(name, items)
 
 

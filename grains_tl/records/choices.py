@@ -41,7 +41,7 @@ class MultipleChoice:
         require_text("the prompt", self.prompt)
         if len(self.choices) < 2 or len(self.choices) != len(self.labels):
             raise ValueError(
-                f"{len(self.choices)} choices and {len(self.labels)} labels; at least two choices are needed, and one "
+                f"{len(self.choices)} choices and {len(self.labels)} labels; expected at least two choices, and one "
                 "label for each"
             )
         empty = [choice for choice in self.choices if not choice.strip()]
@@ -54,11 +54,9 @@ class MultipleChoice:
         both = list(zip(self.choices, self.labels, strict=True))
         twice = [choice for i, (choice, label) in enumerate(both) if (choice, label) in both[:i]]
         if twice:
-            raise ValueError(f"the choice {twice[0]!r} is listed twice; remove one")
+            raise ValueError(f"the choice {twice[0]!r} appears twice; remove one")
         if not any(self.labels) or self.wrong is None:
-            raise ValueError(
-                f"the labels are {self.labels}; at least one right choice and another wrong one are needed"
-            )
+            raise ValueError(f"the labels are {self.labels}; expected at least one right choice and another wrong one")
 
     @property
     def best(self) -> int:

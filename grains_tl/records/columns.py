@@ -44,7 +44,7 @@ def pair_of(
         KeyError: a column that is not there.
     """
     if not isinstance(row, Mapping):
-        raise RecordError(f"{kind} {number} is a {type(row).__name__}; a mapping with {FIELDS} is needed", number)
+        raise RecordError(f"{kind} {number} is a {type(row).__name__}; expected a mapping with {FIELDS}", number)
     with numbered(kind, number):
         values = _fields(row, columns, number, [] if cut is None else cut)
         image, taken = _image(row, columns.get("image"), number)
@@ -211,5 +211,5 @@ def _tools(cell: Any) -> list[Any] | None:
     except ValueError as error:
         raise ValueError(f"tools are not valid JSON ({error}); give a list of tools, or the same as JSON") from None
     if tools and not isinstance(tools, list):
-        raise ValueError(f"tools are a {type(tools).__name__}; a list of tools is needed")
+        raise ValueError(f"tools are a {type(tools).__name__}; expected a list of tools")
     return tools or None

@@ -105,7 +105,7 @@ def load_pairs(
         pairs.append(row if isinstance(row, PreferencePair) else pair_of(row, columns or {}, number, cut=cut))
     if not pairs:
         raise ValueError(
-            f"no records in {source_name(source)}; a list or file with at least one preference pair is needed"
+            f"no records in {source_name(source)}; expected a list or file with at least one preference pair"
         )
     _warn_of_repeats(pairs, source)
     _warn_of_glue(pairs, source)
@@ -131,7 +131,7 @@ def preference_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
     """
     if isinstance(pairs, (PreferencePair, str, PathLike, Mapping)) or not hasattr(pairs, "__iter__"):
         raise ValueError(
-            f"records are a {type(pairs).__name__}; a list of PreferencePair is needed: load_pairs(...), or [pair] for one"
+            f"records are a {type(pairs).__name__}; expected a list of PreferencePair: load_pairs(...), or [pair] for one"
         )
     records = []
     for number, record in enumerate(pairs, start=1):
@@ -139,7 +139,7 @@ def preference_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
             record = pair_of(record, {}, number, kind="record")
         if not isinstance(record, PreferencePair):
             raise RecordError(
-                f"record {number} is a {type(record).__name__}; a PreferencePair is needed, or a mapping with prompt, "
+                f"record {number} is a {type(record).__name__}; expected a PreferencePair, or a mapping with prompt, "
                 "chosen and rejected",
                 number,
             )

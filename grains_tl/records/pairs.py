@@ -82,7 +82,7 @@ def prompt_list(prompts: Any) -> list[Text]:
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, Mapping):
-        raise ValueError(f"prompts is the mapping {prompts!r}; a text, a list of texts or a list of messages is needed")
+        raise ValueError(f"prompts is the mapping {prompts!r}; expected a text, a list of texts or a list of messages")
     given = listed("prompts", prompts)
     return [given] if given and all(isinstance(item, Mapping) for item in given) else given
 
@@ -103,7 +103,7 @@ def require_text(name: str, value: Any) -> None:
         _require_message(name, message)
     text = plain_text(value)
     if not text.strip() and not (not isinstance(value, str) and any(m.get("tool_calls") for m in value)):
-        raise ValueError(f"{name} is empty ({value!r}); some text is needed")
+        raise ValueError(f"{name} is empty ({value!r}); expected some text")
     text = "\n".join(all_strings(value))
     try:
         text.encode()

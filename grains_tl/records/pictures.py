@@ -50,7 +50,7 @@ def _load_image(image: Any) -> Any:
         image = image.detach().cpu().numpy()
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
         what = f"array of shape {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
-        raise ValueError(f"image is {what}; a PIL image, a path, or an array [height, width, 3] is needed")
+        raise ValueError(f"image is {what}; expected a PIL image, a path, or an array [height, width, 3]")
     if not image.size:
         raise ValueError(f"image has shape {image.shape}: no pixels; [height, width, 3] is needed")
     if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3, 4):

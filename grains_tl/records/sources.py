@@ -118,7 +118,7 @@ def _table_rows(source: Any) -> Iterator[Any]:
     if hasattr(source, "with_format") and hasattr(source, "features"):  # datasets, whatever format it was given
         return (_without_fill(row) for row in source.with_format(None))
     if not hasattr(source, "__iter__"):
-        raise ValueError(f"records are a {type(source).__name__}; a list of mappings, a path or a table is needed")
+        raise ValueError(f"records are a {type(source).__name__}; expected a list of mappings, a path or a table")
     return iter(source)
 
 
@@ -161,7 +161,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
         yield from _mapping_rows(rows)
         return
     if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}; a list of records is needed")
+        raise ValueError(f"{path} holds a {type(rows).__name__}; expected a list of records")
     yield from enumerate(rows, start=1)
 
 

@@ -62,7 +62,7 @@ def require_processor(model: HookedModel) -> Any:
     family = hugging_face_model(model).config.model_type
     if family in NEEDS_TL4 and int(metadata.version("transformer-lens").split(".")[0]) < 4:
         raise ValueError(
-            f"{family} computes something else with images in TransformerLens 3 (logits are off by as much as their "
+            f"{family} gives wrong results with images in TransformerLens 3 (logits are off by as much as their "
             "size, see docs/vision-families.md); install TransformerLens 4, or leave the image out"
         )
     processor = getattr(model, "processor", None)
@@ -137,7 +137,9 @@ def refuse_lost_image(model: HookedModel, text: str, ids: Sequence[int]) -> None
         return
     processor = getattr(model, "processor", None)
     if image_token_id(model) in ids or (processor is not None and _placeholder(model) in text):
-        raise ValueError("the prompt has a place for an image, but no image was given; pass image=..., or take it out")
+        raise ValueError(
+            "the prompt has a placeholder for an image, but no image was given; pass image=..., or remove the placeholder"
+        )
 
 
 def as_parts(message: Message) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def process_images(
     ids = [*front, *ids]
     image_token = image_token_id(model)
     if image_token not in ids:
-        raise ValueError("the processor put no image tokens into the prompt; does it belong to this model?")
+        raise ValueError("the processor put no image tokens into the prompt; check that it belongs to this model")
     return ids, ImageInputs(
         inputs=inputs,
         token_inputs=per_token,
@@ -215,7 +217,10 @@ def collate_images(
         return {}
     keys = set(present[0].inputs)
     if any(set(r.inputs) != keys for r in present):
-        raise ValueError(f"records come from different processors: {sorted(keys)} and others; process them alike")
+        raise ValueError(
+            f"records of one batch were made by different processors, which gave {sorted(keys)} and other inputs; "
+            "use one processor for all"
+        )
     out = {}
     for key in present[0].inputs:
         parts = [r.inputs[key] for r in present]

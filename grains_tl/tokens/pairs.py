@@ -118,7 +118,7 @@ def tokenize_pairs(model: HookedModel, pairs: Iterable[PairLike]) -> list[Tokeni
     rules = token_rules(model)
     records = preference_pairs(pairs)
     if not records:
-        raise ValueError("no records; at least one preference pair is needed")
+        raise ValueError("no records; expected at least one preference pair")
     tokenized, texts = [], TokenTexts(model.tokenizer)
     for number, pair in enumerate(records, start=1):
         with numbered("record", number):
@@ -184,7 +184,7 @@ def prompt_inputs(model: HookedModel, prompt: Text, image: Any = None) -> tuple[
     else:
         refuse_lost_image(model, start.text, ids)
     if len(ids) >= rules.n_ctx:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context holds {rules.n_ctx}; shorten it")
+        raise ValueError(f"the prompt has {len(ids)} tokens, and the model's context holds {rules.n_ctx}; shorten it")
     return ids, images
 
 
@@ -249,15 +249,17 @@ def _continued(
             response = prompt.chat.response(prompt.text, response, name)
         elif not isinstance(response, str):
             raise ValueError(
-                f"{name} is a list of messages after a text prompt; give both as messages, or both as text"
+                f"{name} is a list of messages, and the prompt is text; give both as messages, or both as text"
             )
         full.append(encode(model.tokenizer, rules, prompt.text + response, rendered=prompt.chat is not None)[0])
     border = min(common_prefix(prompt.ids, ids) for ids in full)
     if border == 0:
-        raise ValueError("the whole prompt merges with the responses into one token; write a longer prompt")
+        raise ValueError(
+            "the whole prompt becomes part of a token that belongs to the response too; write a longer prompt"
+        )
     for name, ids in zip(responses, full, strict=True):
         if len(ids) == border:
-            raise ValueError(f"{name} has no tokens of its own after the prompt; write a longer response")
+            raise ValueError(f"{name} adds no token to the prompt; write a longer response")
     return border, full
 
 
@@ -267,7 +269,10 @@ def _content(rules: TokenRules, prompt: _Prompt) -> list[bool]:
     if prompt.chat is None:
         return content
     if prompt.offsets is None:
-        raise ValueError("a conversation needs a fast tokenizer (character offsets) to tell words from template")
+        raise ValueError(
+            "conversations need a fast tokenizer, whose character offsets tell the words from the template; give "
+            "plain text, or a fast tokenizer"
+        )
     inside = [False] * len(prompt.text)
     for begin, end in prompt.chat.spans(prompt.text):
         inside[begin:end] = [True] * (end - begin)
@@ -278,8 +283,8 @@ def _require_context(rules: TokenRules, border: int, responses: Mapping[str, Seq
     for name, response in responses.items():
         if border + len(response) > rules.n_ctx:
             raise ValueError(
-                f"prompt + {name} is {border + len(response)} tokens, the model's context holds {rules.n_ctx}; shorten "
-                "the prompt"
+                f"prompt + {name} is {border + len(response)} tokens, and the model's context holds "
+                f"{rules.n_ctx}; shorten the prompt"
             )
 
 
@@ -288,7 +293,7 @@ def _tokenize(model: HookedModel, rules: TokenRules, texts: TokenTexts, pair: Pr
     start = _prompt(model, rules, with_placeholders(model, pair.prompt, len(pictures)), pair.tools)
     border, full = _continued(model, rules, start, {"chosen": pair.chosen, "rejected": pair.rejected})
     if full[0] == full[1]:
-        raise ValueError("chosen and rejected give the same tokens; there is nothing to prefer")
+        raise ValueError("chosen and rejected give the same tokens; drop the record")
     ids, content = start.ids, _content(rules, start)
     moved, chosen, rejected = len(ids) - border, full[0][border:], full[1][border:]
     images = None
@@ -298,7 +303,9 @@ def _tokenize(model: HookedModel, rules: TokenRules, texts: TokenTexts, pair: Pr
         content = _expand_content(ids, content, expanded, images)
         border, ids = len(expanded) - moved, expanded
         if ids[border:] != given_away or any(images.is_image[border:]):
-            raise ValueError("a token merges across the border of prompt and response at an image; put text between")
+            raise ValueError(
+                "a token crosses the border between prompt and response next to an image; put text between them"
+            )
         images = _until(images, border)
     else:
         refuse_lost_image(model, start.text, ids)

@@ -122,7 +122,7 @@ def image_token_id(model: HookedModel) -> int:
         token = getattr(config, name, None)
         if isinstance(token, int):
             return token
-    raise ValueError("the model takes no images: its configuration names no image token; leave the image out")
+    raise ValueError("the model takes no images (its configuration names no image token); leave the image out")
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:

@@ -53,7 +53,7 @@ class LayerDirections:
             raise ValueError(f"layers {list(self.layers)}; expected different whole numbers from 0")
         for name, sizes in (("magnitudes", self.magnitudes), ("resid_norms", self.resid_norms)):
             if not bool(torch.isfinite(sizes).all()) or bool((sizes < 0).any()):
-                raise ValueError(f"{name} are {sizes.tolist()}; finite lengths are needed")
+                raise ValueError(f"{name} are {sizes.tolist()}; expected finite lengths")
 
     def layer_list(self, layers: int | Sequence[int] | None) -> list[int]:
         """Stored layers as numbers from 0.
@@ -179,10 +179,13 @@ class LayerDirections:
 
     def _require_same_space(self, other: LayerDirections) -> None:
         if not isinstance(other, LayerDirections):
-            raise ValueError(f"{other!r} is no SteeringVectors; vectors are added to vectors and multiplied by numbers")
+            raise ValueError(
+                f"expected SteeringVectors, got {other!r}; vectors can be added to vectors and multiplied by numbers"
+            )
         if self.layers != other.layers or self.directions.shape != other.directions.shape:
             raise ValueError(
-                f"vectors of different spaces: layers {list(self.layers)} x d_model {self.directions.shape[1]} and "
+                f"vectors of different layers or widths: layers {list(self.layers)} x d_model "
+                f"{self.directions.shape[1]} and "
                 f"layers {list(other.layers)} x d_model {other.directions.shape[1]}; use .at(layers) to align them"
             )
 

@@ -56,7 +56,7 @@ def steps(
             "survives operator='add' (the norm is not restored then), and export that"
         )
     if alpha == 0 or not math.isfinite(alpha):
-        raise ValueError(f"alpha={alpha}; a finite number other than 0 is needed")
+        raise ValueError(f"alpha={alpha}; expected a finite number other than 0")
     if layers is None and len(vectors.layers) > 1:
         raise ValueError(f"name the layers to steer: layers=[...]; stored are {list(vectors.layers)}")
     part = vectors.at(vectors.layers if layers is None else list(layers))

@@ -124,7 +124,7 @@ class Fisher:
         each = -(-whole("n_samples", n_samples, 1) // max(1, len(rows)))
         layers = require_layers(model, layers)
         if not rows:
-            raise OptionError("no neutral texts; at least one is needed to estimate the Fisher matrix")
+            raise OptionError("no neutral texts; expected at least one to estimate the Fisher matrix")
         for number, row in enumerate(rows, start=1):
             with numbered("text", number):
                 if len(row) < 2:

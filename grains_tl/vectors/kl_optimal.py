@@ -224,7 +224,7 @@ def neutral_rows(model: HookedModel, texts: Sequence[str] | None = None) -> list
             if len(rows[-1]) < 2:
                 raise ValueError("it has fewer than two tokens, so nothing in it is predicted")
     if not rows:
-        raise OptionError("no neutral texts; at least one is needed")
+        raise OptionError("no neutral texts; expected at least one")
     return rows
 
 

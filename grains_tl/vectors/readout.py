@@ -228,7 +228,7 @@ def _require_places(tokenized: Sequence[TokenizedPair], masked: Sequence[Sequenc
 def check_readout(readout: str) -> None:
     """Refuse an unknown read-out position (ValueError)."""
     if readout not in get_args(Readout):
-        raise ValueError(f"readout={readout!r}; it is one of {get_args(Readout)}")
+        raise ValueError(f"readout={readout!r}; expected one of {get_args(Readout)}")
 
 
 def _rows(pair: TokenizedPair, readout: Readout) -> list[tuple[tuple[int, ...], int]]:

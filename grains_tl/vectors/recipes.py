@@ -128,10 +128,10 @@ def recipe_of(recipe: Recipe | str | RecipeFunction, **given: Any) -> Recipe:
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(recipe, Recipe) or callable(recipe):
         if given:
-            raise OptionError(f"{', '.join(given)}: set these on the recipe itself, it is a value already")
+            raise OptionError(f"{', '.join(given)} cannot be given beside a recipe value; set them on it")
         return recipe if isinstance(recipe, Recipe) else FunctionRecipe(function=recipe)
     if recipe not in RECIPES:
-        raise OptionError(f"recipe={recipe!r} is not known; choose one of {', '.join(RECIPES)}")
+        raise OptionError(f"recipe={recipe!r} is not known; expected one of {', '.join(RECIPES)}")
     module, _, name = RECIPES[recipe].partition(":")
     kind: Any = getattr(importlib.import_module(module), name)
     if hasattr(kind, "of"):

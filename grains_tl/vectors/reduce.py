@@ -75,9 +75,9 @@ def reduce_vectors(
 def check_reduction(reduce: str, side: str, n_records: int) -> None:
     """Refuse an unknown reduction, or too few records for it (ValueError)."""
     if reduce not in get_args(Reduce):
-        raise ValueError(f"reduce={reduce!r}; it is one of {get_args(Reduce)}")
+        raise ValueError(f"reduce={reduce!r}; expected one of {get_args(Reduce)}")
     if side not in get_args(Side):
-        raise ValueError(f"side={side!r}; it is one of {get_args(Side)}")
+        raise ValueError(f"side={side!r}; expected one of {get_args(Side)}")
     if reduce == "pca" and n_records < 2:
         raise ValueError(f"reduce='pca' needs at least 2 records, {n_records} given; use reduce='mean'")
 

@@ -67,7 +67,7 @@ class Steering:
         if not isinstance(self.vectors, LayerDirections):
             raise ValueError(f"vectors are a {type(self.vectors).__name__}; expected SteeringVectors")
         if self.scale not in ("residual", "raw"):
-            raise ValueError(f"scale={self.scale!r}; it is 'residual' or 'raw'")
+            raise ValueError(f"scale={self.scale!r}; expected 'residual' or 'raw'")
         object.__setattr__(self, "alpha", finite("alpha", self.alpha))
         layers, stored = self.vectors.layer_list(self.layers), list(self.vectors.layers)
         if not layers:

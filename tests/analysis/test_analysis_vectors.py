@@ -317,7 +317,7 @@ def test_greedy_fit_is_scikit_learns() -> None:
 
 def test_bad_sparse_input() -> None:
     v = mixture([1], [1.0])
-    with pytest.raises(ValueError, match=r"\[d_sae, 64\] is needed"):
+    with pytest.raises(ValueError, match=r"\[d_sae, 64\]"):
         analysis.decoder_cosines(v, torch.ones(3, 5), layer=4)
     with pytest.raises(ValueError, match="features \\[200\\]"):
         analysis.feature_vectors(v, decoder(), [200], layer=4)

@@ -327,7 +327,10 @@ def test_attention_aware_runs_on_layer_norms_and_plain_mlps(pairs: list[gr.Prefe
 def test_attention_aware_says_when_a_hook_point_does_not_fire(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     from grains_tl.attribution.propagation import checked
 
-    with pytest.raises(ValueError, match="not supported here.*ln9"), checked([("blocks.0.ln9.hook_scale", print)]):
+    with (
+        pytest.raises(ValueError, match="does not work on this model.*ln9"),
+        checked([("blocks.0.ln9.hook_scale", print)]),
+    ):
         pass
 
 
@@ -502,14 +505,14 @@ def test_a_model_without_neutral_words_starts_from_the_mean(
     by_default = gr.attribute(model, pairs[1], method="integrated_gradients", n_steps=4)
     from_mean = gr.attribute(model, pairs[1], method="integrated_gradients", n_steps=4, reference="mean_embedding")
     assert torch.equal(by_default.scores, from_mean.scores)
-    with pytest.raises(ValueError, match="no English function word"):
+    with pytest.raises(ValueError, match="function_words.*tokenizer"):
         gr.attribute(model, pairs[1], method="integrated_gradients", reference="neutral")
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"nodes": "simpson", "method": "integrated_gradients"}, "simpson"),
     ({"nodes": "adaptive", "n_steps": 2, "method": "integrated_gradients"}, "at least 3"),
-    ({"nodes": "adaptive", "method": "sequential_ig"}, "sequential_ig takes"),
+    ({"nodes": "adaptive", "method": "sequential_ig"}, "sequential_ig; expected"),
     ({"layer": 1}, "takes no layer"),
     ({"layer": 3, "method": "gradient_x_input"}, "layers 0 to 2"),
     ({"k": 0, "method": "leave_k_out"}, "k=0"),

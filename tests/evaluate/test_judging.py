@@ -91,7 +91,7 @@ def test_selection_by_group_takes_all_content_pieces() -> None:
     [
         ([(3, 99)], "positions 0 to 13"),
         ([(0, 3), (2, 4)], "overlap"),
-        (["nowhere"], "does not stand"),
+        (["nowhere"], "is not in the prompt"),
         ("line", "'line'"),
     ],
 )

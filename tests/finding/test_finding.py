@@ -292,7 +292,7 @@ def test_the_shell(planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {p.name for p in out.iterdir()} >= {"report.html", "table.csv", "vectors.safetensors", "results.jsonl"}
     assert "5 report records" in (out / "report.html").read_text()
     assert main([*command, "caa", "--split", "part"]) == 2
-    assert "record 1 has no such column" in capsys.readouterr().err
+    assert "record 1 does not have this column" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["kl_optimal", "trained"])

@@ -100,7 +100,7 @@ def test_yes_no_scores_where_one_side_is_missing() -> None:
         (([True], None, None), "neither answers nor margins"),
         (([True], [True, False], None), "1 true answers, 2 given"),
         (([], [], None), "0 true answers"),
-        (([True, False], None, [1.0, math.nan]), "not finite"),
+        (([True, False], None, [1.0, math.nan]), "NaN or infinite"),
     ],
 )
 def test_yes_no_scores_refuse(arguments: Any, message: str) -> None:
@@ -198,7 +198,7 @@ def test_mmmu_rows() -> None:
     assert (choice.answer, choice.images, open_question.answer) == (1, ("a.png",), None)
     assert "(B) 1992" in choice.prompt and open_question.reference == "4"
     assert (choice.pair().chosen, choice.pair().rejected, choice.pair().image) == ("(B)", "(A)", ["a.png"])
-    with pytest.raises(ValueError, match="no pair"):
+    with pytest.raises(ValueError, match="no preference pair"):
         open_question.pair()
     assert hl.load_mmmu([{**MMMU[0], "answer": "?"}])[0].answer is None
     with pytest.raises(ValueError, match="row 1: the answer 'D' is none of the 3 options"):

@@ -143,7 +143,7 @@ def test_scores_must_belong_to_the_questions() -> None:
         ("q", (" a",), (True,), "at least two choices"),
         ("q", (" a", " b"), (True,), "1 labels"),
         ("q", (" a", " "), (True, False), "choice is empty"),
-        ("q", (" a", " b", " b"), (True, False, False), "is listed twice"),
+        ("q", (" a", " b", " b"), (True, False, False), "appears twice"),
         ("q", (" a", " a"), (True, False), "another wrong one"),
         ("q", (" a", " b"), (True, True), "at least one right choice and another wrong"),
         ("q", (" a", " b"), (False, False), "at least one right choice and another wrong"),

@@ -345,7 +345,7 @@ def test_hooks_are_gone_after_an_exception(model: Any, fails_at: int) -> None:
         (["the film was", "the " * 60], {"max_new_tokens": 5}, "60 tokens and max_new_tokens=5 are too long"),
         (["the film was"], {"batch_size": 0}, "batch_size=0"),
         (["the film was", "the " * 60], {"max_new_tokens": 5}, "context holds 64"),
-        (["the film was", "the " * 64], {}, "64 tokens, the model's context holds 64"),
+        (["the film was", "the " * 64], {}, "64 tokens, and the model's context holds 64"),
     ],
 )
 def test_bad_input_is_refused_before_the_model_runs(model: Any, prompts: Any, options: Any, message: str) -> None:

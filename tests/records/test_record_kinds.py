@@ -98,7 +98,9 @@ def test_no_function_is_left_out() -> None:
 def test_one_record_is_refused(bridge: Any, pairs: list[gr.PreferencePair], name: str) -> None:
     made = Made(bridge, pairs)
     for single in (pairs[0], gr.tokens.tokenize_pairs(bridge, pairs)[0]):
-        with pytest.raises(ValueError, match=r"records are a \w+Pair; a list of PreferencePair .* \[record\] for one"):
+        with pytest.raises(
+            ValueError, match=r"records are a \w+Pair; expected a list of PreferencePair .* \[record\] for one"
+        ):
             CALLS[name](bridge, single, made)
 
 

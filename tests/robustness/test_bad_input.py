@@ -169,7 +169,7 @@ CASES = [
     Case(
         "a hook name that does not exist",
         say("the film", fwd_hooks=[("blocks.9.hook_resid_post", lambda act, hook: act)]),
-        "no hook point ['blocks.9.hook_resid_post']; near ones",
+        "no hook point ['blocks.9.hook_resid_post']; similar names",
         KeyError,
     ),
     Case(
@@ -193,7 +193,7 @@ CASES = [
         "v.safetensors is not a readable file of torch.save",
     ),
     Case("zero new tokens", say("the film", max_new_tokens=0), "max_new_tokens=0; at least 1"),
-    Case("an empty prompt to continue", say(""), "the prompt is empty ... some text is needed"),
+    Case("an empty prompt to continue", say(""), "the prompt is empty ... expected some text"),
     Case("no prompts", say(), "no prompts; give at least one"),
     Case("an image that is cut off", lambda env: load_images(cut_off(env)), "cut.png is a picture that cannot be read"),
     Case("a text file as image", lambda env: load_images(file(env, "a.png", "hi")), "a.png cannot be read by Pillow"),

@@ -202,7 +202,7 @@ def test_a_lost_image_is_noticed() -> None:
         lambda: gr.inference.score_choices(vlm, [question]),
         lambda: gr.generate(vlm, [pair.prompt], max_new_tokens=1),
     ):
-        with pytest.raises(ValueError, match="place for an image, but no image was given"):
+        with pytest.raises(ValueError, match="placeholder for an image, but no image was given"):
             call()
 
 

@@ -126,13 +126,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "one record": (lambda m: gr.build_vectors(m, gr.PreferencePair(**GOOD)), r"a PreferencePair; .*\[pair\] for one"),
     "a path": (lambda m: gr.build_vectors(m, "p.jsonl"), "a str; a list of PreferencePair"),
     "an id among records, sweep": (lambda m: sweep(m, pairs=[*gr.load_pairs(ROWS), 3]), "record 3 .*int"),
-    "one record, sweep": (lambda m: sweep(m, pairs=gr.PreferencePair(**GOOD)), "a list of PreferencePair is needed"),
+    "one record, sweep": (lambda m: sweep(m, pairs=gr.PreferencePair(**GOOD)), "expected a list of PreferencePair"),
     "vectors as a path, sweep": (lambda m: sweep(m, "v.safetensors"), "vectors are a str; .*load_vectors"),
     "top_k 1.5": (lambda m: build(m, top_k=1.5), "top_k=1.5; a whole number"),
     "n_steps 2.5": (lambda m: build(m, n_steps=2.5), "n_steps=2.5; a whole number"),
     "max_tokens 0": (lambda m: build(m, max_tokens=0), "max_tokens=0; at least 1"),
-    "layers as a number": (lambda m: build(m, layers=1), r"layers=1; a list is needed: layers=\[1\]"),
-    "layers as text": (lambda m: build(m, layers="1"), "layers='1'; a list is needed"),
+    "layers as a number": (lambda m: build(m, layers=1), r"layers=1; expected a list: layers=\[1\]"),
+    "layers as text": (lambda m: build(m, layers="1"), "layers='1'; expected a list"),
     "a layer between two": (lambda m: build(m, layers=[1.5]), "layer=1.5; a whole number"),
     "a layer called True": (lambda m: build(m, layers=[True]), "layer=True; a whole number"),
     "noise NaN": (
@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "no layer to steer": (lambda m: VECTORS.hooks(0.2, []), "no layers given, so nothing would be steered"),
     "alpha as text": (lambda m: VECTORS.hooks("0.3", [1]), "alpha='0.3'; one number"),
-    "several alphas": (lambda m: VECTORS.hooks(np.array([0.1, 0.2]), [1]), "one number is needed"),
+    "several alphas": (lambda m: VECTORS.hooks(np.array([0.1, 0.2]), [1]), "expected one number"),
     "temperature NaN": (lambda m: gr.generate(m, ["a"], temperature=math.nan), "temperature=nan; a finite"),
     "new tokens 2.5": (lambda m: gr.generate(m, ["a"], max_new_tokens=2.5), "max_new_tokens=2.5; a whole"),
     "no text": (
@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "neutral text of one token": (lambda m: sweep(m, neutral=["the film was", "film"]), "text 2 has fewer than two"),
     "neutral text that is empty": (lambda m: sweep(m, neutral=[""]), "text 1: the prompt is empty"),
     "neutral text too long": (lambda m: sweep(m, neutral=["a " * 80]), "text 1: .* the model's context holds 64"),
-    "one neutral text": (lambda m: sweep(m, neutral="the film was"), "texts='the film was'; a list is needed"),
+    "one neutral text": (lambda m: sweep(m, neutral="the film was"), "texts='the film was'; expected a list"),
     "limit -1": (lambda m: gr.load_pairs(ROWS, limit=-1), "limit=-1; at least 1"),
     "None as records": (lambda m: gr.load_pairs(None), "records are a NoneType"),
     "columns as a list": (lambda m: gr.load_pairs(ROWS, ["prompt"]), "a mapping such as"),
@@ -256,7 +256,7 @@ SHELL: dict[str, tuple[list[str], str]] = {
     ),
     "records for choosing and report": (
         ["sweep", "--vectors={f}/v.safetensors", "--pairs={f}/p.jsonl", "--test={f}/p.jsonl"],
-        "in --pairs too",
+        "also in --pairs",
     ),
     "layers not stored, sweep": (
         ["sweep", "--vectors={f}/v.safetensors", "--pairs={f}/p.jsonl", "--layers=7"],

@@ -95,14 +95,14 @@ def test_a_summary_where_records_are_needed(made: Any) -> None:
 
 
 def test_layers_of_an_ablation(made: Any) -> None:
-    with pytest.raises(ValueError, match=r"layers=1; a list is needed: layers=\[1\]"):
+    with pytest.raises(ValueError, match=r"layers=1; expected a list: layers=\[1\]"):
         gr.analysis.ablate_hooks(made.vectors, 1)
     for layers in ([-1], [0, -2]):
         with pytest.raises(ValueError, match="layers are counted from 0"):
             gr.analysis.ablate_hooks(made.vectors, layers, from_layer=1)
     with pytest.raises(ValueError, match=r"layers \[-1\] do not exist"):
         gr.analysis.ablation_table(made.model, made.pairs, made.vectors, layers=[-1])
-    with pytest.raises(ValueError, match=r"layers=1; a list is needed: layers=\[1\]"):
+    with pytest.raises(ValueError, match=r"layers=1; expected a list: layers=\[1\]"):
         gr.analysis.ablation_table(made.model, made.pairs, made.vectors, layers=1)
 
 

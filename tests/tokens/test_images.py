@@ -152,7 +152,7 @@ def test_words_and_patches_have_budgets_of_their_own() -> None:
     assert gr.attribution.select_tokens(a, 0, 2) == gr.attribution.Selection((0, 1), (2,))
     assert gr.attribution.select_tokens(a, 2, 0) == gr.attribution.Selection((4, 3), (5,))
     for budget in ((0, None), (0, 0), (-1, 2)):
-        with pytest.raises(ValueError, match="at least one token"):
+        with pytest.raises(ValueError, match="at least"):
             gr.attribution.select_tokens(a, *budget)
 
 
@@ -184,7 +184,7 @@ def test_neighbours_are_taken_among_what_is_left(llava: Any) -> None:
 
 
 def test_an_unknown_image_masker_is_refused(llava: Any, unchecked: None) -> None:
-    with pytest.raises(ValueError, match="image='grey' is not known; choose one of"):
+    with pytest.raises(ValueError, match="image='grey' is not known; expected one of"):
         gr.attribute(llava, pair(picture(0)), mask=gr.hooks.Mask(image="grey"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="image='grey'"):
         gr.build_vectors(llava, [pair(picture(0))], mask=gr.hooks.Mask(image="grey"), progress=False)  # type: ignore[arg-type]
@@ -202,7 +202,7 @@ def test_vectors_remember_the_images_and_resume(llava: Any, tmp_path: Path) -> N
     other = gr.build_vectors(llava, others, checkpoint=tmp_path / "done.jsonl", **options)
     assert other.info["data_hash"] != first.info["data_hash"]
     assert len((tmp_path / "done.jsonl").read_text().splitlines()) == 4
-    with pytest.raises(ValueError, match="top_k_image=17, but its prompt has 16 patches"):
+    with pytest.raises(ValueError, match="top_k_image=17 is more than the 16 patches"):
         gr.build_vectors(llava, pairs, top_k=1, top_k_image=17, progress=False)
 
 

@@ -265,7 +265,7 @@ def test_record_longer_than_the_context_is_named() -> None:
     fits = gr.PreferencePair("one two three four five six", " was good", " bad")
     too_long = gr.PreferencePair("one two three four five six", " bad", " was very good")
     assert len(gr.tokens.tokenize_pairs(model, [fits])[0].prompt) == 6
-    with pytest.raises(ValueError, match=r"record 2: prompt \+ rejected is 9 tokens, the model's context holds 8"):
+    with pytest.raises(ValueError, match=r"record 2: prompt \+ rejected is 9 tokens, and the model's context holds 8"):
         gr.tokens.tokenize_pairs(model, [fits, too_long])
 
 
@@ -279,7 +279,7 @@ def test_prompt_ids() -> None:
     assert prompt_ids(model, "film was") == [BOS, *words("film was")]
     with pytest.raises(ValueError, match="prompt is empty"):
         prompt_ids(model, "  ")
-    with pytest.raises(ValueError, match="4 tokens, the model's context holds 4"):
+    with pytest.raises(ValueError, match="4 tokens, and the model's context holds 4"):
         prompt_ids(model, "one two three")
     assert prompt_ids(NoModel(tiny_tokenizer()), CHAT) == list(words("question : food was good <eos> answer :"))
 

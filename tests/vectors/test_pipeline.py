@@ -141,7 +141,7 @@ def test_the_end_can_be_spared(bridge: Any, pairs: list[gr.PreferencePair]) -> N
                 bridge, tokenized, selections, layers=[1], resid_norms=torch.ones(1), n_draws=5, spare_end=spare
             )
             assert any(last_masked) == (not spare)
-    with pytest.raises(ValueError, match="spare_end is for single tokens"):
+    with pytest.raises(ValueError, match="spare_end and group_by"):
         gr.build_vectors(bridge, pairs, top_k=1, spare_end=True, group_by="word", progress=False)
 
 
@@ -391,12 +391,12 @@ CHAT = [{"role": "user", "content": "was it good"}]
 BAD_RECORDS: list[tuple[list[dict[str, Any]], str]] = [
     ([], "no records"),
     ([GOOD, {**GOOD, "prompt": "good " * 70}], "record 2: .*context holds 64"),
-    ([GOOD, {**GOOD, "prompt": "film"}], "record 2: top_k=2, but its prompt has 1 content tokens"),
+    ([GOOD, {**GOOD, "prompt": "film"}], "record 2: top_k=2 is more than the 1 content tokens"),
     ([GOOD, {**GOOD, "rejected": "  good"}], "record 2: chosen and rejected give the same tokens"),
 ]
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 0}, "top_k=0"),
-    ({"top_k": 5}, "record 1: top_k=5, but its prompt has 4 content tokens"),
+    ({"top_k": 5}, "record 1: top_k=5 is more than the 4 content tokens"),
     ({"method": "shapley"}, "shapley"),
     ({"reduce": "median"}, "median"),
     ({"side": "left"}, "left"),
@@ -434,7 +434,7 @@ def test_pca_of_one_record_is_refused_before_anything_runs(model: Any) -> None:
 
 def test_responses_without_a_differing_token_are_refused_before_anything_runs(model: Any) -> None:
     late = gr.PreferencePair("we liked this film and the very good food", " good", " good and warm")
-    with not_running(model), pytest.raises(ValueError, match="record 2: .*no token differs"):
+    with not_running(model), pytest.raises(ValueError, match="record 2: .*single"):
         gr.build_vectors(model, [gr.PreferencePair(**GOOD), late], top_k=2, objective="single", progress=False)
 
 

@@ -279,7 +279,7 @@ def test_division_sums_and_moves(tmp_path: Path) -> None:
     torch.testing.assert_close(sum([v, w]).raw, v.raw + w.raw)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="divided by 0"):
         v / 0
-    with pytest.raises(ValueError, match="no SteeringVectors"):
+    with pytest.raises(ValueError, match="expected SteeringVectors"):
         v + 1  # type: ignore[operator]
     half = v.to(torch.bfloat16)
     assert half.directions.dtype == torch.bfloat16 and v.to("cpu").layers == v.layers
