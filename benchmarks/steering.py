@@ -11,7 +11,7 @@ import grains_tl as gr
 from benchmarks.common import count_operations, timed
 from grains_tl.inference.batches import pad_rows
 from grains_tl.inference.objectives import margins
-from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.tokens.rules import token_rules
 
 PROMPTS = ["The film was", "At the hotel, the room was", "Overall, the stay was", "The phone is"]

@@ -25,11 +25,13 @@ def add_audit_options(
         default="caa,margin_gradient,random_direction,orthogonal_direction",
         help="what to compare with, controls included",
     )
-    parser.add_argument("--kl", type=float, default=0.05, help="budget, nats per token of neutral text (default 0.05)")
+    parser.add_argument(
+        "--kl", type=float, default=0.05, help="KL that may be spent, nats per token of neutral text (default 0.05)"
+    )
     parser.add_argument("--layers", type=layers, help="e.g. 12,18 or 10-20; default up to eight of those stored")
-    parser.add_argument("--alphas", type=numbers, default=[0.1, 0.2, 0.4], help="where the KL is measured")
-    parser.add_argument("--draws", type=int, default=8, help="of each control (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and the draws")
+    parser.add_argument("--alphas", type=numbers, default=[0.1, 0.2, 0.4], help="steps at which the KL is measured")
+    parser.add_argument("--draws", type=int, default=8, help="draws of each control (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the draws (default 0)")
 
 
 def audit_checkpoint(args: argparse.Namespace) -> Path:

@@ -47,7 +47,8 @@ def add_parser(commands: Any, model_options: Callable[..., None]) -> argparse.Ar
     from grains_tl.hooks.mask import Masker
 
     parser = commands.add_parser(
-        "compare-attributions", help="attribution methods beside each other: gap, time, faithfulness, effect"
+        "compare-attributions",
+        help="compare attribution methods: completeness gap, time, faithfulness, effect of their vectors",
     )
     parser.add_argument(
         "--pairs", action="append", default=[], help="preference records (repeatable): .jsonl, .json, .csv"
@@ -57,7 +58,7 @@ def add_parser(commands: Any, model_options: Callable[..., None]) -> argparse.Ar
         action="append",
         default=[],
         metavar="FIELD=COLUMN",
-        help="where prompt, chosen or rejected stand in --pairs files: a column or a template",
+        help="which column of the --pairs files holds prompt, chosen or rejected: a column name or a template",
     )
     parser.add_argument(
         "--set", action="append", default=[], choices=BUNDLED, help="a bundled set (repeatable; default both)"
@@ -68,10 +69,17 @@ def add_parser(commands: Any, model_options: Callable[..., None]) -> argparse.Ar
         "--methods", default=",".join(DEFAULT_METHODS), help=f"comma-separated, of {', '.join(METHODS)}"
     )
     parser.add_argument("--n-steps", type=int, default=16, help="gradients per record of the path methods (default 16)")
-    parser.add_argument("--top-k", type=int, default=2, help="tokens taken out on each side (default 2)")
-    parser.add_argument("--masker", default="mean_embedding", choices=get_args(Masker))
-    parser.add_argument("--layer", type=int, help="layer to steer at (default two thirds of the way up)")
-    parser.add_argument("--alpha", type=float, default=0.2, help="fraction of the residual norm (default 0.2)")
+    parser.add_argument("--top-k", type=int, default=2, help="tokens to take out on each side (default 2)")
+    parser.add_argument(
+        "--masker",
+        default="mean_embedding",
+        choices=get_args(Masker),
+        help="what replaces a masked token (default mean_embedding)",
+    )
+    parser.add_argument("--layer", type=int, help="layer to steer (default two thirds of the way up)")
+    parser.add_argument(
+        "--alpha", type=float, default=0.2, help="step size, a fraction of the residual norm (default 0.2)"
+    )
     parser.add_argument("--draws", type=int, default=5, help="draws of the random choice of tokens (default 5)")
     parser.add_argument("--out", default="grains-tl-comparison", help="folder for comparison.csv and comparison.html")
     model_options(parser)

@@ -16,16 +16,28 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None = "sm
     parser.add_argument(
         "--model", default=default, help=f"smollm2, tiny-vlm, or a Hugging Face name or folder (default {said})"
     )
-    parser.add_argument("--path", help="weights: a .gguf file or a folder")
-    parser.add_argument("--kind", default="bridge", choices=["bridge", "hooked"], help="TransformerLens class")
-    parser.add_argument("--device", help="default cpu, or what the launcher gives to each of several processes")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    parser.add_argument("--path", help="read the weights from a .gguf file or a folder")
+    parser.add_argument(
+        "--kind",
+        default="bridge",
+        choices=["bridge", "hooked"],
+        help="TransformerLens class: TransformerBridge or HookedTransformer (default bridge)",
+    )
+    parser.add_argument(
+        "--device", help="torch device (default cpu, or what the launcher gives to each of several processes)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of the weights (default float32)",
+    )
     parser.add_argument(
         "--autocast",
         action="store_true",
-        help="the blocks' matrix products in bfloat16, all else in --dtype: faster where the processor has them",
+        help="run the blocks' matrix products in bfloat16 and all else in --dtype: faster where the processor has them",
     )
-    parser.add_argument("--threads", type=positive, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--threads", type=positive, help="number of torch threads (default: torch's own choice)")
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +48,8 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=COLUMN",
-        help="where prompt, chosen, rejected, image stand: a column name or a template such as 'prompt=Q: {Question}\\nA:'",
+        help="which column holds prompt, chosen, rejected or image: a column name, or a template such as "
+        "'prompt=Q: {Question}\\nA:'",
     )
     parser.add_argument("--limit", type=positive, help="use the first N records")
 
@@ -51,17 +64,31 @@ def add_attribution_options(parser: argparse.ArgumentParser) -> None:
     from grains_tl.hooks.mask import Masker
     from grains_tl.inference.objectives import Objective
 
-    parser.add_argument("--method", default="leave_one_out", choices=list(METHODS))
+    parser.add_argument(
+        "--method", default="leave_one_out", choices=list(METHODS), help="attribution method (default leave_one_out)"
+    )
     parser.add_argument("--n-steps", type=positive, default=32, help="gradients or draws per record (default 32)")
     parser.add_argument(
         "--reference",
         "--baseline",
         choices=[*REFERENCES, "neutral"],
-        help="where a path begins (default function_words; the paper: zero)",
+        help="where the path of a gradient method begins (default function_words; the paper: zero)",
     )
-    parser.add_argument("--nodes", choices=get_args(Nodes), help="of integrated gradients (default adaptive)")
-    parser.add_argument("--objective", default="sum", choices=get_args(Objective))
-    parser.add_argument("--masker", default="mean_embedding", choices=get_args(Masker))
+    parser.add_argument(
+        "--nodes", choices=get_args(Nodes), help="how integrated gradients place their steps (default adaptive)"
+    )
+    parser.add_argument(
+        "--objective",
+        default="sum",
+        choices=get_args(Objective),
+        help="how the response's tokens are combined (default sum)",
+    )
+    parser.add_argument(
+        "--masker",
+        default="mean_embedding",
+        choices=get_args(Masker),
+        help="what replaces a masked token (default mean_embedding)",
+    )
 
 
 def layer_list(text: str) -> list[int]:

@@ -21,20 +21,32 @@ def add_sweep_options(
 ) -> None:
     """The options of ``sweep`` alone; ``layers`` and ``numbers`` read lists."""
     parser.add_argument("--vectors", required=True, action="append", help="file written by build (repeatable)")
-    parser.add_argument("--layers", type=layers, help="e.g. 12,18 or 10-20; default all stored")
     parser.add_argument(
-        "--alphas", type=numbers, default=[-0.2, 0.1, 0.2, 0.4], help="steps (default --alphas=-0.2,0.1,0.2,0.4)"
+        "--layers", type=layers, help="layers to sweep, e.g. 12,18 or 10-20 (default all that are stored)"
     )
-    parser.add_argument("--positions", action="append", choices=get_args(Positions), help="scope (repeatable)")
     parser.add_argument(
-        "--max-kl", type=float, default=0.1, help="cost a choice may have, nats per token (default 0.1)"
+        "--alphas", type=numbers, default=[-0.2, 0.1, 0.2, 0.4], help="step sizes (default --alphas=-0.2,0.1,0.2,0.4)"
     )
-    parser.add_argument("--neutral", type=int, default=8, help="neutral texts to measure it on (default 8; 0: none)")
+    parser.add_argument(
+        "--positions",
+        action="append",
+        choices=get_args(Positions),
+        help="which positions are steered (repeatable; default all)",
+    )
+    parser.add_argument(
+        "--max-kl", type=float, default=0.1, help="KL that the chosen setting may cost, nats per token (default 0.1)"
+    )
+    parser.add_argument(
+        "--neutral", type=int, default=8, help="neutral texts to measure the KL on (default 8; 0: none)"
+    )
     parser.add_argument("--report-share", type=float, default=0.5, help="share of the records kept for the report")
-    parser.add_argument("--test", metavar="FILE", help="records for the report; then all of --pairs are for choosing")
-    parser.add_argument("--seed", type=int, default=0, help="of the split of the records")
+    parser.add_argument("--test", metavar="FILE", help="records for the report; all of --pairs then serve to choose")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split of the records (default 0)")
     parser.add_argument("--out", "--csv", help="write the table to this csv file")
-    parser.add_argument("--checkpoint", help="finished results (default beside --out); the same command goes on there")
+    parser.add_argument(
+        "--checkpoint",
+        help="file that keeps finished results, from which the same command resumes (default beside --out)",
+    )
 
 
 def sweep_checkpoint(args: argparse.Namespace) -> Path | None:

@@ -24,7 +24,7 @@ from grains_tl.inference.batches import Batch, by_token_budget, text_batch
 from grains_tl.inference.objectives import kl_divergence
 from grains_tl.inference.restart import prepare_restart, restart_logits
 from grains_tl.records.loading import COST_TEXTS, neutral_texts
-from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.types import HookedModel
 from grains_tl.vectors.manifest import texts_used
 from grains_tl.vectors.steering import Steering

@@ -20,7 +20,7 @@ from grains_tl.inference.logprobs import hooks_for
 from grains_tl.inference.objectives import kl_divergence, token_logprobs
 from grains_tl.models.running import forward_logits
 from grains_tl.records.pairs import plain_text, prompt_list
-from grains_tl.tokens.pairs import tokenize_responses
+from grains_tl.tokens.prompts import tokenize_responses
 from grains_tl.tokens.text import texts_after
 from grains_tl.types import HookedModel, Text
 from grains_tl.vectors.steering import Steering

@@ -15,7 +15,7 @@ from grains_tl.inference.logprobs import HooksForBatch, hooks_for
 from grains_tl.inference.objectives import token_logprobs
 from grains_tl.models.running import forward_logits
 from grains_tl.tokens.chat import render
-from grains_tl.tokens.pairs import text_ids
+from grains_tl.tokens.prompts import text_ids
 from grains_tl.tokens.rules import token_rules
 from grains_tl.tokens.text import common_prefix, last_tokens
 from grains_tl.types import HookedModel

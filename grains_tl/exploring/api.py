@@ -14,7 +14,7 @@ from grains_tl.exploring.views import Menu, Views, menu_of
 from grains_tl.exploring.widget import Explorer
 from grains_tl.models.state import require_ready
 from grains_tl.records.pairs import prompt_list
-from grains_tl.tokens.pairs import prompt_inputs
+from grains_tl.tokens.prompts import prompt_inputs
 from grains_tl.types import HookedModel, Text
 from grains_tl.vectors.matching import require_match
 from grains_tl.vectors.steering import Steering

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from grains_tl._util import html
 from grains_tl.inference.generation import generate
 from grains_tl.records.pairs import PreferencePair, plain_text
-from grains_tl.tokens.pairs import prompt_inputs
+from grains_tl.tokens.prompts import prompt_inputs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors

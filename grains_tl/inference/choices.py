@@ -14,7 +14,7 @@ from grains_tl._util.progress import progress_bar
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget
 from grains_tl.inference.logprobs import HooksForBatch, batch_logprobs, hooks_for
 from grains_tl.records.choices import MultipleChoice
-from grains_tl.tokens.pairs import tokenize_responses
+from grains_tl.tokens.prompts import tokenize_responses
 from grains_tl.types import HookedModel
 
 

@@ -18,7 +18,7 @@ from grains_tl.models.running import hooked, is_bridge, listed_hooks, require_ho
 from grains_tl.models.state import require_ready
 from grains_tl.records.pairs import prompt_list
 from grains_tl.tokens.images import ImageInputs
-from grains_tl.tokens.pairs import prompt_inputs
+from grains_tl.tokens.prompts import prompt_inputs
 from grains_tl.tokens.rules import token_rules
 from grains_tl.tokens.text import decode_after
 from grains_tl.types import FwdHooks, HookedModel, PromptHooks, Text

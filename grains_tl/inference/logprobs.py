@@ -29,7 +29,8 @@ from grains_tl.models.running import (
     padding_side,
     resid_post,
 )
-from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized, tokenize_responses
+from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
+from grains_tl.tokens.prompts import tokenize_responses
 from grains_tl.types import FwdHooks, HookedModel, PromptHooks, Text
 
 #: Steering, hooks, or a function that makes hooks for a batch.

@@ -9,18 +9,16 @@ record is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from grains_tl.tokens.images import as_parts
+from grains_tl.tokens.message_strings import THOUGHTS, MessageString, joined, message_strings, words_of
 from grains_tl.types import Message, Text
 
 #: Upper and lower case, so that a template that changes letters is noticed.
 MARK = "xQzMark"
-
-#: What different model families call a message's thoughts.
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 
 #: How a rendering ends: all messages closed, an answer's header opened, or the last message left open.
 End = Literal["closed", "answer", "continue"]
@@ -96,10 +94,10 @@ class Chat:
         Raises:
             ValueError: words of a message that the template leaves out or rewrites beyond recognition.
         """
-        leaves = list(_leaves(self.messages))
+        leaves = list(message_strings(self.messages))
         return self._spans_at_once(text, leaves) or [span for leaf in leaves for span in self._spans_of(text, leaf)]
 
-    def _spans_at_once(self, text: str, leaves: Sequence[_Leaf]) -> list[tuple[int, int]] | None:
+    def _spans_at_once(self, text: str, leaves: Sequence[MessageString]) -> list[tuple[int, int]] | None:
         """One rendering with every string marked; ``None`` where it does not account for the whole text."""
         mark, messages = self._mark(), list(self.messages)
         for number, leaf in enumerate(leaves):
@@ -123,7 +121,7 @@ class Chat:
             at += len(words) + len(after)
         return spans if at == len(text) else None
 
-    def _spans_of(self, text: str, leaf: _Leaf) -> list[tuple[int, int]]:
+    def _spans_of(self, text: str, leaf: MessageString) -> list[tuple[int, int]]:
         """One string marked: whatever the template makes of it stands between what it writes around the mark."""
         mark, messages = self._mark(), list(self.messages)
         messages[leaf.message] = leaf.put(messages[leaf.message], mark)
@@ -166,15 +164,15 @@ class Chat:
                 f"the prompt ends with the assistant's words, but {name} begins with role {first.get('role')!r}; begin it "
                 "with the assistant's message that continues them, or end the prompt with the user's message"
             )
-        joined = {**last, **first, "content": _joined(last.get("content"), first.get("content"))}
-        return [*self.messages[:-1], joined, *answer[1:]]
+        continued = {**last, **first, "content": joined(last.get("content"), first.get("content"))}
+        return [*self.messages[:-1], continued, *answer[1:]]
 
     def _end_of_words(self, messages: Sequence[Message], full: str, name: str) -> int:
         """Where the last message's words or tool calls end in the rendered conversation."""
         *before, last = messages
         mark = self._mark()
         plain = {key: value for key, value in last.items() if key != "tool_calls"}
-        marked = {**plain, "content": _joined(last.get("content") or "", mark)}
+        marked = {**plain, "content": joined(last.get("content") or "", mark)}
         words, found, closing = self._render([*before, marked], name).rpartition(mark)
         if last.get("tool_calls"):
             # the calls come after the words; a template may close them in its own way, which is then scored too
@@ -182,7 +180,7 @@ class Chat:
         end = len(full) - len(closing)
         if not found or not full.endswith(closing) or full[:end] not in (words, words.rstrip()):
             raise ValueError(
-                f"the chat template rewrites the response ({name}: {_short(_words(last))}), so its end cannot be found; "
+                f"the chat template rewrites the response ({name}: {_short(words_of(last))}), so its end cannot be found; "
                 "give the rendered prompt and response as plain text"
             )
         return end
@@ -252,78 +250,6 @@ def render(template: Any, messages: Sequence[Message], what: str = "the prompt",
             f"the chat template refuses {what} ({reason}); change the messages (roles, their order, a system message), or "
             "give plain text"
         ) from error
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    """One string of a conversation: which message it is in, and the keys that lead to it."""
-
-    message: int
-    path: tuple[str | int, ...]
-    text: str
-    optional: bool = False
-
-    def put(self, message: Message, text: str) -> Message:
-        """The message with another string in this place."""
-        return dict(_put(message, self.path, text))
-
-
-def _leaves(messages: Sequence[Message]) -> Iterator[_Leaf]:
-    for i, message in enumerate(messages):
-        for field in THOUGHTS:
-            if isinstance(message.get(field), str) and message[field].strip():
-                yield _Leaf(i, (field,), message[field], optional=True)
-        content = message.get("content")
-        if isinstance(content, str) and content.strip():
-            yield _Leaf(i, ("content",), content)
-        for j, part in enumerate(content) if isinstance(content, (list, tuple)) else ():
-            if part.get("type") == "text" and str(part.get("text", "")).strip():
-                yield _Leaf(i, ("content", j, "text"), part["text"])
-        for path, text in _strings(message.get("tool_calls") or [], ("tool_calls",)):
-            if path[-1] not in ("id", "type"):
-                yield _Leaf(i, path, text, optional=True)
-
-
-def _strings(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    if isinstance(value, str) and value.strip():
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(item, (*path, key))
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _strings(item, (*path, i))
-
-
-def _put(value: Any, path: Sequence[str | int], text: str) -> Any:
-    if not path:
-        return text
-    key, *rest = path
-    if isinstance(value, Mapping):
-        return {**value, key: _put(value[key], rest, text)}
-    return [_put(item, rest, text) if i == key else item for i, item in enumerate(value)]
-
-
-def _joined(first: Any, second: Any) -> Any:
-    """Two contents as one: texts joined, parts put together with the text of the last and the first one joined."""
-    first, second = first or "", second or ""
-    if isinstance(first, str) and isinstance(second, str):
-        return first + second
-    parts, more = list(_as_list(first)), list(_as_list(second))
-    if parts and more and parts[-1].get("type") == more[0].get("type") == "text":
-        parts[-1] = {**parts[-1], "text": parts[-1]["text"] + more.pop(0)["text"]}
-    return [*parts, *more]
-
-
-def _as_list(content: Any) -> Sequence[Any]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    return list(content)
-
-
-def _words(message: Message) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else " ".join(str(part.get("text", "")) for part in content)
 
 
 def _stripped(text: str, begin: int, end: int) -> tuple[int, int]:

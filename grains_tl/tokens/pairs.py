@@ -1,8 +1,4 @@
-"""Everything about token ids: rules of one tokenizer, spans of prompt and response, padded batches with their targets.
-
-BOS, chat markers, padding and the border between prompt and response are decided here and nowhere else;
-``token_rules(model).describe()`` shows the decisions.
-"""
+"""Preference records as token ids, with what is content in the prompt and where each response begins."""
 
 from __future__ import annotations
 
@@ -13,14 +9,13 @@ from typing import Any
 
 from grains_tl._util.errors import numbered
 from grains_tl.records.loading import preference_pairs
-from grains_tl.records.messages import as_text
-from grains_tl.records.pairs import PairLike, PreferencePair, require_text
+from grains_tl.records.pairs import PairLike, PreferencePair
 from grains_tl.records.pictures import load_images
-from grains_tl.tokens.chat import Chat
-from grains_tl.tokens.images import ImageInputs, process_images, refuse_lost_image, template_owner, with_placeholders
+from grains_tl.tokens.images import ImageInputs, process_images, refuse_lost_image, with_placeholders
+from grains_tl.tokens.prompts import content_flags, continued, require_context, tokenize_prompt
 from grains_tl.tokens.rules import TokenRules, token_rules
-from grains_tl.tokens.text import TokenTexts, common_prefix, decode_after, encode
-from grains_tl.types import HookedModel, Text
+from grains_tl.tokens.text import TokenTexts, decode_after
+from grains_tl.types import HookedModel
 
 
 @dataclass(frozen=True)
@@ -157,144 +152,13 @@ def as_tokenized(model: HookedModel, records: Any) -> list[TokenizedPair]:
     return tokenize_pairs(model, given)
 
 
-def prompt_ids(model: HookedModel, prompt: Text) -> list[int]:
-    """Ids of one prompt under the model's token rules (for generation).
-
-    Raises:
-        ValueError: an empty prompt, or one longer than the context.
-    """
-    return prompt_inputs(model, prompt)[0]
-
-
-def prompt_inputs(model: HookedModel, prompt: Text, image: Any = None) -> tuple[list[int], ImageInputs | None]:
-    """Ids of one prompt with its image tokens expanded, and its images.
-
-    Raises:
-        ValueError: an empty prompt, one longer than the context, one that the chat template refuses, or images the model
-            cannot take.
-    """
-    rules = token_rules(model)
-    prompt = as_text(prompt)
-    require_text("the prompt", prompt)
-    pictures = () if image is None else load_images(image)
-    start = _prompt(model, rules, with_placeholders(model, prompt, len(pictures)))
-    ids, images = start.ids, None
-    if pictures:
-        ids, images = process_images(model, start.text, pictures, front=start.front)
-    else:
-        refuse_lost_image(model, start.text, ids)
-    if len(ids) >= rules.n_ctx:
-        raise ValueError(f"the prompt has {len(ids)} tokens, and the model's context holds {rules.n_ctx}; shorten it")
-    return ids, images
-
-
-def tokenize_responses(
-    model: HookedModel, prompt: Text, responses: Sequence[Text]
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Ids of a prompt and of any number of responses to it, with one border for all of them.
-
-    Raises:
-        ValueError: as ``tokenize_pairs``.
-    """
-    rules = token_rules(model)
-    named = {f"response {i}": response for i, response in enumerate(responses, start=1)}
-    start = _prompt(model, rules, with_placeholders(model, prompt, 0))
-    border, full = _continued(model, rules, start, named)
-    refuse_lost_image(model, start.text, start.ids)
-    _require_context(rules, border, {name: ids[border:] for name, ids in zip(named, full, strict=True)})
-    return tuple(start.ids[:border]), tuple(tuple(ids[border:]) for ids in full)
-
-
-def text_ids(model: HookedModel, text: str) -> list[int]:
-    """Ids of a plain text of any length, with whatever ``token_rules`` puts in front."""
-    return encode(model.tokenizer, token_rules(model), text)[0]
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A prompt as text and ids, before images are expanded.
-
-    Attributes:
-        text: what is tokenized.
-        ids: its tokens, those in front included.
-        offsets: the characters of each; ``None`` for a slow tokenizer.
-        front: the ids that were put in front.
-        chat: the conversation it was rendered from; ``None`` for plain text.
-    """
-
-    text: str
-    ids: list[int]
-    offsets: list[tuple[int, int]] | None
-    front: tuple[int, ...]
-    chat: Chat | None
-
-
-def _prompt(model: HookedModel, rules: TokenRules, prompt: Text, tools: Sequence[Any] | None = None) -> _Prompt:
-    if isinstance(prompt, str):
-        return _Prompt(prompt, *encode(model.tokenizer, rules, prompt), rules.front, None)
-    if not rules.has_chat_template:
-        raise ValueError("the prompt is a conversation, but the tokenizer has no chat template; give plain text")
-    chat = Chat(template_owner(model), tuple(prompt), tuple(tools) if tools else None)
-    text = chat.prompt()
-    return _Prompt(text, *encode(model.tokenizer, rules, text, rendered=True), (), chat)
-
-
-def _continued(
-    model: HookedModel, rules: TokenRules, prompt: _Prompt, responses: Mapping[str, Text]
-) -> tuple[int, list[list[int]]]:
-    """The border that prompt and responses share, and the ids of prompt + response for every response."""
-    full = []
-    for name, response in responses.items():
-        if prompt.chat is not None:
-            response = prompt.chat.response(prompt.text, response, name)
-        elif not isinstance(response, str):
-            raise ValueError(
-                f"{name} is a list of messages, and the prompt is text; give both as messages, or both as text"
-            )
-        full.append(encode(model.tokenizer, rules, prompt.text + response, rendered=prompt.chat is not None)[0])
-    border = min(common_prefix(prompt.ids, ids) for ids in full)
-    if border == 0:
-        raise ValueError(
-            "the whole prompt becomes part of a token that belongs to the response too; write a longer prompt"
-        )
-    for name, ids in zip(responses, full, strict=True):
-        if len(ids) == border:
-            raise ValueError(f"{name} adds no token to the prompt; write a longer response")
-    return border, full
-
-
-def _content(rules: TokenRules, prompt: _Prompt) -> list[bool]:
-    """Content: not special and, in a conversation, inside the words of a message."""
-    content = [token not in rules.special for token in prompt.ids]
-    if prompt.chat is None:
-        return content
-    if prompt.offsets is None:
-        raise ValueError(
-            "conversations need a fast tokenizer, whose character offsets tell the words from the template; give "
-            "plain text, or a fast tokenizer"
-        )
-    inside = [False] * len(prompt.text)
-    for begin, end in prompt.chat.spans(prompt.text):
-        inside[begin:end] = [True] * (end - begin)
-    return [keep and any(inside[a:b]) for keep, (a, b) in zip(content, prompt.offsets, strict=True)]
-
-
-def _require_context(rules: TokenRules, border: int, responses: Mapping[str, Sequence[int]]) -> None:
-    for name, response in responses.items():
-        if border + len(response) > rules.n_ctx:
-            raise ValueError(
-                f"prompt + {name} is {border + len(response)} tokens, and the model's context holds "
-                f"{rules.n_ctx}; shorten the prompt"
-            )
-
-
 def _tokenize(model: HookedModel, rules: TokenRules, texts: TokenTexts, pair: PreferencePair) -> TokenizedPair:
     pictures = () if pair.image is None else load_images(pair.image)
-    start = _prompt(model, rules, with_placeholders(model, pair.prompt, len(pictures)), pair.tools)
-    border, full = _continued(model, rules, start, {"chosen": pair.chosen, "rejected": pair.rejected})
+    start = tokenize_prompt(model, rules, with_placeholders(model, pair.prompt, len(pictures)), pair.tools)
+    border, full = continued(model, rules, start, {"chosen": pair.chosen, "rejected": pair.rejected})
     if full[0] == full[1]:
         raise ValueError("chosen and rejected give the same tokens; drop the record")
-    ids, content = start.ids, _content(rules, start)
+    ids, content = start.ids, content_flags(rules, start)
     moved, chosen, rejected = len(ids) - border, full[0][border:], full[1][border:]
     images = None
     if pictures:
@@ -309,7 +173,7 @@ def _tokenize(model: HookedModel, rules: TokenRules, texts: TokenTexts, pair: Pr
         images = _until(images, border)
     else:
         refuse_lost_image(model, start.text, ids)
-    _require_context(rules, border, {"chosen": chosen, "rejected": rejected})
+    require_context(rules, border, {"chosen": chosen, "rejected": rejected})
     end = ids[:border][-8:]  # what decoding needs to see of the prompt
     return TokenizedPair(
         prompt=tuple(ids[:border]),

@@ -20,7 +20,7 @@ from torch import Tensor
 from grains_tl._util.checks import layer_numbers
 from grains_tl.models.running import device_of, hooked, require_layers, resid_post, run_blocks
 from grains_tl.records.loading import neutral_texts
-from grains_tl.tokens.pairs import prompt_inputs
+from grains_tl.tokens.prompts import prompt_inputs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.foreign_files import FileContent, content_of, read_file
 from grains_tl.vectors.steering_vectors import SteeringVectors

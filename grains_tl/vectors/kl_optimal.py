@@ -16,7 +16,7 @@ from grains_tl._util.checks import finite, listed, whole
 from grains_tl._util.errors import OptionError, numbered
 from grains_tl._util.files import hash_of
 from grains_tl.records.loading import COST_TEXTS, neutral_texts
-from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.differences import Differences

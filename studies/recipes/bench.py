@@ -14,7 +14,7 @@ import grains_tl as gr
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget
 from grains_tl.inference.logprobs import hooks_for, score_batches
 from grains_tl.inference.restart import Restart, prepare_restart, restart_logits, restart_many
-from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.tokens.prompts import prompt_ids
 
 #: Tokens of neutral text in one pass.
 TEXT_TOKENS = 200

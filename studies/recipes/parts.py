@@ -14,7 +14,8 @@ from torch import Tensor
 import grains_tl as gr
 from grains_tl._util.files import hash_of
 from grains_tl.attribution.removal import leave_out_scores
-from grains_tl.tokens.pairs import TokenizedPair, prompt_ids
+from grains_tl.tokens.pairs import TokenizedPair
+from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.fisher import Fisher
 from grains_tl.vectors.gradients import MarginGradient

@@ -48,10 +48,7 @@ N_PARAMETERS, N_BODY_LINES, N_FILE_LINES = 10, 60, 300
 
 #: Files above the limit; a number here may go down and never up. Add no name: split a file, and take it out.
 LONG_FILES = {
-    "cli/main.py": 330,
     "models/loading.py": 370,
-    "tokens/chat.py": 350,
-    "tokens/pairs.py": 335,
 }
 
 

@@ -20,7 +20,8 @@ import torch
 from nbclient import NotebookClient
 
 import grains_tl as gr
-from grains_tl.cli.main import main, side_by_side
+from grains_tl.cli.main import main
+from grains_tl.cli.steer import side_by_side
 from grains_tl.demo.one_set import DemoSettings
 from grains_tl.demo.text import QUICK, run_demo, summary
 from tests.conftest import TL_MAJOR

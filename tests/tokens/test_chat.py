@@ -10,7 +10,7 @@ import pytest
 import grains_tl as gr
 from grains_tl._util.errors import RecordError
 from grains_tl.inference.choices import tokenize_choices
-from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.tokens.prompts import prompt_ids
 from tests.helpers.templates import TEMPLATES, TokenizerOnly, bytes_tokenizer
 from tests.helpers.tokenizers import starting_with
 

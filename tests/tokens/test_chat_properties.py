@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import grains_tl as gr
 from grains_tl._util.errors import RecordError
-from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.tokens.prompts import prompt_ids
 from tests.conftest import WORDS, tiny_tokenizer
 from tests.helpers.templates import TEMPLATES, TokenizerOnly, bytes_tokenizer
 from tests.helpers.tokenizers import sentencepiece_like, starting_with, wordpiece_like

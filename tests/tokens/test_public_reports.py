@@ -11,7 +11,7 @@ import pytest
 import grains_tl as gr
 from grains_tl._util.errors import RecordError
 from grains_tl.attribution.words import spaced
-from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.tokens.text import decode_after
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.helpers.templates import TEMPLATES, TokenizerOnly, bytes_tokenizer

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import grains_tl as gr
 from grains_tl.inference.batches import Batch, by_token_budget, pad_rows, scoring_batch
 from grains_tl.inference.logprobs import batch_logprobs
-from grains_tl.tokens.pairs import prompt_ids
+from grains_tl.tokens.prompts import prompt_ids
 from tests.conftest import KINDS, WORDS, tiny_hf, tiny_model, tiny_tokenizer
 from tests.helpers.fakes import FakeModel
 from tests.helpers.oracles import response_logprobs

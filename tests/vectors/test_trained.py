@@ -12,7 +12,8 @@ from torch import Tensor
 import grains_tl as gr
 from grains_tl.inference.objectives import margins
 from grains_tl.models import loading as gr_models
-from grains_tl.tokens.pairs import TokenizedPair, prompt_ids, tokenize_pairs
+from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
+from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.vectors import training_passes as passes
 from grains_tl.vectors.building import BuildingRecords
 from tests.conftest import KINDS, WORDS, tiny_hf, tiny_model, tiny_tokenizer

@@ -1,0 +1,89 @@
+"""``grains-tl build``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from grains_tl.cli.options import (
+    add_attribution_options,
+    add_model_options,
+    add_pair_options,
+    chosen_method,
+    file_path,
+    layer_list,
+    load,
+    load_records,
+    positive,
+)
+
+
+def add_build_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--out", required=True, type=file_path, help="file to write, e.g. vectors.safetensors")
+    parser.add_argument("--top-k", type=positive, default=2, help="tokens to mask on each side (default 2)")
+    parser.add_argument(
+        "--reduce",
+        default="mean",
+        choices=["mean", "svd", "pca"],
+        help="how records become one direction (default mean)",
+    )
+    parser.add_argument(
+        "--readout",
+        default="prompt_end",
+        choices=["prompt_end", "response_end", "response_mean"],
+        help="where the residual is read (default prompt_end)",
+    )
+    parser.add_argument(
+        "--layers", type=layer_list, help="layers to build vectors for, e.g. 12,18 or 10-20 (default all)"
+    )
+    parser.add_argument("--group-by", choices=["word", "sentence"], help="choose words or sentences instead of tokens")
+    add_pair_options(parser)
+    add_attribution_options(parser)
+    add_model_options(parser)
+
+
+def build_checkpoint(args: argparse.Namespace) -> Path:
+    """Where ``build`` keeps finished attributions until the vectors are there."""
+    return Path(f"{args.out}.partial.jsonl")
+
+
+def run_build(args: argparse.Namespace) -> None:
+    """Build, write the file, and say how well the attributions converged."""
+    from grains_tl._util.processes import files, finish, launched
+    from grains_tl.vectors.build import build_vectors
+
+    pairs = load_records(args)
+    processes = launched()
+    checkpoint = build_checkpoint(args)
+    vectors = build_vectors(
+        load(args),
+        pairs,
+        top_k=args.top_k,
+        method=chosen_method(args),
+        reduce=args.reduce,
+        layers=args.layers,
+        objective=args.objective,
+        mask=args.masker,
+        readout=args.readout,
+        group_by=args.group_by,
+        checkpoint=checkpoint,
+        processes=processes,
+        progress=processes.rank == 0,
+    )
+    finish()
+    if processes.rank > 0:
+        return
+    path = vectors.save(args.out)
+    for file in files(checkpoint):
+        file.unlink()
+    print(f"{path}: {len(vectors.layers)} layers x d_model {vectors.directions.shape[1]} from {len(pairs)} records")
+    print(f"tokens: {vectors.info['token_rules']}")
+    if vectors.info["moved_borders"]:
+        print(f"{vectors.info['moved_borders']} records have a token across prompt and response; scored from before it")
+    gap = vectors.info["median_relative_gap"]
+    if gap is not None:
+        share = vectors.info["converged_share"]
+        print(
+            f"median completeness gap {100 * gap:.0f} % of |f(x) - f(x')|; under 5 % in {100 * share:.0f} % of records"
+        )
