@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.models import loading as gr_models
+from grains_tl.models import building as gr_models
 
 
 @dataclass
@@ -151,8 +151,8 @@ def random_model(config: Any, *, device: str = "cpu", dtype: torch.dtype = torch
         torch.manual_seed(0)
         hf_model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     tokenizer = word_tokenizer(min(8192, config.vocab_size))
-    gr_models._keep_tokenizer_as_is(tokenizer, "random")
-    return gr_models._bridge(hf_model.eval().requires_grad_(False), tokenizer, "random").eval().requires_grad_(False)
+    gr_models.keep_tokenizer_as_is(tokenizer, "random")
+    return gr_models.bridge_of(hf_model.eval().requires_grad_(False), tokenizer, "random").eval().requires_grad_(False)
 
 
 def word_tokenizer(size: int) -> Any:

@@ -95,8 +95,8 @@ def tiny_hf(architecture: str = "llama") -> Any:
 def tiny_model(kind: str = "bridge", architecture: str = "llama", tokenizer: Any = None) -> Any:
     """A TransformerLens model around ``tiny_hf``."""
     hf_model, tokenizer = tiny_hf(architecture), tiny_tokenizer() if tokenizer is None else tokenizer
-    gr_models._keep_tokenizer_as_is(tokenizer, "tiny")
-    make = gr_models._hooked if kind == "hooked" else gr_models._bridge
+    gr_models.keep_tokenizer_as_is(tokenizer, "tiny")
+    make = gr_models.hooked_of if kind == "hooked" else gr_models.bridge_of
     return make(hf_model, tokenizer, "tiny").eval().requires_grad_(False)
 
 

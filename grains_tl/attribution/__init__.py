@@ -1,4 +1,8 @@
-"""Which input tokens cause a behaviour: attribution methods, their scores, and the choice of tokens by score."""
+"""Which input tokens cause a behaviour: attribution methods, their scores, and the choice of tokens by score.
+
+It imports from ``hooks``, ``inference``, ``tokens`` and what lies below them; ``vectors`` and everything above import
+from it.
+"""
 
 import lazy_loader
 

@@ -1,1 +1,4 @@
-"""The command line: ``grains-tl COMMAND``."""
+"""The command line: ``grains-tl COMMAND``.
+
+It imports from every package, when a command runs; nothing imports from it.
+"""

@@ -1,4 +1,8 @@
-"""Can an attribution be trusted: deletion curves, agreement between methods, comparison by effect."""
+"""Whether an attribution can be trusted: deletion curves, agreement between methods, comparison by effect.
+
+It imports from ``baselines``, ``evaluate``, ``vectors`` and what lies below them; only ``plotting``, ``demo`` and
+``cli`` import from it.
+"""
 
 import lazy_loader
 

@@ -1,6 +1,7 @@
 """How much a vision-language model says that is not in the picture: yes/no questions, captions, judged answers.
 
 The measures take plain answers and margins, so they serve any model; the readers take the published files as they are.
+The package imports from ``records`` and ``_util`` alone; ``demo`` imports from it.
 """
 
 import lazy_loader

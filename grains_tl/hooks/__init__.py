@@ -1,6 +1,7 @@
 """Hooks as plain ``(name, fn)`` pairs for ``run_with_hooks`` and ``model.hooks``: steer, mask, cache, interpolate.
 
-Every function here is pure: it returns hooks and changes nothing.
+Every function here is pure: it returns hooks and changes nothing. The package imports from
+``inference``, ``tokens`` and what lies below them; ``attribution`` and everything above import from it.
 """
 
 import lazy_loader

@@ -1,4 +1,8 @@
-"""One pass over a batch: objectives, batches, log-probabilities, restarts from a layer, choices, generation."""
+"""One pass over a batch: objectives, batches, log-probabilities, restarts from a layer, choices, generation.
+
+It imports from ``tokens``, ``models`` and what lies below them; ``hooks``, ``attribution`` and everything above
+import from it.
+"""
 
 import lazy_loader
 

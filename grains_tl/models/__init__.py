@@ -1,4 +1,7 @@
-"""The only package that knows TransformerLens and transformers: loading, running, identity, precision."""
+"""The only package that knows TransformerLens and transformers: loading, running, identity, precision.
+
+It imports from ``types`` and ``_util`` alone; everything that runs a model imports from it.
+"""
 
 import lazy_loader
 

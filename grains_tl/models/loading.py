@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 
+from grains_tl.models.building import (
+    bridge_of,
+    hooked_of,
+    keep_tokenizer_as_is,
+    require_hooked_transformer,
+    with_prompts_of_the_tokenizer,
+)
 from grains_tl.models.gguf_files import joined_file, load_gguf
 from grains_tl.types import BridgeModel, HookedModel
 
@@ -99,20 +102,20 @@ def load_model(
         (30, 576)
     """
     if kind not in ("bridge", "hooked"):
-        raise ValueError(f"kind={kind!r}; it is 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)")
+        raise ValueError(f"kind={kind!r}; expected 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)")
     _require_device(device)
     if kind == "hooked" and name == TINY_VLM:
         raise ValueError(f"HookedTransformer has no vision; load {name!r} with kind='bridge'")
     if kind == "hooked":
-        _require_hooked_transformer()
+        require_hooked_transformer()
     if name == TINY_VLM:
         return _load_tiny_vlm(path, device, dtype)
     hf_model, tokenizer, processor, label = _load_hugging_face(name, path, dtype)
     hf_model = hf_model.to(device).eval().requires_grad_(False)
-    _keep_tokenizer_as_is(tokenizer, label)
-    model = _hooked(hf_model, tokenizer, label) if kind == "hooked" else _bridge(hf_model, tokenizer, label)
+    keep_tokenizer_as_is(tokenizer, label)
+    model = hooked_of(hf_model, tokenizer, label) if kind == "hooked" else bridge_of(hf_model, tokenizer, label)
     model.processor = processor
-    return _prompts_as_the_tokenizer_makes_them(model).eval().requires_grad_(False)
+    return with_prompts_of_the_tokenizer(model).eval().requires_grad_(False)
 
 
 @torch.inference_mode(False)
@@ -152,10 +155,10 @@ def wrap_model(hf_model: Any, tokenizer: Any, processor: Any = None, *, name: st
         raise ValueError(f"expected a tokenizer of transformers, got {type(tokenizer).__name__}")
     label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
     tokenizer = copy.deepcopy(tokenizer)
-    _keep_tokenizer_as_is(tokenizer, label)
-    model = _bridge(hf_model.eval(), tokenizer, label)
+    keep_tokenizer_as_is(tokenizer, label)
+    model = bridge_of(hf_model.eval(), tokenizer, label)
     model.processor = processor
-    return _prompts_as_the_tokenizer_makes_them(model).eval()
+    return with_prompts_of_the_tokenizer(model).eval()
 
 
 @torch.inference_mode(False)
@@ -249,10 +252,10 @@ def _load_tiny_vlm(path: str | Path | None, device: str | torch.device, dtype: t
 
 def _bridge_with_processor(hf_model: Any, processor: Any, label: str, device: str | torch.device) -> HookedModel:
     hf_model = hf_model.to(device).eval().requires_grad_(False)
-    _keep_tokenizer_as_is(processor.tokenizer, label)
-    model = _bridge(hf_model, processor.tokenizer, label).eval().requires_grad_(False)
+    keep_tokenizer_as_is(processor.tokenizer, label)
+    model = bridge_of(hf_model, processor.tokenizer, label).eval().requires_grad_(False)
     model.processor = processor
-    return _prompts_as_the_tokenizer_makes_them(model)
+    return with_prompts_of_the_tokenizer(model)
 
 
 def bundled_smollm2(dtype: torch.dtype) -> tuple[Path, Any, Any]:
@@ -277,94 +280,3 @@ def _bundled_gguf() -> Path | None:
     except metadata.PackageNotFoundError:
         return None
     return next((Path(str(f.locate())) for f in files if f.name == GGUF_NAME), None)
-
-
-def _keep_tokenizer_as_is(tokenizer: Any, label: str) -> None:
-    """TransformerLens reloads a tokenizer by name to switch BOS on unless it finds these two entries."""
-    tokenizer.init_kwargs.setdefault("name_or_path", label)
-    tokenizer.init_kwargs["add_bos_token"] = True
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether a tokenizer itself puts BOS before a text."""
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
-
-
-def _prompts_as_the_tokenizer_makes_them(model: Any) -> Any:
-    """``model.to_tokens("text")`` gives the ids that the whole package uses: BOS exactly if the tokenizer adds it."""
-    model.cfg.default_prepend_bos = adds_bos(model.tokenizer)
-    return model
-
-
-def _bridge(hf_model: Any, tokenizer: Any, label: str) -> Any:
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-
-    with _torchvision_not_required(), warnings.catch_warnings():
-        # a dozen lines on vision towers in TransformerLens 3; the language model has all its hooks
-        warnings.filterwarnings("ignore", message="Hook alias", category=UserWarning)
-        return build_bridge_from_module(
-            hf_model,
-            type(hf_model).__name__,
-            hf_config=hf_model.config,
-            tokenizer=tokenizer,
-            dtype=hf_model.dtype,
-            device=hf_model.device,
-            model_name=label,
-        )
-
-
-@contextmanager
-def _torchvision_not_required() -> Iterator[None]:
-    """The Qwen-VL adapters ask for torchvision, which only some processors need: the model itself runs without."""
-    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-
-    own = ArchitectureAdapter.__dict__.get("_check_required_libraries")
-    if own is None or util.find_spec("torchvision") is not None:
-        yield
-        return
-    try:
-        ArchitectureAdapter._check_required_libraries = lambda self: None  # type: ignore[method-assign]
-        yield
-    finally:
-        ArchitectureAdapter._check_required_libraries = own  # type: ignore[method-assign]
-
-
-def _require_hooked_transformer() -> None:
-    version = metadata.version("transformer-lens")
-    if int(version.split(".")[0]) >= 4:
-        raise ImportError(
-            f"TransformerLens {version} has no HookedTransformer (removed in 4.0). Use kind='bridge', or install the "
-            "last 3.x: pip install 'grains-tl[hooked]'"
-        )
-
-
-def _hooked(hf_model: Any, tokenizer: Any, label: str) -> Any:
-    import transformer_lens.loading_from_pretrained as loading
-    from transformer_lens import HookedTransformer
-
-    config = hf_model.config.to_dict()
-    config["architectures"] = [type(hf_model).__name__]
-    with tempfile.TemporaryDirectory() as folder:  # the loader takes a path, never an in-memory model
-        hf_model.config.architectures = config["architectures"]
-        hf_model.config.save_pretrained(folder)
-        cfg = loading.get_pretrained_model_config(
-            folder,
-            hf_cfg=config,
-            fold_ln=False,
-            default_prepend_bos=False,
-            device=str(hf_model.device),
-            dtype=hf_model.dtype,
-        )
-        state = loading.get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=hf_model.dtype)
-    cfg.model_name = label
-    model = HookedTransformer(cfg, tokenizer=tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(
-        state,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
-    )
-    return model if hf_model.device.type == "cpu" else model.to(hf_model.device)  # .to() prints a line

@@ -1,4 +1,7 @@
-"""What the package is given: preference pairs, multiple-choice questions, pictures, benchmark files, splits."""
+"""What the package is given: preference pairs, multiple-choice questions, pictures, benchmark files, splits.
+
+It imports from ``types`` and ``_util`` alone; everything that takes records imports from it.
+"""
 
 import lazy_loader
 

@@ -1,4 +1,7 @@
-"""From text and images to token ids: BOS rules, chat templates, records as ids, image patches."""
+"""From text and images to token ids: BOS rules, chat templates, records as ids, image patches.
+
+It imports from ``models``, ``records`` and ``_util``; ``inference`` and everything above import from it.
+"""
 
 import lazy_loader
 

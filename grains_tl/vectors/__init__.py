@@ -1,4 +1,8 @@
-"""Which direction carries a behaviour: read-out, differences, reduction, building, files, export."""
+"""Which direction carries a behaviour: read-out, differences, reduction, building, files, export.
+
+It imports from ``attribution``, ``hooks``, ``inference`` and what lies below them; ``baselines``, ``evaluate`` and
+everything above import from it.
+"""
 
 import lazy_loader
 

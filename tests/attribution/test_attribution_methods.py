@@ -438,12 +438,12 @@ def test_bfloat16_keeps_the_ranks(pairs: list[gr.PreferencePair], method: Any) -
 
 
 def tiny_model_bf16() -> Any:
-    from grains_tl.models import loading as gr_models
+    from grains_tl.models import building as gr_models
     from tests.conftest import tiny_tokenizer
 
     hf_model, tokenizer = tiny_hf().to(torch.bfloat16), tiny_tokenizer()
-    gr_models._keep_tokenizer_as_is(tokenizer, "tiny")
-    return gr_models._bridge(hf_model, tokenizer, "tiny").eval().requires_grad_(False)
+    gr_models.keep_tokenizer_as_is(tokenizer, "tiny")
+    return gr_models.bridge_of(hf_model, tokenizer, "tiny").eval().requires_grad_(False)
 
 
 # -- images -----------------------------------------------------------------------------------------------------------

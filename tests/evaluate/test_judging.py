@@ -24,7 +24,7 @@ from grains_tl.cli.main import main
 from grains_tl.faithfulness.agreement import random_attributions, random_weights
 from grains_tl.faithfulness.compare import compare_attributions
 from grains_tl.faithfulness.deletion import removal_table
-from grains_tl.models import loading as gr_models
+from grains_tl.models import building as gr_models
 from tests.attribution.test_attribution import PolynomialModel
 from tests.conftest import tiny_hf, tiny_model, tiny_tokenizer
 
@@ -254,8 +254,8 @@ def planted() -> SimpleNamespace:
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-    gr_models._keep_tokenizer_as_is(tokenizer, "planted")
-    model = gr_models._bridge(hf.eval().requires_grad_(False), tokenizer, "planted").eval().requires_grad_(False)
+    gr_models.keep_tokenizer_as_is(tokenizer, "planted")
+    model = gr_models.bridge_of(hf.eval().requires_grad_(False), tokenizer, "planted").eval().requires_grad_(False)
     test = planted_prompts(40, seed=10_000)
     records = [gr.PreferencePair(t, *((" yes", " no") if y else (" no", " yes"))) for t, _, y in test]
     return SimpleNamespace(model=model, pairs=records, places=[at for _, at, _ in test])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from grains_tl.models import loading as gr_models
+from grains_tl.models import building as gr_models
 from tests.conftest import WORDS, tiny_tokenizer
 
 COMMON = {
@@ -71,6 +71,6 @@ def architecture(name: str, kind: str = "bridge") -> Any:
     """The same with TransformerLens around it and the tiny tokenizer."""
     model = plain(name)
     tokenizer = tiny_tokenizer()
-    gr_models._keep_tokenizer_as_is(tokenizer, name)
-    make = gr_models._hooked if kind == "hooked" else gr_models._bridge
+    gr_models.keep_tokenizer_as_is(tokenizer, name)
+    make = gr_models.hooked_of if kind == "hooked" else gr_models.bridge_of
     return make(model, tokenizer, name).eval().requires_grad_(False)

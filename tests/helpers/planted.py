@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import grains_tl as gr
-from grains_tl.models import loading as gr_models
+from grains_tl.models import building as gr_models
 from tests.conftest import WORDS, tiny_hf, tiny_tokenizer
 
 MOOD, COPY = 0, 1  # axes of the residual stream
@@ -54,8 +54,8 @@ def planted_hf() -> Any:
 def planted_model(kind: str) -> Any:
     """The same as a TransformerLens model."""
     tokenizer = tiny_tokenizer()
-    gr_models._keep_tokenizer_as_is(tokenizer, "planted")
-    make = gr_models._hooked if kind == "hooked" else gr_models._bridge
+    gr_models.keep_tokenizer_as_is(tokenizer, "planted")
+    make = gr_models.hooked_of if kind == "hooked" else gr_models.bridge_of
     return make(planted_hf(), tokenizer, "planted").eval().requires_grad_(False)
 
 

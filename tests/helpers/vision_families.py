@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from grains_tl.models import loading as gr_models
+from grains_tl.models import building as gr_models
 
 hf: Any = transformers  # its configurations are typed by their generated signatures, which lack aliases
 SPECIAL = (
@@ -106,8 +106,8 @@ def build(family: Family) -> Any:
 def bridge(family: Family) -> Any:
     """The same as a ``TransformerBridge`` with its processor, as ``load_model`` would return it."""
     processor = family.processor()
-    gr_models._keep_tokenizer_as_is(processor.tokenizer, family.name)
-    model = gr_models._bridge(build(family), processor.tokenizer, family.name).eval().requires_grad_(False)
+    gr_models.keep_tokenizer_as_is(processor.tokenizer, family.name)
+    model = gr_models.bridge_of(build(family), processor.tokenizer, family.name).eval().requires_grad_(False)
     model.processor = processor
     return model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import grains_tl as gr
-from grains_tl.models import loading as gr_models
+from grains_tl.models import building as gr_models
 from tests.conftest import tiny_hf, tiny_model, tiny_tokenizer
 
 ATOL = 1e-5  # the same kernels on the same numbers
@@ -25,7 +25,7 @@ def offloaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     places = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], "cpu")
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
     tokenizer = tiny_tokenizer()
-    gr_models._keep_tokenizer_as_is(tokenizer, "tiny")
+    gr_models.keep_tokenizer_as_is(tokenizer, "tiny")
     options = {"device_map": places, "offload_folder": str(folder / "disk"), "dtype": torch.float32}
     try:
         return TransformerBridge.boot_transformers(str(folder / "model"), tokenizer=tokenizer, **options)

@@ -21,7 +21,7 @@ from transformers import (
 
 import grains_tl as gr
 from grains_tl.cli.main import main
-from grains_tl.models import loading as gr_models_loading
+from grains_tl.models import building as gr_models_loading
 from grains_tl.models import running as gr_models_running
 from grains_tl.vectors.export import export_gguf, export_hf, steps, vllm_interventions
 from tests.conftest import tiny_hf, tiny_model, tiny_tokenizer
@@ -55,8 +55,8 @@ def plain_logits(hf: Any, blocks: Any, rows: dict[int, Tensor]) -> Tensor:
 
 def tiny_of(hf_model: Any) -> Any:
     tokenizer = tiny_tokenizer()
-    gr_models_loading._keep_tokenizer_as_is(tokenizer, "tiny")
-    return gr_models_loading._bridge(hf_model.eval().requires_grad_(False), tokenizer, "tiny")
+    gr_models_loading.keep_tokenizer_as_is(tokenizer, "tiny")
+    return gr_models_loading.bridge_of(hf_model.eval().requires_grad_(False), tokenizer, "tiny")
 
 
 def test_steps_are_what_the_hook_adds() -> None:

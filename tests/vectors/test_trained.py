@@ -11,7 +11,7 @@ from torch import Tensor
 
 import grains_tl as gr
 from grains_tl.inference.objectives import margins
-from grains_tl.models import loading as gr_models
+from grains_tl.models import building as gr_models
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.vectors import training_passes as passes
@@ -128,8 +128,8 @@ def linear_model(kind: str) -> Any:
         hf.model.norm.weight *= 1000 / 32**0.5
         hf.lm_head.weight *= 2
     tokenizer = tiny_tokenizer()
-    gr_models._keep_tokenizer_as_is(tokenizer, "linear")
-    make = gr_models._hooked if kind == "hooked" else gr_models._bridge
+    gr_models.keep_tokenizer_as_is(tokenizer, "linear")
+    make = gr_models.hooked_of if kind == "hooked" else gr_models.bridge_of
     return make(hf, tokenizer, "linear").eval().requires_grad_(False)
 
 
