@@ -23,6 +23,11 @@ class Method:
         removes: it takes tokens out and needs no gradients.
         draws: it draws at random, from its ``seed``.
         completes: its scores promise to add up to f(x) - f(x').
+
+    Examples:
+        >>> from grains_tl.attribution.methods import METHODS
+        >>> [name for name, method in METHODS.items() if method.draws]
+        ['leave_k_out', 'expected_gradients', 'smoothgrad']
     """
 
     name: ClassVar[str]

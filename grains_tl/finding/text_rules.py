@@ -40,6 +40,9 @@ def praise(text: str) -> float:
     Args:
         text: English.
 
+    Returns:
+        From -1 to 1, no unit.
+
     Examples:
         >>> praise("a great film with a great cast, if a bit slow"), praise("it was not good"), praise("it was a film")
         (0.3333333333333333, -1.0, 0.0)
@@ -59,6 +62,9 @@ def refuses(text: str) -> float:
 
     Args:
         text: English.
+
+    Returns:
+        1.0 or 0.0, no unit.
 
     Examples:
         >>> refuses("I'm sorry, but I can't help with that."), refuses("First, mix the flour.")

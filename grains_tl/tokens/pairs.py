@@ -139,7 +139,7 @@ def as_tokenized(model: HookedModel, records: Any) -> list[TokenizedPair]:
         >>> as_tokenized(model, pairs) == tokenize_pairs(model, pairs)     # doctest: +SKIP
         True
     """
-    wanted = "a list of PreferencePair (load_pairs) or of TokenizedPair (tokenize_pairs) is needed"
+    wanted = "expected a list of PreferencePair (load_pairs) or of TokenizedPair (tokenize_pairs)"
     if isinstance(records, (str, Mapping)) or not hasattr(records, "__iter__"):
         raise ValueError(f"records are a {type(records).__name__}; {wanted}: [record] for one")
     given = list(records)

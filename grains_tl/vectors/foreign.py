@@ -189,6 +189,9 @@ def with_resid_norms(
         texts: on which to measure; default the first bundled neutral texts. The median over their tokens without the
             first is taken, as the first token's norm is of another order in many models.
 
+    Returns:
+        ``SteeringVectors`` with ``resid_norms`` ``[layer]``, the rest unchanged.
+
     Raises:
         ValueError: vectors of another width or for layers the model lacks.
 

@@ -517,7 +517,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"layer": 3, "method": "gradient_x_input"}, "layers 0 to 2"),
     ({"k": 0, "method": "leave_k_out"}, "k=0"),
     ({"noise": -1.0, "method": "smoothgrad"}, "noise=-1"),
-    ({"n_steps": 1, "method": "discretized_ig"}, "both ends"),
+    ({"n_steps": 1, "method": "discretized_ig"}, "two ends"),
     ({"reference": ["zero"], "method": "integrated_gradients"}, "several references"),
     ({"reference": torch.zeros(5), "method": "integrated_gradients"}, r"shape \(5,\)"),
     ({"group_by": "paragraph"}, "paragraph"),

@@ -177,7 +177,7 @@ def test_spa_vl_rows() -> None:
     assert (pair.chosen, pair.rejected, pair.meta) == ("A cat.", "A dog.", {"class1": "Toxicity"})
     assert pair.prompt == [{"role": "user", "content": "What is this?"}]
     assert Path(pair.image) == Path("pictures/3.jpg")
-    with pytest.raises(ValueError, match="row 2 has no \\['chosen'\\]"):
+    with pytest.raises(ValueError, match="row 2 lacks the columns \\['chosen'\\]"):
         hl.load_spa_vl([row, {**row, "chosen": None}])
     with pytest.raises(ValueError, match="row 1: chosen equals rejected"):
         hl.load_spa_vl([{**row, "rejected": "A cat."}])
@@ -201,9 +201,9 @@ def test_mmmu_rows() -> None:
     with pytest.raises(ValueError, match="no preference pair"):
         open_question.pair()
     assert hl.load_mmmu([{**MMMU[0], "answer": "?"}])[0].answer is None
-    with pytest.raises(ValueError, match="row 1: the answer 'D' is none of the 3 options"):
+    with pytest.raises(ValueError, match="row 1: the answer 'D' does not name one of the 3 options"):
         hl.load_mmmu([{**MMMU[0], "answer": "D"}])
-    with pytest.raises(ValueError, match="row 1: options .1; 2. are"):
+    with pytest.raises(ValueError, match="row 1: options .1; 2. cannot be read"):
         hl.load_mmmu([{**MMMU[0], "options": "1; 2"}])
 
 
@@ -232,7 +232,7 @@ def test_judge_answers_with_a_rule() -> None:
     frame = hl.judge_answers(questions, ["It is black.", "It is a dog."], rule)
     assert frame["rating"].tolist() == [5, 1]
     assert frame["hallucinates"].tolist() == [False, True]
-    with pytest.raises(ValueError, match="answer 1: the judge's reply has no"):
+    with pytest.raises(ValueError, match="answer 1: expected 'Rating: 0'"):
         hl.judge_answers(questions[:1], ["x"], lambda _: "good")
     with pytest.raises(ValueError, match="2 questions and 1 answers"):
         hl.judge_answers(questions, ["x"], rule)

@@ -132,7 +132,7 @@ def test_scores_must_belong_to_the_questions() -> None:
         gr.inference.mc1(torch.zeros(1, 2), [item])
     with pytest.raises(ValueError, match="0 questions"):
         gr.inference.mc2(torch.zeros(1, 2), [])
-    with pytest.raises(ValueError, match="question 1 has scores that are not finite"):
+    with pytest.raises(ValueError, match="question 1 has NaN or infinite scores"):
         gr.inference.mc2(torch.tensor([[0.0, torch.nan, 1.0]]), [item])
 
 

@@ -342,7 +342,7 @@ def test_hooks_are_gone_after_an_exception(model: Any, fails_at: int) -> None:
         (["the film was"], {"max_new_tokens": 0}, "max_new_tokens=0"),
         (["the film was"], {"temperature": -0.5}, "temperature=-0.5"),
         (["the film was"], {"batch_size": 0}, "batch_size=0"),
-        (["the film was", "the " * 60], {"max_new_tokens": 5}, "60 tokens and max_new_tokens=5 are too long"),
+        (["the film was", "the " * 60], {"max_new_tokens": 5}, "60 tokens and max_new_tokens=5 are too many"),
         (["the film was"], {"batch_size": 0}, "batch_size=0"),
         (["the film was", "the " * 60], {"max_new_tokens": 5}, "context holds 64"),
         (["the film was", "the " * 64], {}, "64 tokens, and the model's context holds 64"),

@@ -237,7 +237,7 @@ def test_heatmap_shows_patches_and_words_on_one_scale(llava: Any) -> None:
     # a centre crop: the drawn grid leaves the sides of the 40 x 24 picture free
     lefts = sorted(p.get_x() for p in panel.patches)
     assert lefts[0] == pytest.approx(8) and lefts[-1] == pytest.approx(26)
-    with pytest.raises(ValueError, match=r"2 image\(s\) given, the record has 1"):
+    with pytest.raises(ValueError, match=r"got 2 image\(s\), expected 1"):
         plot_image_attribution(a, [picture(0)] * 2)
     with pytest.raises(ValueError, match="no image"):
         plot_image_attribution(gr.attribute(llava, pair(), method="gradient_x_input"), picture(0))

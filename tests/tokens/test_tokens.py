@@ -107,7 +107,7 @@ def test_margin_is_that_of_the_whole_texts(chosen: str, rejected: str) -> None:
 
 
 def test_prompt_that_merges_away() -> None:
-    with pytest.raises(ValueError, match="record 1: the whole prompt merges"):
+    with pytest.raises(ValueError, match="record 1: the whole prompt becomes part"):
         one(merging_tokenizer(), "c", "d", "e")
 
 
@@ -117,7 +117,7 @@ def test_same_tokens_on_both_sides() -> None:
 
 
 def test_response_without_tokens() -> None:
-    with pytest.raises(ValueError, match="chosen has no tokens of its own"):
+    with pytest.raises(ValueError, match="chosen adds no token"):
         one(bare_tokenizer_dropping("zz"), "film was", "zz", " good")
 
 
