@@ -70,7 +70,8 @@ def attribute(
         objective: ``"sum"`` over the response's tokens, their ``"mean"``, or ``"single"`` for one-token responses.
         mask: what replaces a token or patch that is left out; also what patches are at x' (zeros if the reference is).
         content_only: leave special and template tokens where they are: on a path they stay real (score 0), and nothing is
-            taken out there (score NaN).
+            taken out there (score NaN). ``build_vectors`` does so with methods that take tokens out; the scores that
+            leave-one-out gives to the user's words are the same either way.
         max_tokens: token budget of one pass, if not that of the settings in force.
         fields: fields of a method that is given by name, ``n_steps=64`` for instance; ``help`` of the methods in
             ``gr.attribution`` explains each.

@@ -72,18 +72,38 @@ def _parts(pairs: Any, column: str) -> dict[str, list[Any]]:
 
 def write_report(found: Any, folder: Path) -> list[Path]:
     """``report.html``, ``table.csv`` and ``vectors.safetensors``, each complete or not there."""
-    import base64
-
     from grains_tl._util.files import write_atomically
     from grains_tl.plotting.html import page
-    from grains_tl.plotting.style import figure_png
 
-    picture = base64.b64encode(figure_png(found.plot())).decode()
-    body = (
-        f'<h1>Search for a steering vector</h1>{found._repr_html_()}<img src="data:image/png;base64,{picture}" alt="">'
-    )
     return [
-        write_atomically(folder / "report.html", page("Search for a steering vector", body).encode()),
+        write_atomically(folder / "report.html", page("Search for a steering vector", _body(found)).encode()),
         write_atomically(folder / "table.csv", found.table.to_csv(index=False).encode()),
         found.save(folder / "vectors.safetensors"),
     ]
+
+
+def _body(found: Any) -> str:
+    """The verdict, then the evidence: effects beside controls, where they were looked for, and texts."""
+    from grains_tl._util.html import text
+    from grains_tl.plotting.effects import plot_layers
+    from grains_tl.plotting.html import image, nothing, settings_table
+
+    sentences = "".join(f"<p>{text(sentence)}</p>" for sentence in found.verdict.splitlines())
+    # of the two steps that were tried at a layer, the better one
+    tried = found.search.sort_values("effect").drop_duplicates(["recipe", "layer"], keep="last").sort_values("layer")
+    tried = tried.assign(vector=tried["recipe"])[["layer", "vector", "effect", "se", "n"]]
+    layers = plot_layers(tried, int(found.best.layers[0]), label="effect on the choosing records, nats")
+    texts = found.examples_html() if found.examples else nothing("No continuations were asked for.")
+    return f"""<h1>Search for a steering vector</h1>
+<div class="verdicts">{sentences}</div>
+<h2>On records that neither built nor chose it</h2>
+{found.table_html()}
+<figure>{image(found.plot(), "Effect of each recipe beside the draws of the controls")}</figure>
+<h2>Where it was looked for</h2>
+<figure>{image(layers, "Effect over layers on the choosing records")}
+<figcaption>The better of the two steps that were tried at a layer, within the budget of KL.</figcaption></figure>
+<h2>Continuations</h2>
+<p class="note">Prompts of the report records; tinted words differ from the unsteered text.</p>
+{texts}
+<h2>Settings</h2>
+{settings_table(found.about)}"""

@@ -28,7 +28,7 @@ from grains_tl.baselines.controls import (
 )
 from grains_tl.demo.figures import attribution_figures, base, continuations, table_rows
 from grains_tl.demo.settings import ABOUT, AT_MOST, DemoSettings
-from grains_tl.demo.verdicts import verdict
+from grains_tl.demo.verdicts import headline, verdict
 from grains_tl.evaluate.controls import RANDOM_TOKENS, compare_with_controls
 from grains_tl.evaluate.equal_cost import effect_at_kl
 from grains_tl.evaluate.measuring import next_token_kl, swings
@@ -109,6 +109,7 @@ def run_set(
         "draws": compared.draws,
         "cost": cost,
         "continuations": continuations(model, records["test"], vectors[method], layer, alpha),
+        "headline": headline(compared, cost, method=method),
         "verdict": verdict(compared, list(CONTROLS), cost, method=method, layer=layer, alpha=settings.alpha),
     }
 

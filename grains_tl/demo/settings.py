@@ -14,6 +14,11 @@ ABOUT = {
     "misconception. Built on biology, the body, physics and food; tested on space, history, language and technology.",
 }
 
+#: Beginnings of texts in which the behaviour of a set can be seen; prompts of records often leave room for one word only.
+OPEN_PROMPTS = {
+    "sentiment": ("All in all, the film was", "We stayed at this hotel for a week and"),
+}
+
 #: At most so many records of a set: whole sentences as responses cost several times as much as single words.
 AT_MOST = {
     "sentiment": {"build": 48, "choose": 24, "test": 104, "draws": 30},

@@ -30,7 +30,7 @@ QUICK = DemoSettings(
     controls=("random direction",),
     n_cost=0,
     methods=(("leave_one_out", 1), ("gradient_x_input", 1)),
-    layers=(12, 18, 24),
+    layers=(9, 12, 15, 18, 21, 24, 27),
 )
 
 
@@ -108,5 +108,5 @@ def summary(results: dict[str, Any]) -> str:
                 )
         for row in found["continuations"]:
             lines.append(f"alpha {row['alpha']:+.1f}  ...{row['prompt'][-30:]!r} -> {row['text']!r}")
-        lines.append(f"VERDICT {found['verdict']}")
+        lines.append(f"VERDICT {found['headline']}\n{found['verdict']}")
     return "\n".join(lines)

@@ -6,7 +6,6 @@ Everything that comes from data is escaped, and the page's own policy lets no sc
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,19 @@ import torch
 
 from grains_tl._util.files import write_atomically
 from grains_tl._util.html import DASH, count, number, percent, signed, text
+from grains_tl.attribution.display import attribution_html
 from grains_tl.attribution.result import Attribution
+from grains_tl.evaluate.generations import marked_words
 from grains_tl.plotting.effects import plot_controls, plot_layers
 from grains_tl.plotting.html import image, nothing, page, settings_table, table
 from grains_tl.plotting.sweeps import plot_cost
-from grains_tl.plotting.tokens import plot_tokens, show_tokens
 
 KEYS = ("settings", "versions", "seconds", "sets")
 
 
 SET_KEYS = (
     *("name", "about", "n", "base", "tokens", "attribution", "sweep", "chosen"),
-    *("table", "draws", "continuations", "verdict"),
+    *("table", "draws", "continuations", "headline", "verdict"),
 )
 
 
@@ -54,22 +54,21 @@ def report_html(results: Mapping[str, Any]) -> str:
     _require(results, KEYS, "results")
     for i, one in enumerate(results["sets"]):
         _require(one, SET_KEYS, f"results['sets'][{i}]")
-    nonce = secrets.token_urlsafe(16)  # only scripts that carry it are run: a second lock behind the escaping
     model = results["settings"].get("model")
     sets = results["sets"]
     verdicts = "".join(
-        f'<p><a href="#set-{i}">{text(one["name"])}</a>\n{text(one["verdict"])}</p>' for i, one in enumerate(sets)
+        f'<p><a href="#set-{i}">{text(one["name"])}</a>\n{text(one["headline"])}</p>' for i, one in enumerate(sets)
     )
     body = f"""<h1>Attribution and steering: what was found</h1>
 <p class="note">grains_tl report{"" if model is None else f" on {text(model)}"}; {count(len(sets), "record set")}</p>
 <div class="verdicts">{verdicts or "<p>No record set was run.</p>"}</div>
 {_how_to_read()}
-{"".join(_set_section(one, i, results["settings"], nonce) for i, one in enumerate(sets))}
+{"".join(_set_section(one, i, results["settings"]) for i, one in enumerate(sets))}
 <h2 id="settings">Settings and versions</h2>
 <p>The run took {number(results["seconds"], ".0f")} seconds.</p>
 {settings_table(results["settings"])}
 {settings_table(results["versions"])}"""
-    return page("grains_tl report", body, nonce=nonce)
+    return page("grains_tl report", body)
 
 
 def _how_to_read() -> str:
@@ -94,7 +93,7 @@ def _how_to_read() -> str:
     return f'<h3 id="how-to-read">How to read this</h3>\n<dl>{rows}</dl>'
 
 
-def _set_section(one: Mapping[str, Any], index: int, settings: Mapping[str, Any], nonce: str) -> str:
+def _set_section(one: Mapping[str, Any], index: int, settings: Mapping[str, Any]) -> str:
     n, base, chosen = one["n"], one["base"], one["chosen"]
     # where a run compares at a fixed alpha, the chosen one is that of the continuations alone
     fixed = settings.get("alpha")
@@ -107,10 +106,9 @@ on {number(n.get("test_for_draws"), "d")} of them)."""
     return f"""
 <h2 id="set-{index}">{text(one["name"])}</h2>
 <p>{text(one["about"])}</p>
-<p class="verdict">{text(one["verdict"])}</p>
 <p>{size} {start}</p>
 <h3>Which tokens cause it</h3>
-{_token_pictures(one["tokens"], nonce)}
+{_token_pictures(one["tokens"])}
 {_attribution_table(one["attribution"])}
 <h3>Where steering works</h3>
 {_layer_plot(one["sweep"], chosen.get("layer"), alpha)}
@@ -119,34 +117,20 @@ on {number(n.get("test_for_draws"), "d")} of them)."""
 effect, se, low and high in nats.</p>
 {_control_plot(one["table"], one["draws"])}
 {_control_table(one["table"])}
+<p class="verdict note">{text(one["verdict"])}</p>
 {_at_equal_cost(one.get("cost"))}
 <h3>Continuations</h3>
 {_continuations(one["continuations"])}
 """
 
 
-def _token_pictures(examples: Sequence[Mapping[str, Any]], nonce: str) -> str:
-    """The first example interactive (1.3 MB of script), with its still picture until the script runs; others still."""
+def _token_pictures(examples: Sequence[Mapping[str, Any]]) -> str:
+    """The prompts of a few records, a tint on every token."""
     if not examples:
         return nothing("No example records were kept.")
-    parts = []
-    for i, example in enumerate(examples):
-        attribution = _attribution(example)
-        chosen, rejected = (text(str(example[side]).strip()) for side in ("chosen", "rejected"))
-        caption = f"chosen: &ldquo;{chosen}&rdquo;, rejected: &ldquo;{rejected}&rdquo;"
-        picture = image(plot_tokens(attribution), "Tokens of an example prompt, coloured by their scores in nats")
-        if i == 0:
-            shown = show_tokens(attribution, renderer="circuitsvis").local_src
-            picture = shown.replace("></div>", f">{picture}</div>", 1).replace(
-                "<script crossorigin", f'<script nonce="{nonce}"', 1
-            )
-            gap = "none" if example["gap"] is None else f"{signed(example['gap'])} nats"
-            caption = (
-                f"{text(example['method'])}: f(x) = {signed(example['objective'])} nats, completeness gap {gap}; "
-                f"{caption}. Blue pushes toward chosen, red toward rejected; point at a token for its score in nats."
-            )
-        parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
-    return "\n".join(parts)
+    return "\n".join(
+        f"<figure>{attribution_html(_attribution(example), template='fold')}</figure>" for example in examples
+    )
 
 
 def _attribution(example: Mapping[str, Any]) -> Attribution:
@@ -163,6 +147,8 @@ def _attribution(example: Mapping[str, Any]) -> Attribution:
         objective=math.nan if objective is None else objective,
         baseline_objective=baseline,
         method=str(example["method"]),
+        chosen=str(example["chosen"]),
+        rejected=str(example["rejected"]),
     )
 
 
@@ -261,10 +247,11 @@ def _continuations(rows: Sequence[Mapping[str, Any]]) -> str:
     body = ""
     for prompt, found in texts.items():
         body += f'<tr><td class="prompt" colspan="{len(alphas)}">{text(prompt)}</td></tr>'
-        cells = ("\n".join(found.get(a, [DASH])) for a in alphas)
-        body += f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}</tr>"
+        base = " ".join(found.get(0.0, []))
+        cells = ("\n".join(marked_words(base, one) if a else text(one) for one in found.get(a, [DASH])) for a in alphas)
+        body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     whole = f'<table class="continuations"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="wide">{whole}</div>'
+    return f'<div class="wide">{whole}</div>{nothing("Tinted words are not in the unsteered text at their place.")}'
 
 
 def _require(mapping: Mapping[str, Any], keys: Sequence[str], where: str) -> None:

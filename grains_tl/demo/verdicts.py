@@ -48,6 +48,46 @@ def verdict(
     return "\n".join(lines)
 
 
+def headline(found: Comparison, cost: dict[str, Any] | None, *, method: str) -> str:
+    """What was found in three short sentences: does it steer, is it better than chance, is CAA stronger?
+
+    Args:
+        found: the chosen vector beside its controls.
+        cost: effects at one KL; ``None`` where they were not measured, and CAA is then compared at the same step.
+        method: the chosen attribution method.
+    """
+    rows = found.table.set_index("vector")
+    own, caa = rows.loc[method], float(rows["effect"]["CAA"])
+    effect, low, high = (float(own[name]) for name in ("effect", "low", "high"))
+    says = "The vector steers" if low > 0 else "The vector works backwards" if high < 0 else "Not shown that it steers"
+    chance = found.against[RANDOM_TOKENS]
+    above = f"{chance['difference']:+.2f} ({chance['low']:+.2f} to {chance['high']:+.2f})"
+    shown = chance["low"] > 0 and chance["beaten"] >= 0.95 * chance["n_draws"]
+    return " ".join(
+        [
+            f"{says}: {effect:+.2f} nats ({low:+.2f} to {high:+.2f}).",
+            f"Over random tokens: {above}." if shown else f"Over random tokens: not shown, {above}.",
+            _beside_caa(cost, method, caa, low, high),
+        ]
+    )
+
+
+def _beside_caa(cost: dict[str, Any] | None, method: str, caa: float, low: float, high: float) -> str:
+    rows = {} if cost is None else {row["vector"]: row for row in cost["at_kl"]}
+    own = rows.get(method, {})
+    if (
+        own.get("effect") is not None
+        and own.get("difference_low") is not None
+        and own.get("difference_high") is not None
+    ):
+        word = (
+            "weaker" if own["difference_low"] > 0 else "stronger" if own["difference_high"] < 0 else "about as strong"
+        )
+        return f"At equal KL CAA is {word}: {rows['CAA']['effect']:+.2f} against {own['effect']:+.2f}."
+    word = "stronger" if caa > high else "weaker" if caa < low else "about as strong"
+    return f"CAA is {word}: {caa:+.2f}."
+
+
 def _at_equal_cost(cost: dict[str, Any], method: str) -> str:
     rows = {row["vector"]: row for row in cost["at_kl"]}
     own, caa = rows[method], rows["CAA"]

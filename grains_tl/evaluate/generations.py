@@ -175,11 +175,14 @@ def _share_changed(base: str, text: str) -> float:
     return sum(new for _, new in words) / len(words) if words else float(bool(base.split()))
 
 
+def marked_words(base: str, text: str) -> str:
+    """A text as HTML, with a tint on the words that ``base`` does not have in their place."""
+    words = _changed_words(base, text)
+    return " ".join(html.element("span", html.text(word), _MARK) if new else html.text(word) for word, new in words)
+
+
 def _cell(row: Any, base: str) -> str:
-    words = [
-        html.element("span", html.text(w), _MARK) if new else html.text(w) for w, new in _changed_words(base, row.text)
-    ]
     figures = f"repetition {html.percent(row.repetition)}"
     if row.alpha:
         figures = f"log p {html.signed(row.logprob_change)}, KL {html.number(row.kl)}, {figures}"
-    return " ".join(words) + html.note(figures)
+    return marked_words(base, row.text) + html.note(figures)

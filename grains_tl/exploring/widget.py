@@ -59,11 +59,11 @@ class Explorer:
         start = next(iter(menu))
         layers = list(menu[start])
         layer = layers[len(layers) // 2]
-        wide, describing = w.Layout(width="100%"), {"description_width": "5em"}
+        wide, describing = w.Layout(width="98%"), {"description_width": "5em"}
         names = [(f"{i}: {_short(prompt)}", i - 1) for i, prompt in enumerate(self._prompts, start=1)]
         self.prompts = w.Dropdown(options=names, value=0, description="prompts", layout=wide, style=describing)
         self.typed = w.Textarea(description="prompt", continuous_update=False, rows=2, layout=wide, style=describing)
-        self.kind = w.ToggleButtons(options=KINDS, description="as", style={**describing, "button_width": "5em"})
+        self.kind = w.Dropdown(options=KINDS, description="as", style=describing)
         self.vector = w.Dropdown(options=list(menu), value=start, description="vector", style=describing)
         self.layer = w.Dropdown(options=layers, value=layer, description="layer", style=describing)
         own = menu[start][layer].alpha

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grains_tl._util.stats import standard_error
 from grains_tl.evaluate.costs import cost_table
 from grains_tl.evaluate.equal_cost import crossing
 from grains_tl.evaluate.records import record_effects
@@ -143,7 +144,8 @@ def search(
     """Each recipe's layer and alpha, and the table of all that were tried.
 
     Returns:
-        The choices by recipe; columns ``recipe``, ``layer``, ``alpha``, ``effect`` (nats, mean over the choosing records).
+        The choices by recipe; columns ``recipe``, ``layer``, ``alpha``, ``effect`` (mean over the choosing records) and
+        ``se``, nats.
     """
     cells = [(name, one, layer) for name, one in vectors.items() for layer in one.layers]
     alphas = run.spending([(one, layer) for _, one, layer in cells])
@@ -155,6 +157,7 @@ def search(
             "layer": [layer for *_, layer, _ in tried],
             "alpha": [alpha for *_, alpha in tried],
             "effect": effects.mean(1),
+            "se": [standard_error(one) for one in effects],
             "n": len(records),
         }
     )

@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from grains_tl._util import html
+from grains_tl.evaluate.generations import marked_words
 from grains_tl.inference.generation import generate
 from grains_tl.records.pairs import PreferencePair, plain_text
 from grains_tl.tokens.prompts import prompt_inputs
@@ -104,6 +105,12 @@ class Found:
         return f"Found({self.best.label}; {self.verdict.splitlines()[0]})"
 
     def _repr_html_(self) -> str:
+        first, *more = self.verdict.splitlines()
+        read = [html.fold(f"{len(self.examples)} continuations", self.examples_html())] if self.examples else []
+        return html.frame(html.title(first), self.table_html(), *(html.note(sentence) for sentence in more), *read)
+
+    def table_html(self) -> str:
+        """The report's table, for a page."""
         heads = ["recipe", "layer", "alpha", "effect", "low", "high", "KL", "records", "verdict"]
         rows, styles = [], []
         largest = float(np.nanmax(np.abs(self.table["effect"])))
@@ -113,20 +120,14 @@ class Found:
             said = f"control, {int(row['n_draws'])} draws" if row["control"] else row["verdict"]
             rows.append([html.text(row["recipe"]), *numbers, html.number(row["n"], "d"), html.text(said)])
             styles.append(["", "", "", html.tint(row["effect"], largest), *[""] * 5])
-        first, *more = self.verdict.splitlines()
-        read = [
-            html.table(
-                ["prompt", "without steering", "with steering"],
-                [[html.text(e.prompt, 300), html.text(e.base), html.text(e.steered)] for e in self.examples],
-            )
-        ]
-        return html.frame(
-            html.title(first),
-            html.table(heads, rows, numbers=range(1, 8), marked=[0], styles=styles),
-            html.note("effect: change of log p(chosen) - log p(rejected) on the report records, nats"),
-            *(html.note(sentence) for sentence in more),
-            *([html.fold(f"{len(self.examples)} continuations", "".join(read))] if self.examples else []),
-        )
+        about = "effect: change of log p(chosen) - log p(rejected) on the report records, nats"
+        return html.table(heads, rows, numbers=range(1, 8), marked=[0], styles=styles) + html.note(about)
+
+    def examples_html(self) -> str:
+        """The continuations, with a tint on the words that steering changes."""
+        rows = [[html.text(e.prompt, 300), html.text(e.base), marked_words(e.base, e.steered)] for e in self.examples]
+        top = ["vertical-align:top"] * 3
+        return html.table(["prompt", "without steering", "with steering"], rows, styles=[top] * len(rows))
 
 
 def examples_of(

@@ -112,6 +112,7 @@ def fake_set(name: str = "sentiment", sign: float = 1.0, seed: int = 0) -> dict[
             {"prompt": "The film was", "alpha": -0.2, "text": " a waste of time."},
             {"prompt": "The film was", "alpha": 0.2, "text": " a delight from start to finish."},
         ],
+        "headline": f"The vector {verb} steers {name}: {sign * 0.52:.2f} nats.",
         "verdict": f"attribution beats random tokens: {verb}, by {sign * 0.52:.2f} nats (95 % interval over 20 draws)",
     }
 
@@ -178,7 +179,8 @@ def test_report_is_one_file_with_every_verdict(results: dict[str, Any], tmp_path
     assert [p.name for p in path.parent.iterdir()] == ["report.html"], "nothing else, no temporary file"
     page = Page(path.read_text(encoding="utf-8"))
     for one in results["sets"]:
-        assert page.text.count(one["verdict"]) == 2  # up front and in its section
+        assert page.text.count(one["headline"]) == page.text.count(one["verdict"]) == 1
+        assert page.text.index(one["headline"]) < page.text.index("How to read this") < page.text.index(one["verdict"])
         assert one["about"] in page.text
     for words in ("half the change of the margin", "bootstrap", "standard error", "completeness gap", "smollm2", "812"):
         assert words in page.text
@@ -199,12 +201,21 @@ def test_report_loads_nothing(results: dict[str, Any]) -> None:
     assert policy is not None and policy.startswith("default-src 'none'")
 
 
-def test_one_widget_per_set_and_stills_for_all_examples(results: dict[str, Any]) -> None:
-    page = Page(report_html(results))
-    scripts = [a for t, a in page.elements if t == "script"]
-    assert len(scripts) == 2 and all(a.get("nonce") for a in scripts)
+def test_prompts_are_shown_without_scripts_in_a_small_file(results: dict[str, Any]) -> None:
+    html = report_html(results)
+    page = Page(html)
+    assert not any(tag == "script" for tag, _ in page.elements) and len(html) < 800_000
     images = [a for t, a in page.elements if t == "img"]
-    assert len(images) == 2 * (len(PROMPTS) + 3) and all(a.get("alt") for a in images)
+    assert len(images) == 2 * 3 and all(a.get("alt") for a in images)
+    for one in results["sets"]:
+        for example in one["tokens"]:
+            assert example["chosen"].strip() in page.text
+
+
+def test_words_that_steering_changes_are_marked(results: dict[str, Any]) -> None:
+    html = report_html(results)
+    assert re.search(r'<span style="background:[^"]*">wonderful!</span>', html)
+    assert not re.search(r'<span style="background:[^"]*">fine\.</span>', html)
 
 
 def test_data_cannot_act(results: dict[str, Any]) -> None:
@@ -216,11 +227,10 @@ def test_data_cannot_act(results: dict[str, Any]) -> None:
     bad["settings"] = {name + "".join(EVIL): value for name, value in bad["settings"].items()}
     html = report_html(bad)
     page = Page(html)
-    assert [t for t, _ in page.elements] == [t for t, _ in clean.elements]
+    # a tint on a changed word is a span, and here all words are changed
+    assert [t for t, _ in page.elements if t != "span"] == [t for t, _ in clean.elements if t != "span"]
+    assert all(set(a) <= {"style", "title"} for t, a in page.elements if t == "span")
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
-    props = [s[s.rindex("CircuitsVis.render(") :] for s in page.scripts if s]
-    # circuitsvis sets tokens as innerHTML, so not even an escaped "<" may reach it
-    assert len(props) == 2 and not any("<" in p or r"\u003c" in p or "&lt" in p for p in props)
     for words in EVIL:
         assert page.text.count(words) > 20
 

@@ -95,7 +95,17 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 NAMESPACES = [name for name in gr.__all__ if isinstance(getattr(gr, name), ModuleType)]
-NAMESPACES = [*NAMESPACES, "vectors", "records", "tokens", "inference", "models", "finding"]
+NAMESPACES = [
+    *NAMESPACES,
+    "vectors",
+    "records",
+    "tokens",
+    "inference",
+    "models",
+    "finding",
+    "exploring",
+    "faithfulness",
+]
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

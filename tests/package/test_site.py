@@ -57,3 +57,17 @@ def test_pages_load_nothing_from_elsewhere(site: dict[str, str]) -> None:
             r'<(?:script|img|iframe)[^>]*src="(https?:[^"]*)|<link rel="stylesheet" href="(https?:[^"]*)', html
         )
         assert not loaded, (page, loaded)
+
+
+def test_every_notebook_opens_in_colab(site: dict[str, str]) -> None:
+    owner = re.findall(r'^Homepage = "https://github.com/([^"]+)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+    names = [path.stem for path in (ROOT / "notebooks").glob("*.ipynb")]
+    assert len(names) >= 6 and len(owner) == 1
+    for name in names:
+        address = f"https://colab.research.google.com/github/{owner[0]}/blob/main/notebooks/{name}.ipynb"
+        assert site[f"notebooks/{name}/index.html"].count(f'href="{address}"') == 1
+
+
+def test_notebooks_are_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert max(sizes.values()) < 300_000, sizes

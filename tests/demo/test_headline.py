@@ -1,0 +1,49 @@
+"""The sentences at the top of the report say what the figures below them do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from grains_tl.demo.verdicts import headline
+from grains_tl.evaluate.controls import RANDOM_TOKENS
+
+
+def compared(low: float, high: float, caa: float, above: tuple[float, int]) -> Any:
+    rows = {"vector": ["ours", "CAA"], "effect": [1.53, caa], "low": [low, 0.0], "high": [high, 9.0]}
+    difference = {"difference": 0.4, "low": above[0], "high": 1.2, "beaten": above[1], "n_draws": 20}
+    return SimpleNamespace(table=pd.DataFrame(rows), against={RANDOM_TOKENS: difference})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "caa", "above", "said"),
+    [
+        (
+            0.58,
+            3.06,
+            3.51,
+            (-0.2, 20),
+            "The vector steers: +1.53 nats (+0.58 to +3.06). Over random tokens: not shown, +0.40",
+        ),
+        (0.58, 3.06, 3.51, (0.1, 20), "Over random tokens: +0.40 (+0.10 to +1.20). CAA is stronger: +3.51."),
+        (0.58, 3.06, 0.2, (0.1, 18), "not shown, +0.40 (+0.10 to +1.20). CAA is weaker: +0.20."),
+        (-0.1, 3.06, 1.0, (0.1, 20), "Not shown that it steers: +1.53 nats (-0.10 to +3.06)."),
+        (-3.0, -0.1, 1.0, (0.1, 20), "The vector works backwards"),
+    ],
+)
+def test_sentences(low: float, high: float, caa: float, above: tuple[float, int], said: str) -> None:
+    assert said in headline(compared(low, high, caa, above), None, method="ours")
+
+
+def test_costs_that_were_measured_decide_about_caa() -> None:
+    rows = [
+        {"vector": "ours", "effect": 2.0, "difference_low": -1.4, "difference_high": -0.1},
+        {"vector": "CAA", "effect": 2.8, "difference_low": 0.0, "difference_high": 0.0},
+    ]
+    found = compared(0.58, 3.06, 0.2, (0.1, 20))
+    assert headline(found, {"at_kl": rows}, method="ours").endswith("At equal KL CAA is stronger: +2.80 against +2.00.")
+    rows[0]["effect"] = None  # type: ignore[assignment]
+    assert headline(found, {"at_kl": rows}, method="ours").endswith("CAA is weaker: +0.20.")
