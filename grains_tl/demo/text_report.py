@@ -15,7 +15,6 @@ import torch
 
 from grains_tl._util.files import write_atomically
 from grains_tl._util.html import DASH, count, number, percent, signed, text
-from grains_tl.attribution.display import attribution_html
 from grains_tl.attribution.result import Attribution
 from grains_tl.evaluate.generations import marked_words
 from grains_tl.plotting.effects import plot_controls, plot_layers
@@ -128,9 +127,7 @@ def _token_pictures(examples: Sequence[Mapping[str, Any]]) -> str:
     """The prompts of a few records, a tint on every token."""
     if not examples:
         return nothing("No example records were kept.")
-    return "\n".join(
-        f"<figure>{attribution_html(_attribution(example), template='fold')}</figure>" for example in examples
-    )
+    return "\n".join(f"<figure>{_attribution(example)._repr_html_()}</figure>" for example in examples)
 
 
 def _attribution(example: Mapping[str, Any]) -> Attribution:

@@ -68,7 +68,6 @@ def write(model: Any, folder: Path) -> None:
     """A report, several times over: a reader must find a whole one at any moment."""
     from tests.demo.test_report import fake_set
 
-    setattr(report.secrets, "token_urlsafe", lambda n: "nonce")  # noqa: B010  # the one thing that differs each time
     results = {"settings": {"model": "tiny"}, "versions": {}, "seconds": 1.0, "sets": [fake_set()]}
     for _ in range(2):
         report.write_report(results, folder)
