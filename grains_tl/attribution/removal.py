@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,17 +11,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.errors import MODEL_ERRORS, require_from_outside
-from grains_tl._util.memory import returned_memory
 from grains_tl._util.progress import progress_bar
-from grains_tl._util.settings import current
 from grains_tl.attribution.field import require_finite, run_batches
-from grains_tl.attribution.sharing import ROW, WORTH, branch, can_share, row_length, rows_of, shared_batches
+from grains_tl.attribution.sharing import WORTH, Branch, branch, can_share, row_length, rows_of, shared_batches
 from grains_tl.hooks.mask import Mask, Masker, mask_hook
 from grains_tl.hooks.stand_ins import Replacements, hide, replacements
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.objectives import Objective
+from grains_tl.models.plain_blocks import runs_plain
 from grains_tl.models.precision import exactness
+from grains_tl.models.prompt_cache import PromptCache, empty_cache
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -69,9 +70,8 @@ def values_without(
     return out
 
 
-def _margins(model: HookedModel, batch: Batch, hooks: FwdHooks) -> Float[Tensor, "run"]:
-    with returned_memory():
-        logprobs = batch_logprobs(model, batch, hooks)
+def _margins(model: HookedModel, batch: Batch, hooks: FwdHooks, *, plain: bool = False) -> Float[Tensor, "run"]:
+    logprobs = batch_logprobs(model, batch, hooks, plain=plain)
     return (logprobs[:, 0] - logprobs[:, 1]).float().cpu()
 
 
@@ -83,42 +83,83 @@ def _values_in_shared_rows(
     stand_ins: Replacements,
     bar: Any,
 ) -> Float[Tensor, "removal"] | None:
-    """The same from rows that share what comes before the first token taken out; ``None`` if not worth it or not exact.
+    """The same from rows that begin at the first token taken out; ``None`` if not worth it or not exact.
 
-    f(x) is taken from plain runs, and every record's shared rows must give it too.
+    f(x) is taken from plain runs, and branches of every record that take nothing out must give it too.
     """
     if not can_share(model, tokenized):
         return None
     records = sorted({record for record, _ in removals})
-    checks = [(record, ()) for record in records]
-    todo = [(i, removal) for i, removal in enumerate([*removals, *checks]) if removal[1] or i >= len(removals)]
-    rows = rows_of(
-        tokenized, [branch(i, r, tokenized[r], gone) for i, (r, gone) in todo], min(ROW, current().max_tokens)
-    )
-    tokens = [sum(map(len, tokenized[record].inputs)) for record in range(len(tokenized))]
+    branches = [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals) if gone]
+    tokens = [sum(map(len, record.inputs)) for record in tokenized]
     plain = sum(tokens[record] for record, _ in removals)
-    shared = sum(row_length(tokenized, row) for row in rows) + sum(tokens[record] for record in records)
+    shared = row_length(tokenized, branches) + sum(tokens[record] for record in records)
     if shared > (1 - WORTH) * plain:
         return None
-    whole = torch.zeros(len(tokenized))
+    out = torch.zeros(len(removals))
     for part, batch in run_batches(model, tokenized, records, objective):
-        whole[[records[i] for i in part]] = _margins(model, batch, [])
-    # f(x) stays plain; what follows overwrites the rest
-    out = whole[[record for record, _ in [*removals, *checks]]]
-    for part, batch, hidden in shared_batches(model, tokenized, rows, objective):
+        here = [records[i] for i in part]
+        values, prompts = _run_prompts(model, batch, here)
+        if prompts is None:
+            return None
+        whole = dict(zip(here, values.tolist(), strict=True))
+        for i, (record, gone) in enumerate(removals):
+            if record in whole and not gone:
+                out[i] = whole[record]
+        own = [one for one in branches if one.record in whole]
+        checks = _checks(tokenized, here, len(removals))
         try:
-            values = _margins(model, batch, mask_hook(model, hidden, replacement=stand_ins.text))
-        except MODEL_ERRORS as error:  # an architecture that takes no such mask or positions
+            found = _branch_values(model, tokenized, [*own, *checks], objective, stand_ins, prompts)
+        except MODEL_ERRORS as error:  # an architecture that takes no such cache, mask or positions
             require_from_outside(error)
             return None
-        for i, value in zip(part, values.tolist(), strict=True):
-            if i >= len(removals) and not abs(value - float(out[i])) < exactness(model):
-                return None
-            out[i] = value
-        bar.update(sum(i < len(removals) for i in part))
-    out = out[: len(removals)]
+        if not all(abs(found[one.run] - whole[one.record]) < exactness(model) for one in checks):
+            return None
+        for one in own:
+            out[one.run] = found[one.run]
+        bar.update(sum(record in whole for record, _ in removals))
     require_finite(out, "the log-likelihood")
     return out
+
+
+def _checks(tokenized: Sequence[TokenizedPair], records: Sequence[int], number: int) -> list[Branch]:
+    """Branches that take nothing out: the last token of every prompt, and the last quarter of the longest prompt."""
+    checks = [branch(number + i, record, tokenized[record], ()) for i, record in enumerate(records)]
+    longest = max(records, key=lambda record: len(tokenized[record].prompt))
+    return [*checks, Branch(number + len(checks), longest, (), 3 * len(tokenized[longest].prompt) // 4)]
+
+
+def _run_prompts(
+    model: HookedModel, batch: Batch, records: Sequence[int]
+) -> tuple[Float[Tensor, "record"], PromptCache | None]:
+    """f(x) of every record of a batch, and what its prompts left behind; ``None`` if nothing can go on from that."""
+    cache = empty_cache()
+    noted = replace(batch, inputs={**batch.inputs, "past_key_values": cache, "use_cache": True})
+    try:
+        values = _margins(model, noted, [])
+    except MODEL_ERRORS as error:
+        require_from_outside(error)
+        return torch.zeros(len(records)), None
+    row = {records[place]: r for r, place in enumerate(batch.record.tolist())}
+    return values, PromptCache.of(cache, row, *batch.ids.shape, int(model.cfg.n_layers))
+
+
+def _branch_values(
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    branches: Sequence[Branch],
+    objective: Objective,
+    stand_ins: Replacements,
+    prompts: PromptCache,
+) -> dict[int, float]:
+    """f of every branch, by its run."""
+    found: dict[int, float] = {}
+    plain = runs_plain(model)
+    rows = rows_of(tokenized, branches)
+    for part, batch, hidden in shared_batches(model, tokenized, rows, objective, prompts=prompts):
+        hooks = mask_hook(model, hidden, replacement=stand_ins.text)
+        found |= zip(part, _margins(model, batch, hooks, plain=plain).tolist(), strict=True)
+    return found
 
 
 def leave_out_scores(

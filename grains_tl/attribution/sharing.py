@@ -1,18 +1,18 @@
-"""Runs of one prompt that are alike up to some token, in one row: what they have in common runs through the model once.
+"""Runs of one prompt that are alike up to some token: what they have in common runs through the model once.
 
-A row holds a trunk, the prompt's unchanged beginning, and branches: the prompt from a run's first changed token on, then
-both responses. Every token keeps its own position and sees what it would see alone: the trunk up to where its branch
-leaves it, its branch before it, and of the responses its own. That is exact for models whose only path between positions
-is causal attention with a mask and position ids from outside; for all others a check against the plain run decides.
+A run that changes a prompt from some token on is a branch: the prompt from there, then both responses. What comes before is
+taken from the keys and values of one plain run of the prompt. Rows of equal length hold several branches of one record.
+Every token keeps its own position and sees what it would see alone: the prompt up to where its branch leaves it, its branch
+before it, and of the responses its own. That is exact for models whose only path between positions is causal attention with
+a mask and position ids from outside; for all others a check against the plain run decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, groupby
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,19 +23,17 @@ from grains_tl.inference.batches import Batch, batch_of, by_token_budget, scorin
 from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.objectives import Objective, token_weights
 from grains_tl.models.precision import agrees
+from grains_tl.models.prompt_cache import PromptCache
 from grains_tl.models.running import is_bridge
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import HookedModel
 
-#: Longest row, in tokens: attention looks at every pair of tokens of a row, so long rows lose what sharing gains.
-ROW = 192
-
-#: Sharing pays if it leaves out this share of the tokens (wider rows cost more attention).
+#: Sharing pays if it leaves out this share of the tokens.
 WORTH = 0.2
 
 
 class Branch(NamedTuple):
-    """One run: its number, its record, the prompt positions taken out, and the first of them (where it leaves the trunk)."""
+    """One run: its number, its record, the prompt positions taken out, and the first position that it has for itself."""
 
     run: int
     record: int
@@ -60,22 +58,38 @@ def branch_length(pair: TokenizedPair, start: int) -> int:
 
 
 def row_length(tokenized: Sequence[TokenizedPair], row: Sequence[Branch]) -> int:
-    """Tokens of a row: the trunk of its first branch, which leaves it last, and the branches."""
-    return row[0].start + sum(branch_length(tokenized[one.record], one.start) for one in row)
+    """Tokens of a row."""
+    return sum(branch_length(tokenized[one.record], one.start) for one in row)
 
 
-def rows_of(tokenized: Sequence[TokenizedPair], branches: Sequence[Branch], longest: int = ROW) -> list[list[Branch]]:
-    """The branches of each record in rows of about equal length, at most about ``longest`` tokens.
+def rows_of(tokenized: Sequence[TokenizedPair], branches: Sequence[Branch]) -> list[list[Branch]]:
+    """The branches of each record in rows of nearly equal length, about that of the longest of all branches.
 
-    Branches that leave the trunk late stand together, so that the other rows have short trunks.
+    Short rows keep attention small; rows of equal length need no padding.
     """
-    rows = []
+    length = {one: branch_length(tokenized[one.record], one.start) for one in branches}
+    longest = max(length.values(), default=0)
+    rows: list[list[Branch]] = []
     for record in sorted({one.record for one in branches}):
-        own = sorted((one for one in branches if one.record == record), key=lambda one: -one.start)
-        ends = list(accumulate(branch_length(tokenized[record], one.start) for one in own))
-        n_rows = ceil((own[0].start + ends[-1]) / longest)
-        for _, row in groupby(zip(own, ends, strict=True), key=lambda pair: ceil(pair[1] * n_rows / ends[-1])):
-            rows.append([one for one, _ in row])
+        own = {one: length[one] for one in branches if one.record == record}
+        # a few tokens more in a row may save a whole row
+        ways = [_filled(own, longest + more) for more in range(0, longest // 8 + 2, ceil(longest / 64))]
+        rows += min(ways, key=lambda way: len(way) * max(sum(own[one] for one in row) for row in way))
+    return rows
+
+
+def _filled(lengths: Mapping[Branch, int], longest: int) -> list[list[Branch]]:
+    """Branches, longest first, each in the first row where it fits."""
+    rows: list[list[Branch]] = []
+    free: list[int] = []
+    for one in sorted(lengths, key=lambda one: -lengths[one]):
+        place = next((i for i, tokens in enumerate(free) if tokens >= lengths[one]), None)
+        if place is None:
+            rows.append([one])
+            free.append(longest - lengths[one])
+        else:
+            rows[place].append(one)
+            free[place] -= lengths[one]
     return rows
 
 
@@ -85,14 +99,23 @@ def shared_batches(
     rows: Sequence[Sequence[Branch]],
     objective: Objective,
     max_tokens: int | None = None,
+    prompts: PromptCache | None = None,
 ) -> Iterator[tuple[list[int], Batch, Bool[Tensor, "batch pos"]]]:
     """Rows in batches under a token budget.
+
+    Args:
+        model: a bridge.
+        tokenized: the records.
+        rows: branches of one record each.
+        objective: how response tokens are combined.
+        max_tokens: budget of a batch, default that of the settings in force.
+        prompts: what the branches' prompts left behind; not needed if all branches start at 0.
 
     Yields:
         ``(runs, batch, hidden)``: "record" i of the batch is run ``runs[i]``; ``hidden`` is True at tokens taken out.
     """
     for group in by_token_budget([row_length(tokenized, row) for row in rows], max_tokens=max_tokens):
-        yield _batch(model, tokenized, [rows[i] for i in group], objective)
+        yield _batch(model, tokenized, [rows[i] for i in group], objective, prompts)
 
 
 def shares_prompts(model: HookedModel, tokenized: Sequence[TokenizedPair], objective: Objective) -> bool:
@@ -128,18 +151,22 @@ def prompt_batches(
 
 
 class _Token(NamedTuple):
-    """A token of a row: id, position, branch (0 is the trunk), response (-1 is the prompt), trunk tokens seen, taken out."""
+    """A token of a row: id, position, branch, response (-1 is the prompt), where its branch begins, taken out."""
 
     id: int
     pos: int
     branch: int
     response: int
-    trunk: int
+    start: int
     hidden: bool
 
 
 def _batch(
-    model: HookedModel, tokenized: Sequence[TokenizedPair], rows: Sequence[Sequence[Branch]], objective: Objective
+    model: HookedModel,
+    tokenized: Sequence[TokenizedPair],
+    rows: Sequence[Sequence[Branch]],
+    objective: Objective,
+    prompts: PromptCache | None = None,
 ) -> tuple[list[int], Batch, Bool[Tensor, "batch pos"]]:
     table: list[list[_Token]] = []
     targets: list[tuple[int, int, int, float, int]] = []
@@ -148,8 +175,8 @@ def _batch(
         pair = tokenized[branches[0].record]
         prompt, n = pair.prompt, len(pair.prompt)
         weights = token_weights(pair.chosen, pair.rejected, objective)
-        row = [_Token(prompt[p], p, 0, -1, 0, False) for p in range(branches[0].start)]
-        for number, (run, _, gone, start) in enumerate(branches, start=1):
+        row: list[_Token] = []
+        for number, (run, _, gone, start) in enumerate(branches):
             row += [_Token(prompt[p], p, number, -1, start, p in gone) for p in range(start, n)]
             last, begin = len(row) - 1, []  # where the prompt ends, and where each response begins
             for r, ids in enumerate(pair.inputs):
@@ -168,27 +195,28 @@ def _batch(
     batch = batch_of(model, tokens, range(len(rows)), lengths, targets, len(runs))
     pad = _Token(0, 0, -1, -1, 0, False)  # padding sees padding; nothing else does
     columns = torch.tensor([row + [pad] * (batch.ids.shape[1] - len(row)) for row in table], device=batch.ids.device)
-    pos, of_branch, of_response, trunk, hidden = columns[..., 1:].unbind(-1)
-    dtype = next(model.parameters()).dtype
-    mask = _mask(_sees(pos, of_branch, of_response, trunk), dtype)
-    return runs, replace(batch, inputs={"attention_mask": mask, "position_ids": pos}), hidden.bool()
+    pos, of_branch, of_response, start, hidden = columns[..., 1:].unbind(-1)
+    sees, before = _sees(pos, of_branch, of_response), int(start.max())
+    inputs: dict[str, Any] = {"position_ids": pos}
+    if before:
+        assert prompts is not None
+        earlier = torch.arange(before, device=pos.device) < start[..., None]
+        sees = torch.cat([earlier, sees], dim=-1)
+        inputs |= {"past_key_values": prompts.rows([row[0].record for row in rows], before), "use_cache": True}
+    inputs["attention_mask"] = _mask(sees, next(model.parameters()).dtype)
+    return runs, replace(batch, inputs=inputs), hidden.bool()
 
 
 def _sees(
-    pos: Int[Tensor, "batch pos"],
-    of_branch: Int[Tensor, "batch pos"],
-    response: Int[Tensor, "batch pos"],
-    trunk: Int[Tensor, "batch pos"],
+    pos: Int[Tensor, "batch pos"], of_branch: Int[Tensor, "batch pos"], response: Int[Tensor, "batch pos"]
 ) -> Bool[Tensor, "batch pos pos"]:
-    """``[batch, query, key]``."""
+    """``[batch, query, key]``, within a row."""
     earlier = pos[:, None, :] <= pos[:, :, None]
     own = of_branch[:, None, :] == of_branch[:, :, None]
-    own &= (response[:, None, :] < 0) | (response[:, None, :] == response[:, :, None])
-    shared = (of_branch[:, None, :] == 0) & (pos[:, None, :] < trunk[:, :, None])
-    return earlier & (own | shared)
+    return earlier & own & ((response[:, None, :] < 0) | (response[:, None, :] == response[:, :, None]))
 
 
-def _mask(sees: Bool[Tensor, "batch pos pos"], dtype: torch.dtype) -> Float[Tensor, "batch 1 pos pos"]:
+def _mask(sees: Bool[Tensor, "batch query key"], dtype: torch.dtype) -> Float[Tensor, "batch 1 query key"]:
     """Added to attention scores, as Hugging Face models take it."""
     hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=sees.device)
     return torch.where(sees, torch.zeros((), dtype=dtype, device=sees.device), hidden)[:, None]

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from grains_tl._util.errors import OptionError
-from grains_tl.models.running import attribution_point, device_of, embed_tokens
+from grains_tl.models.running import attribution_point, device_of, embed_tokens, embedding_table
 from grains_tl.tokens.rules import token_rules
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -71,7 +71,11 @@ def replacement_embedding(model: HookedModel, how: str) -> Float[Tensor, "d_mode
         return torch.zeros(int(model.cfg.d_model), device=device_of(model))
     if how == "mean_embedding":
         vocabulary = torch.arange(int(model.cfg.d_vocab), device=device_of(model))
-        parts = (embed_tokens(model, part[None])[0] for part in vocabulary.split(8192))
+        table = embedding_table(model)
+        if table is None:
+            parts = (embed_tokens(model, part[None])[0] for part in vocabulary.split(8192))
+        else:
+            parts = iter(table.split(8192))
         # double precision on the CPU: Apple's GPUs have none
         zero = torch.zeros(int(model.cfg.d_model), dtype=torch.float64)
         total = sum((part.float().sum(0).cpu().double() for part in parts), zero)

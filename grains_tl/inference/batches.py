@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,7 +40,7 @@ class Batch:
         target_slot: ``[target]``, ``2 * record + (0 chosen | 1 rejected)``.
         n_records: number of records in the batch.
         inputs: what else the model is called with: the images of all rows; for shared rows a mask and positions of their
-            own (``sharing``).
+            own, and the keys and values that they go on from (``sharing``).
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -54,7 +55,7 @@ class Batch:
     target_weight: Float[Tensor, "target"]
     target_slot: Int[Tensor, "target"]
     n_records: int
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def prompt_mask(self) -> Bool[Tensor, "batch pos"]:
         """True at the prompt's tokens."""

@@ -7,6 +7,7 @@ residuals, for the many runs of a sweep that change nothing below some layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,7 @@ from grains_tl._util.progress import progress_bar
 from grains_tl._util.settings import with_settings
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget, scoring_batch
 from grains_tl.inference.objectives import Objective, token_logprobs
+from grains_tl.models.plain_blocks import plain_blocks
 from grains_tl.models.precision import exact_unembedding, full_precision, precision_hint
 from grains_tl.models.running import (
     final_norm,
@@ -47,10 +49,13 @@ def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
 
 
 def batch_logprobs(
-    model: HookedModel, batch: Batch, fwd_hooks: HooksForBatch | None = None
+    model: HookedModel, batch: Batch, fwd_hooks: HooksForBatch | None = None, *, plain: bool = False
 ) -> Float[Tensor, "record 2"]:
-    """Weighted log-likelihood of chosen (0) and rejected (1) for each record of a batch, nats; differentiable."""
-    return gather_logprobs(target_logits(model, batch, hooks_for(fwd_hooks, batch)), batch)
+    """Weighted log-likelihood of chosen (0) and rejected (1) for each record of a batch, nats; differentiable.
+
+    ``plain`` runs a bridge's own Hugging Face modules (``plain_blocks``; ask ``runs_plain`` first).
+    """
+    return gather_logprobs(target_logits(model, batch, hooks_for(fwd_hooks, batch), plain=plain), batch)
 
 
 def score_batches(
@@ -166,7 +171,9 @@ def response_logprobs(
     return pd.DataFrame({"token": [model.tokenizer.decode([i]) for i in answer], **columns})
 
 
-def target_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None) -> Float[Tensor, "target vocab"]:
+def target_logits(
+    model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None = None, *, plain: bool = False
+) -> Float[Tensor, "target vocab"]:
     """Logits that predict each scored token of a batch; differentiable.
 
     Rows of different lengths end at different places. Keeping some positions of every row would unembed rows times places;
@@ -176,6 +183,7 @@ def target_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None =
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         batch: rows and what is scored in them.
         fwd_hooks: hooks to run with; they see the full ``[batch, pos, d_model]`` residual.
+        plain: run a bridge's own Hugging Face modules, and the last block's MLP at the places that are read only.
     """
     width = batch.ids.shape[1]
     places, again = (batch.target_row * width + batch.keep[batch.target_keep]).unique(return_inverse=True)
@@ -186,8 +194,10 @@ def target_logits(model: HookedModel, batch: Batch, fwd_hooks: FwdHooks | None =
 
     hooks = list(fwd_hooks or [])
     if is_bridge(model):
-        with hooked(model, [*hooks, ("unembed.hook_in", pick)]), exact_unembedding(model):
-            logits = model(batch.ids, use_cache=False, **{"attention_mask": batch.attention_mask, **batch.inputs})
+        inputs = {"attention_mask": batch.attention_mask, "use_cache": False, **batch.inputs}
+        way = plain_blocks(model, (places // width, places % width)) if plain else nullcontext()
+        with hooked(model, [*hooks, ("unembed.hook_in", pick)]), exact_unembedding(model), way:
+            logits = model(batch.ids, **inputs)
     else:
         with hooked(model, hooks):
             resid = model(

@@ -7,13 +7,14 @@ they can be taken out wherever no hook is; what they wrap is what they would hav
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from grains_tl.models.identity import without_hooks
@@ -35,17 +36,25 @@ def runs_plain(model: HookedModel) -> bool:
     plan = _plan(model)
     state = plan.state()
     if plan.compared != state:
-        plan.agree, plan.compared = _compare(model, plan), state
+        (plan.agree, plan.by_place), plan.compared = _compare(model, plan), state
     return plan.agree
 
 
+#: Rows and positions of a batch, ``[place]`` each.
+Places = tuple[Int[Tensor, "place"], Int[Tensor, "place"]]
+
+
 @contextmanager
-def plain_blocks(model: HookedModel) -> Iterator[None]:
+def plain_blocks(model: HookedModel, read: Places | None = None) -> Iterator[None]:
     """Run a bridge's own Hugging Face modules inside the ``with`` block, except where hooks are registered now.
 
     Ask ``runs_plain`` first; hooks must be registered before, not inside. Hooks on the residual stream
     (``hook_resid_pre``, ``hook_resid_post``) run from torch hooks on the block itself; a block with hooks further inside
     stays as it is. Everything is put back afterwards, also after an exception.
+
+    Args:
+        model: a bridge for which ``runs_plain`` is true.
+        read: the only places whose logits will be looked at: nothing else needs the MLP of the last block.
     """
     plan = _plan(model)
     swaps = [wrapper for wrapper in plan.free() if wrapper.is_block or not wrapper.busy_around()]
@@ -55,12 +64,41 @@ def plain_blocks(model: HookedModel) -> Iterator[None]:
             wrapper.parent._modules[wrapper.name] = wrapper.original
             if wrapper.busy_around():
                 handles += _run_around(wrapper)
+        if read is not None and plan.by_place:
+            handles += _last_mlp_at(model, swaps, read)
         yield
     finally:
         for handle in handles:
             handle.remove()
         for wrapper in swaps:
             wrapper.parent._modules[wrapper.name] = wrapper.component
+
+
+def _last_mlp_at(model: BridgeModel, swaps: Sequence[_Wrapper], read: Places) -> list[Any]:
+    """Run the last block's MLP at some places only, and give zeros everywhere else; not where a hook may look at it."""
+    block, mlp = model.blocks[-1], getattr(model.blocks[-1], "mlp", None)
+    plain = {id(wrapper.component): wrapper for wrapper in swaps}
+    if id(block) not in plain or id(mlp) not in plain or plain[id(block)].busy_around():
+        return []
+    shape: list[torch.Size] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not args or args[0].ndim != 3:
+            return None
+        row, pos = (place.to(args[0].device) for place in read)
+        shape.append(args[0].shape)
+        return (args[0][row, pos][None], *args[1:])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        if not shape:
+            return None
+        row, pos = (place.to(args[0].device) for place in read)
+        some = output[0] if isinstance(output, tuple) else output
+        whole = some.new_zeros(*shape.pop()[:2], some.shape[-1]).index_put((row, pos), some[0])
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    original = plain[id(mlp)].original
+    return [original.register_forward_pre_hook(enter, prepend=True), original.register_forward_hook(leave)]
 
 
 @dataclass(frozen=True)
@@ -110,6 +148,7 @@ class _Plan:
         copies: what only the bridge runs (query, key and value cut from a joint projection).
         compared: the state of the weights when both ways were last compared.
         agree: whether they gave the same.
+        by_place: whether the last block's MLP, too, may run at single places.
     """
 
     wrappers: list[_Wrapper]
@@ -117,6 +156,7 @@ class _Plan:
     copies: list[_Weight]
     compared: tuple[Any, ...] | None = None
     agree: bool = False
+    by_place: bool = False
 
     def fits(self) -> bool:
         """Whether modules and parameters are still those the plan was made of."""
@@ -221,20 +261,27 @@ def _run_around(wrapper: _Wrapper) -> list[Any]:
     ]
 
 
-def _compare(model: BridgeModel, plan: _Plan) -> bool:
+def _compare(model: BridgeModel, plan: _Plan) -> tuple[bool, bool]:
+    """Whether all positions agree, and whether the last one does if the last MLP runs only there."""
     ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 8).long()[None].to(device_of(model))
     ids = without_image_tokens(model, ids)
 
     def logprobs() -> Tensor:
         return model.original_model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
 
+    last = (torch.tensor([0]), torch.tensor([ids.shape[1] - 1]))
+    handles: list[Any] = []
     with torch.no_grad(), without_hooks(model):
         wrapped = logprobs()
         try:
             for wrapper in plan.wrappers:
                 wrapper.parent._modules[wrapper.name] = wrapper.original
             plain = logprobs()
+            handles = _last_mlp_at(model, plan.wrappers, last)
+            end = logprobs()[:, -1]
         finally:
+            for handle in handles:
+                handle.remove()
             for wrapper in plan.wrappers:
                 wrapper.parent._modules[wrapper.name] = wrapper.component
-    return agrees(model, plain, wrapped)
+    return agrees(model, plain, wrapped), agrees(model, end, plain[:, -1])

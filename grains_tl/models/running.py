@@ -210,6 +210,20 @@ def embed_tokens(model: HookedModel, ids: Int[Tensor, "*shape"]) -> Float[Tensor
         return model.embed(ids).detach()
 
 
+def embedding_table(model: HookedModel) -> Float[Tensor, "vocab d_model"] | None:
+    """All token embeddings as they stand in the model's weights, uncopied; ``None`` where ``hook_embed`` shows others.
+
+    Looked at on some tokens: a model may scale its embeddings or have hooks on them.
+    """
+    size, device = int(model.cfg.d_vocab), device_of(model)
+    some = torch.linspace(0, size - 1, min(size, 16)).long().to(device)
+    shown = embed_tokens(model, some[None])[0]
+    for table in model.embed.parameters():
+        if table.shape == (size, shown.shape[-1]) and torch.equal(table.detach()[some], shown):
+            return table.detach()
+    return None
+
+
 def run_blocks(
     model: HookedModel,
     ids: Int[Tensor, "batch pos"],

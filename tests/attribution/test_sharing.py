@@ -15,7 +15,9 @@ from grains_tl.attribution import job, removal, sharing
 from grains_tl.attribution.field import ModelField, Run
 from grains_tl.attribution.removal import Removal, values_without
 from grains_tl.attribution.sharing import branch, row_length, rows_of, shared_batches
+from grains_tl.inference.batches import scoring_batch
 from grains_tl.inference.logprobs import batch_logprobs
+from grains_tl.models.prompt_cache import PromptCache, empty_cache
 from tests.conftest import tiny_hf, tiny_model
 from tests.helpers.architectures import CONFIGS, architecture
 
@@ -109,7 +111,7 @@ def test_a_wrong_mask_is_noticed(plain: Any, pairs: list[gr.PreferencePair], mon
     monkeypatch.setattr(sharing, "_sees", lambda pos, *_: pos[:, None, :] <= pos[:, :, None])
     assert not sharing.shares_prompts(model, tokenized, "sum")
     with torch.no_grad():
-        rows = rows_of(tokenized, [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals)])
+        rows = rows_of(tokenized, [sharing.Branch(i, r, tuple(gone), 0) for i, (r, gone) in enumerate(removals)])
         raw = torch.zeros(len(removals))
         with gr.settings(max_tokens=512):
             for part, batch, _ in shared_batches(model, tokenized, rows, "sum"):
@@ -127,10 +129,13 @@ def test_what_is_not_shared(model: Any, pairs: list[gr.PreferencePair]) -> None:
 def test_rows_hold_every_branch_once(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     branches = [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals_of(tokenized))]
-    rows = rows_of(tokenized, branches, 60)
+    rows = rows_of(tokenized, branches)
     assert sorted(one.run for row in rows for one in row) == list(range(len(branches)))
     assert all(len({one.record for one in row}) == 1 for row in rows)
-    assert max(row_length(tokenized, row) for row in rows if len(row) > 1) < 110  # a trunk and a branch over at most
+    lengths = [row_length(tokenized, row) for row in rows]
+    longest = max(row_length(tokenized, [one]) for one in branches)
+    assert max(lengths) <= 1.25 * longest + 1
+    assert len(rows) * max(lengths) < 1.25 * sum(lengths)  # of 12 to 20 branches each, little is padding
 
 
 def test_visibility_by_hand(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
@@ -138,19 +143,68 @@ def test_visibility_by_hand(bridge: Any, pairs: list[gr.PreferencePair]) -> None
     tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
     branches = [branch(i, r, tokenized[r], gone) for i, (r, gone) in enumerate(removals_of(tokenized))]
     rows = rows_of(tokenized, branches)
-    with gr.settings(max_tokens=512):
-        for part, batch, hidden in shared_batches(bridge, tokenized, rows, "sum"):
+    with gr.settings(max_tokens=512), torch.no_grad():
+        whole = scoring_batch(bridge, tokenized)
+        _, prompts = removal._run_prompts(bridge, whole, range(len(tokenized)))
+        for part, batch, hidden in shared_batches(bridge, tokenized, rows, "sum", prompts=prompts):
             sees = batch.inputs["attention_mask"][:, 0] == 0
-            position = batch.inputs["position_ids"]
+            before = sees.shape[-1] - batch.ids.shape[1]
             for row, keep, slot in zip(batch.target_row, batch.target_keep, batch.target_slot, strict=True):
                 run = branches[part[int(slot) // 2]]
-                at = int(batch.keep[keep])
-                seen = sees[row, at].nonzero()[:, 0]
-                seen = seen[position[row, seen].argsort()]
-                n = len(seen)
-                assert position[row, seen].tolist() == list(range(n))
-                assert tuple(batch.ids[row, seen].tolist()) in [ids[:n] for ids in tokenized[run.record].inputs]
-                assert hidden[row, seen].nonzero()[:, 0].tolist() == sorted(set(run.gone))
+                earlier, own = sees[row, int(batch.keep[keep])].split([before, batch.ids.shape[1]])
+                places = own.nonzero()[:, 0]
+                position = batch.inputs["position_ids"][row, places]
+                places, position = places[position.argsort()], position.sort().values
+                kept = earlier.nonzero()[:, 0].tolist()  # the cache holds the prompt in order
+                assert kept + position.tolist() == list(range(len(kept) + len(places)))
+                seen = (*tokenized[run.record].prompt[: len(kept)], *batch.ids[row, places].tolist())
+                assert seen in [ids[: len(seen)] for ids in tokenized[run.record].inputs]
+                assert [int(position[i]) for i in hidden[row, places].nonzero()[:, 0]] == sorted(set(run.gone))
+
+
+def test_own_mistakes_are_not_taken_for_a_refusal(
+    bridge: Any, pairs: list[gr.PreferencePair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shape error of our own is raised; one out of the model's code means that plain runs answer."""
+    tokenized = gr.tokens.tokenize_pairs(bridge, pairs)
+    removals = removals_of(tokenized)
+    wanted = values_without(bridge, tokenized, removals)
+
+    def refuse(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs.get("past_key_values") is not None:
+            raise_from("somebody.elses.model")
+
+    layer = bridge.original_model.model
+    handle = layer.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        torch.testing.assert_close(values_without(bridge, tokenized, removals), wanted, atol=VALUE_ATOL, rtol=0)
+    finally:
+        handle.remove()
+    monkeypatch.setattr(removal, "mask_hook", lambda *_, **__: raise_from("grains_tl.hooks.mask"))
+    with pytest.raises(TypeError, match=r"made in grains_tl\.hooks\.mask"):
+        values_without(bridge, tokenized, removals)
+
+
+def raise_from(module: str) -> None:
+    """A TypeError whose last frame belongs to a module of that name."""
+    exec(f"raise TypeError('made in {module}')", {"__name__": module})
+
+
+@pytest.mark.parametrize("lose", ["a token", "a layer", "the keys"])
+def test_a_cache_without_the_whole_prompt_is_not_used(bridge: Any, pairs: list[gr.PreferencePair], lose: str) -> None:
+    batch = scoring_batch(bridge, gr.tokens.tokenize_pairs(bridge, pairs))
+    filled = empty_cache()
+    with torch.no_grad():
+        bridge(batch.ids, attention_mask=batch.attention_mask, past_key_values=filled, use_cache=True)
+    shape = (*batch.ids.shape, int(bridge.cfg.n_layers))
+    assert PromptCache.of(filled, {0: 0}, *shape) is not None
+    if lose == "a token":
+        filled.layers[1].keys = filled.layers[1].keys[:, :, 1:]
+    elif lose == "a layer":
+        filled.layers.pop()
+    else:
+        filled.layers[0].keys = None
+    assert PromptCache.of(filled, {0: 0}, *shape) is None
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])

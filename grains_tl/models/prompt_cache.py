@@ -1,0 +1,57 @@
+"""Keys and values of prompts that have run, for rows that go on from them (transformers' key-value caches)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def empty_cache() -> Any:
+    """A cache for a model to fill: pass it as ``past_key_values`` with ``use_cache=True``."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """Keys and values of some prompts, as attention uses them (positions applied).
+
+    Attributes:
+        layers: of each layer the keys and values, ``[row, head, pos, d_head]``.
+        row: which row holds a record's prompt.
+    """
+
+    layers: tuple[tuple[Float[Tensor, "row head pos d_key"], Float[Tensor, "row head pos d_value"]], ...]
+    row: Mapping[int, int]
+
+    @classmethod
+    def of(cls, filled: Any, row: Mapping[int, int], n_rows: int, n_pos: int, n_layers: int) -> PromptCache | None:
+        """What a run left in an ``empty_cache``.
+
+        ``None`` if that is not one key and value for each token of each row in each layer: recurrent layers, sliding
+        windows that dropped the beginning, models without a cache.
+        """
+        layers = []
+        for layer in getattr(filled, "layers", ()):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if not (isinstance(keys, Tensor) and isinstance(values, Tensor)):
+                return None
+            if any(x.ndim != 4 or (x.shape[0], x.shape[2]) != (n_rows, n_pos) for x in (keys, values)):
+                return None
+            layers.append((keys.detach(), values.detach()))
+        return cls(tuple(layers), dict(row)) if len(layers) == n_layers else None
+
+    def rows(self, records: Sequence[int], length: int) -> Any:
+        """A cache for ``past_key_values`` with the first ``length`` tokens of these records, one row each."""
+        cache = empty_cache()
+        rows = torch.tensor([self.row[record] for record in records])
+        for number, (keys, values) in enumerate(self.layers):
+            own = rows.to(keys.device)
+            cache.update(keys[own, :, :length], values[own, :, :length], number)
+        return cache
