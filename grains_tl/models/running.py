@@ -218,7 +218,7 @@ def embedding_table(model: HookedModel) -> Float[Tensor, "vocab d_model"] | None
     size, device = int(model.cfg.d_vocab), device_of(model)
     some = torch.linspace(0, size - 1, min(size, 16)).long().to(device)
     shown = embed_tokens(model, some[None])[0]
-    for table in model.embed.parameters():
+    for table in getattr(model.embed, "parameters", tuple)():
         if table.shape == (size, shown.shape[-1]) and torch.equal(table.detach()[some], shown):
             return table.detach()
     return None
