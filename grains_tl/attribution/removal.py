@@ -141,7 +141,8 @@ def _run_prompts(
         require_from_outside(error)
         return torch.zeros(len(records)), None
     row = {records[place]: r for r, place in enumerate(batch.record.tolist())}
-    return values, PromptCache.of(cache, row, *batch.ids.shape, int(model.cfg.n_layers))
+    n_rows, n_pos = batch.ids.shape
+    return values, PromptCache.of(cache, row, n_rows, n_pos, int(model.cfg.n_layers))
 
 
 def _branch_values(

@@ -71,10 +71,11 @@ def rows_of(tokenized: Sequence[TokenizedPair], branches: Sequence[Branch]) -> l
     longest = max(length.values(), default=0)
     rows: list[list[Branch]] = []
     for record in sorted({one.record for one in branches}):
-        own = {one: length[one] for one in branches if one.record == record}
+        own: dict[Branch, int] = {one: length[one] for one in branches if one.record == record}
         # a few tokens more in a row may save a whole row
         ways = [_filled(own, longest + more) for more in range(0, longest // 8 + 2, ceil(longest / 64))]
-        rows += min(ways, key=lambda way: len(way) * max(sum(own[one] for one in row) for row in way))
+        padded = [len(way) * max(row_length(tokenized, row) for row in way) for way in ways]
+        rows += ways[padded.index(min(padded))]
     return rows
 
 
@@ -195,12 +196,12 @@ def _batch(
     batch = batch_of(model, tokens, range(len(rows)), lengths, targets, len(runs))
     pad = _Token(0, 0, -1, -1, 0, False)  # padding sees padding; nothing else does
     columns = torch.tensor([row + [pad] * (batch.ids.shape[1] - len(row)) for row in table], device=batch.ids.device)
-    pos, of_branch, of_response, start, hidden = columns[..., 1:].unbind(-1)
-    sees, before = _sees(pos, of_branch, of_response), int(start.max())
+    pos, of_branch, of_response, starts, hidden = columns[..., 1:].unbind(-1)
+    sees, before = _sees(pos, of_branch, of_response), int(starts.max())
     inputs: dict[str, Any] = {"position_ids": pos}
     if before:
         assert prompts is not None
-        earlier = torch.arange(before, device=pos.device) < start[..., None]
+        earlier = torch.arange(before, device=pos.device) < starts[..., None]
         sees = torch.cat([earlier, sees], dim=-1)
         inputs |= {"past_key_values": prompts.rows([row[0].record for row in rows], before), "use_cache": True}
     inputs["attention_mask"] = _mask(sees, next(model.parameters()).dtype)

@@ -74,7 +74,7 @@ def plain_blocks(model: HookedModel, read: Places | None = None) -> Iterator[Non
             wrapper.parent._modules[wrapper.name] = wrapper.component
 
 
-def _last_mlp_at(model: BridgeModel, swaps: Sequence[_Wrapper], read: Places) -> list[Any]:
+def _last_mlp_at(model: HookedModel, swaps: Sequence[_Wrapper], read: Places) -> list[Any]:
     """Run the last block's MLP at some places only, and give zeros everywhere else; not where a hook may look at it."""
     block, mlp = model.blocks[-1], getattr(model.blocks[-1], "mlp", None)
     plain = {id(wrapper.component): wrapper for wrapper in swaps}

@@ -27,6 +27,13 @@ PROMPTS = ("conversations", "conversation", "messages")
 ASSISTANT_TURN = re.compile(r"(?:^|\n)[ \t]*(?:Assistant:|### Assistant:|### Response:)")
 
 
+#: Columns with a conversation's system prompt.
+SYSTEM = ("system", "system_prompt")
+
+#: Columns that say how a conversation is to be rendered; leaving them out would change the input silently.
+FOR_TEMPLATES = (*SYSTEM, "chat_template_kwargs")
+
+
 def pair_of(
     row: Any, columns: Mapping[str, str], number: int, *, kind: str = "row", cut: list[int] | None = None
 ) -> PreferencePair:
@@ -53,7 +60,22 @@ def pair_of(
         if "prompt" not in row and "prompt" not in columns:
             used |= set(PROMPTS)
         meta = {str(key): value for key, value in row.items() if key not in used}
+        if isinstance(values["prompt"], list):
+            _require_nothing_for_the_template(values["prompt"], meta)
         return PreferencePair(**values, image=image, meta=meta, tools=tools)
+
+
+def _require_nothing_for_the_template(prompt: Any, meta: Mapping[str, Any]) -> None:
+    """Refuse what a conversation's row holds for the template beside its messages and tools (a ValueError)."""
+    told = any(isinstance(m, Mapping) and m.get("role") in ("system", "developer") for m in prompt)
+    for name in FOR_TEMPLATES:
+        cell = meta.get(name)
+        if is_missing(cell) or (isinstance(cell, (str, list, Mapping)) and not cell) or (told and name in SYSTEM):
+            continue
+        how = "begin the prompt with a message of role 'system'" if name in SYSTEM else "render the prompt"
+        raise ValueError(
+            f"the column {name!r} ({str(cell)[:60]!r}) would not reach the chat template; {how}, or drop the column"
+        )
 
 
 def _fields(row: Mapping[str, Any], columns: Mapping[str, str], number: int, cut: list[int]) -> dict[str, Text]:

@@ -203,3 +203,62 @@ def test_joined_token_texts_are_the_prompt() -> None:
         pair = gr.PreferencePair("the film was good", " and warm", " and cold")
         t = gr.tokens.tokenize_pairs(TokenizerOnly(make()), [pair])[0]
         assert "".join(spaced(t.strings, t.starts_word)).removeprefix("<bos>").strip() == pair.prompt
+
+
+# huggingface/trl#2385: the system prompt in a column of its own; trl's own column for template options
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"system": "Be brief."},
+        {"system": [{"role": "system", "content": "Be brief."}]},
+        {"system_prompt": "Be brief."},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+def test_what_a_row_holds_for_the_template_is_not_left_out(column: dict[str, Any]) -> None:
+    row = {"prompt": [USER], "chosen": [says("Yes.")], "rejected": [says("No.")]}
+    with pytest.raises(RecordError, match=f"row 2: .*{next(iter(column))}") as caught:
+        gr.load_pairs([row, {**row, **column}])
+    assert caught.value.number == 2
+    assert gr.load_pairs([{**row, **dict.fromkeys(column)}])[0].prompt == [USER]  # an empty cell says nothing
+    text = {"prompt": "Is tea hot?", "chosen": " Yes.", "rejected": " No.", **column}
+    assert gr.load_pairs([text])[0].meta == column  # no template there
+    if "system" in next(iter(column)):  # the same words again, as some data sets have them
+        prompt = [{"role": "system", "content": "Be brief."}, USER]
+        assert gr.load_pairs([{**row, **column, "prompt": prompt}])[0].prompt == prompt
+
+
+# huggingface/trl#6433: chosen with its thoughts, rejected without, after a generation prompt that opens them
+def test_thoughts_in_one_response_only_are_not_cut() -> None:
+    template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant><think>' }}{% endif %}"
+    )
+    with pytest.raises(RecordError, match="record 1: .*thoughts"):
+        cut(template, [USER], [says("<think>Hm.</think>Yes.")], [says("No.")])
+    found = cut(template, [USER], [says("<think>Hm.</think>Yes.")], [says("<think>Ah.</think>No.")])
+    assert found == ("<user>Is tea hot?<end><assistant><think>", "Hm.</think>Yes.", "Ah.</think>No.")
+
+
+# huggingface/trl#2054: a template that ends the prompt with a space; axolotl#2089: the same words in every turn
+def test_a_prompt_that_ends_with_a_space() -> None:
+    template = (
+        "{% for m in messages %}{{ (m.content | trim + '</s>') if m.role == 'assistant' "
+        "else (' [INST] ' + m.content | trim + ' [/INST] ') }}{% endfor %}"
+    )
+    before = [USER, says("Yes."), USER, says("Yes."), USER]
+    turn = " [INST] Is tea hot? [/INST] "
+    assert cut(template, before, [says("Yes.")], [says("No.")]) == (
+        f"{turn}Yes.</s>{turn}Yes.</s>{turn}", "Yes.", "No."
+    )  # fmt: skip
+
+
+# huggingface/trl#1930: a template that opens every conversation without a system message with its own
+def test_a_system_prompt_of_the_templates_own_stands_once() -> None:
+    template = (
+        "{% if messages[0].role != 'system' %}{{ '<system>Help.<end>' }}{% endif %}"
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    found = cut(template, [USER], [says("Yes.")], [says("No.")])
+    assert found == ("<system>Help.<end><user>Is tea hot?<end><assistant>", "Yes.", "No.")
