@@ -183,7 +183,8 @@ def crossing(kl: NDArray[np.float64], budget: float) -> tuple[int, float] | None
         where it is never reached.
 
     Examples:
-        >>> crossing(np.array([0.0, 0.01, 0.04]), 0.0225)
+        >>> place, share = crossing(np.array([0.0, 0.01, 0.04]), 0.0225)
+        >>> place, round(share, 3)
         (2, 0.5)
     """
     above = np.flatnonzero(kl >= budget)

@@ -58,7 +58,7 @@ def plot_records(frame: pd.DataFrame, *, label: str = "change of the margin, nat
     rows = rows.dropna().sort_values("change", ascending=False, kind="stable").reset_index(drop=True)
     if not len(rows):
         raise ValueError("no record has a finite change; nothing to draw")
-    mean, se = rows.change.mean(), standard_error(rows.change)
+    mean, se = rows.change.mean(), standard_error(rows.change.to_numpy())
     spread = f"{se:.2f}" if math.isfinite(se) else "\u2013"
     helped, hurt = int((rows.change > 0).sum()), int((rows.change < 0).sum())
     named = len(rows) <= MAX_NAMED
