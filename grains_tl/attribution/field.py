@@ -21,7 +21,7 @@ from grains_tl.inference.batches import Batch, by_token_budget, scoring_batch
 from grains_tl.inference.logprobs import batch_logprobs
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import attribution_point
-from grains_tl.models.state import autograd
+from grains_tl.models.state import autograd, require_gradient
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -120,6 +120,8 @@ class ModelField:
             with returned_memory(), autograd(self.model) if gradient else torch.no_grad():
                 logprobs = batch_logprobs(self.model, batch, hooks)
                 values = logprobs[:, 0] - logprobs[:, 1]
+                if gradient:
+                    require_gradient(values)
                 grads = torch.autograd.grad(values.sum(), held["entry"])[0] if gradient else None
             require_finite(values, "the log-likelihood")
             if grads is not None:

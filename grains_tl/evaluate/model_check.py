@@ -76,8 +76,15 @@ def check_model(model: HookedModel) -> pd.DataFrame:
 
 def _eval_mode(model: HookedModel) -> tuple[bool, str]:
     require_ready(model)
-    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    bad = [name for name, p in model.named_parameters() if not _finite(p)]
     return not bad, f"NaN or inf in {bad[:3]}" if bad else "no dropout, all weights finite"
+
+
+def _finite(parameter: Tensor) -> bool:
+    try:
+        return bool(torch.isfinite(parameter).all())
+    except NotImplementedError:  # quantised weights are whole numbers behind an interface that may lack this
+        return True
 
 
 def _tokenizer(model: HookedModel) -> tuple[bool, str]:

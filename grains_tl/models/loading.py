@@ -154,6 +154,13 @@ def wrap_model(hf_model: Any, tokenizer: Any, processor: Any = None, *, name: st
     if not hasattr(tokenizer, "init_kwargs"):
         raise ValueError(f"expected a tokenizer of transformers, got {type(tokenizer).__name__}")
     label = name or getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
+    packed = [n for n, m in hf_model.named_modules() if callable(getattr(m, "weight", None))]
+    if packed:
+        raise ValueError(
+            f"{packed[0]} keeps its quantised weight packed ({type(hf_model.get_submodule(packed[0])).__name__}), and "
+            "TransformerLens needs a tensor there; quantise with torchao or bitsandbytes, or steer the model as it is with "
+            "vectors.torch_hooks"
+        )
     tokenizer = copy.deepcopy(tokenizer)
     keep_tokenizer_as_is(tokenizer, label)
     model = bridge_of(hf_model.eval(), tokenizer, label)

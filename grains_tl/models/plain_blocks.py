@@ -175,15 +175,23 @@ class _Plan:
 
     def state(self) -> tuple[Any, ...]:
         """Something that changes when a weight does."""
-        versions = [(_version(p), p.data_ptr()) for _, _, p in (*self.weights, *self.copies)]
+        versions = [(_version(p), _place(p)) for _, _, p in (*self.weights, *self.copies)]
         # a copy in memory of its own can drift apart from the weights
-        memory = {p.untyped_storage().data_ptr() for _, _, p in self.weights}
-        own = [p for _, _, p in self.copies if p.untyped_storage().data_ptr() not in memory]
+        memory = {_place(p, of_storage=True) for _, _, p in self.weights}
+        own = [p for _, _, p in self.copies if _place(p, of_storage=True) not in memory]
         return (*versions, *(float(p.detach().sum(dtype=torch.float64)) for p in own))
 
 
 def _version(parameter: nn.Parameter) -> int:
     return 0 if parameter.is_inference() else parameter._version
+
+
+def _place(parameter: nn.Parameter, of_storage: bool = False) -> int:
+    """Where a parameter lies in memory; quantised ones that are made of several tensors have no place of their own."""
+    try:
+        return parameter.untyped_storage().data_ptr() if of_storage else parameter.data_ptr()
+    except RuntimeError:
+        return id(parameter)
 
 
 _PLANS: WeakKeyDictionary[Any, _Plan] = WeakKeyDictionary()

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from grains_tl.types import HookedModel
 
+#: What to do where gradients do not pass.
+WITHOUT = (
+    "load the model in float32 or bfloat16, or use what needs no gradients: leave_one_out, recipes 'caa' and 'grains'"
+)
+
 #: What draws random numbers in train mode without being a dropout layer, by the attribute that says how much.
 RANDOM_IN_TRAINING = ("attention_dropout", "layerdrop", "router_jitter_noise", "jitter_noise")
 
@@ -88,13 +93,15 @@ def autograd(model: HookedModel) -> Iterator[None]:
     Tensors that enter the graph must be made inside, or outside of ``torch.inference_mode``.
 
     Raises:
-        ValueError: the model's weights were made inside ``torch.inference_mode``.
+        ValueError: the model's weights were made inside ``torch.inference_mode``, or are quantised in a way that no gradient
+            passes.
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             "the model's weights were made inside torch.inference_mode(), so autograd cannot use them; load the model "
             "outside of it, or use a method without gradients (leave_one_out)"
         )
+    _require_differentiable(getattr(model, "original_model", model))
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
@@ -107,6 +114,42 @@ def require_gradient(value: Tensor) -> None:
     """
     if not value.requires_grad:
         raise ValueError(
-            "no gradient passes through the model's upper blocks, as with quantised weights that only run forward; load the "
-            "model in float32 or bfloat16, or use a recipe without gradients ('caa', 'grains')"
+            f"no gradient passes through the model's upper blocks, as with quantised weights that only run "
+            f"forward; {WITHOUT}"
         )
+
+
+def _require_differentiable(inner: Any) -> None:
+    """Refuse quantised layers that only run forward: gradients would go round them along the residual stream, silently."""
+    seen: set[Any] = set()
+    for name, module in inner.named_modules() if isinstance(inner, nn.Module) else ():
+        weight, n_in = getattr(module, "weight", None), getattr(module, "in_features", None)
+        plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+        kind = (type(module), type(weight))
+        if weight is None or plain or n_in is None or kind in seen or "_original_component" in module._modules:
+            continue
+        seen.add(kind)
+        own = [p.dtype for p in inner.parameters() if type(p) is nn.Parameter and p.is_floating_point()]
+        device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
+        if not _passes_gradients(module, n_in, own[0] if own else torch.float32, device):
+            raise ValueError(
+                f"no gradient passes through {name} ({type(module).__name__}, weights {type(weight).__name__}): it is "
+                f"quantised and only runs forward; {WITHOUT}"
+            )
+
+
+def _passes_gradients(module: nn.Module, n_in: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the gradient of a linear layer is that of the function it computes.
+
+    Run without a graph first: bitsandbytes then packs 4-bit weights for the processor, and gives no gradient from there on.
+    """
+    point = torch.randn(1, 1, n_in, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        change = (module(point) - module(torch.zeros_like(point))).float()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = point.clone().requires_grad_(True)
+        value = (module(leaf).float() * change).sum()
+        grad = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
+    size = change.square().sum()
+    # 8-bit activations round by a percent or two
+    return grad is not None and bool(((grad.float() * point.float()).sum() - size).abs() <= 0.2 * size)
