@@ -35,18 +35,19 @@ def load(spec: str, dtype: torch.dtype) -> Any:
     return gr.load_model(path=path, dtype=dtype) if equals else gr.load_model(name, dtype=dtype)
 
 
-def measured(model: Any, n_records: int, given: gr.SteeringVectors | None) -> dict[str, Any]:
+def measured(model: Any, n_records: int, methods: list[str], given: gr.SteeringVectors | None) -> dict[str, Any]:
     """Scores, vectors and effects of a model; effects are those of ``given`` vectors, or of its own."""
     pairs = gr.load_bundled("sentiment", "build")[:n_records]
     held_out = gr.load_bundled("sentiment", "test")[: 2 * n_records]
     layers = [int(model.cfg.n_layers) * part // 4 for part in (1, 2, 3)]
     scores = {}
-    for method, options in METHODS.items():
-        found = [gr.attribute(model, pair, method=method, **options) for pair in pairs]
+    for method in methods:
+        found = [gr.attribute(model, pair, method=method, **METHODS[method]) for pair in pairs]
         scores[method] = [a.scores[a.content].tolist() for a in found]
     vectors = {
         method: gr.build_vectors(model, pairs, method=method, top_k=3, layers=layers, progress=False)
-        for method in ("leave_one_out", "gradient_x_input")
+        for method in methods
+        if method != "integrated_gradients"
     }
     vectors["caa"] = gr.build_vectors(model, pairs, recipe="caa", layers=layers, progress=False)
     steer = vectors["caa"] if given is None else given
@@ -61,7 +62,7 @@ def measured(model: Any, n_records: int, given: gr.SteeringVectors | None) -> di
 def compared(full: dict[str, Any], half: dict[str, Any]) -> dict[str, Any]:
     """What changed from one precision to the other."""
     out: dict[str, Any] = {"rank_correlation": {}, "cosine": {}}
-    for method in METHODS:
+    for method in full["scores"]:
         pairs = zip(full["scores"][method], half["scores"][method], strict=True)
         ranks = [float(spearmanr(a, b).statistic) for a, b in pairs]
         out["rank_correlation"][method] = {"median": sorted(ranks)[len(ranks) // 2], "least": min(ranks)}
@@ -80,13 +81,13 @@ def compared(full: dict[str, Any], half: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def run(spec: str, out: Path, n_records: int) -> None:
+def run(spec: str, out: Path, n_records: int, methods: list[str]) -> None:
     """Measure what is missing of one model."""
     name = spec.partition("=")[0]
     todo = [dtype for dtype in DTYPES if not (out / f"{name}-{dtype}.json").exists()]
     if not todo:
         return
-    full = measured(load(spec, torch.float32), n_records, None)
+    full = measured(load(spec, torch.float32), n_records, methods, None)
     for dtype in todo:
         gc.collect()
         started = time.process_time()
@@ -95,7 +96,7 @@ def run(spec: str, out: Path, n_records: int) -> None:
         found: dict[str, Any] = {"model": name, "dtype": dtype, "records": n_records, "alpha": ALPHA}
         found["checks_that_fail"] = checks.query("not ok")[["check", "detail"]].to_dict("records")
         try:
-            found |= compared(full, measured(model, n_records, full["vectors"]["caa"]))
+            found |= compared(full, measured(model, n_records, methods, full["vectors"]["caa"]))
         except ValueError as error:
             found["refused"] = str(error)
         found["cpu_seconds"] = round(time.process_time() - started, 1)
@@ -116,8 +117,11 @@ def table(out: Path) -> str:
             lines.append(f"| {' | '.join(cells)} | refused: {found['refused']} |" + " |" * 7)
             continue
         ranks = found["rank_correlation"]
-        cells += [f"{ranks[m]['median']:.3f} ({ranks[m]['least']:.2f})" for m in METHODS]
-        cells += [f"{min(found['cosine'][m]):.4f}" for m in ("leave_one_out", "gradient_x_input", "caa")]
+        cells += [f"{ranks[m]['median']:.3f} ({ranks[m]['least']:.2f})" if m in ranks else "" for m in METHODS]
+        cosines = found["cosine"]
+        cells += [
+            f"{min(cosines[m]):.4f}" if m in cosines else "" for m in ("leave_one_out", "gradient_x_input", "caa")
+        ]
         middle = list(found["effects"].values())[1]
         cells += [f"{middle['float32']:+.2f}, {middle['here']:+.2f}", f"{found['margin_change']['rms']:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -128,13 +132,14 @@ def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, help="NAME or NAME=PATH (repeatable)")
+    parser.add_argument("--method", action="append", choices=METHODS, help="only this attribution method (repeatable)")
     parser.add_argument("--records", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "precision")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for spec in args.model:
-        run(spec, args.out, args.records)
+        run(spec, args.out, args.records, args.method or list(METHODS))
         (args.out / "table.md").write_text(table(args.out), encoding="utf-8")
     print(table(args.out))
 

@@ -124,7 +124,7 @@ def _require_differentiable(inner: Any) -> None:
     seen: set[Any] = set()
     for name, module in inner.named_modules() if isinstance(inner, nn.Module) else ():
         weight, n_in = getattr(module, "weight", None), getattr(module, "in_features", None)
-        plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+        plain = isinstance(weight, Tensor) and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
         kind = (type(module), type(weight))
         if weight is None or plain or n_in is None or kind in seen or "_original_component" in module._modules:
             continue

@@ -164,7 +164,8 @@ def process_images(
         ValueError: no processor, or the processor does not take text and images together.
     """
     processor = require_processor(model)
-    found = dict(processor(text=[text], images=list(images), add_special_tokens=False, return_tensors="pt"))
+    # one list per prompt: LLaVA-OneVision cuts a lone image into tiles, and takes several of one prompt whole
+    found = dict(processor(text=[text], images=[list(images)], add_special_tokens=False, return_tensors="pt"))
     ids = found.pop("input_ids")[0].tolist()
     found.pop("attention_mask", None)
     per_token = {
