@@ -60,10 +60,9 @@ def _median_gap(attributions: Sequence[Attribution]) -> float | None:
 
 
 def continuations(
-    model: HookedModel, test: Sequence[PreferencePair], vectors: SteeringVectors, layer: int, alpha: float
+    model: HookedModel, prompts: Sequence[str], vectors: SteeringVectors, layer: int, alpha: float
 ) -> list[dict[str, Any]]:
-    """How the model goes on after three test prompts at -alpha, 0 and +alpha."""
-    prompts = [str(p.prompt) for p in test[:3]]
+    """How the model goes on after some prompts at -alpha, 0 and +alpha."""
     rows = []
     for a in (-alpha, 0.0, alpha):
         texts = generate(model, prompts, vectors.hooks(a, [layer]), max_new_tokens=20)

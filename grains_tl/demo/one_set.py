@@ -27,7 +27,7 @@ from grains_tl.baselines.controls import (
     shuffled_label_vectors,
 )
 from grains_tl.demo.figures import attribution_figures, base, continuations, table_rows
-from grains_tl.demo.settings import ABOUT, AT_MOST, DemoSettings
+from grains_tl.demo.settings import ABOUT, AT_MOST, OPEN_PROMPTS, DemoSettings
 from grains_tl.demo.verdicts import headline, verdict
 from grains_tl.evaluate.controls import RANDOM_TOKENS, compare_with_controls
 from grains_tl.evaluate.equal_cost import effect_at_kl
@@ -97,6 +97,7 @@ def run_set(
     # each at the layer that was best for it on the choosing split
     rivals = {method: vectors[method], "CAA": reduce_vectors(differences["CAA"]).at([caa_layer])}
     cost = _cost(model, records["test"][: settings.n_cost], rivals, settings)
+    prompts = [*OPEN_PROMPTS.get(name, ()), *(str(p.prompt) for p in records["test"][:2])]
     return {
         "name": name,
         "about": ABOUT[name],
@@ -108,7 +109,7 @@ def run_set(
         "table": table_rows(compared.table),
         "draws": compared.draws,
         "cost": cost,
-        "continuations": continuations(model, records["test"], vectors[method], layer, alpha),
+        "continuations": continuations(model, prompts, vectors[method], layer, alpha),
         "headline": headline(compared, cost, method=method),
         "verdict": verdict(compared, list(CONTROLS), cost, method=method, layer=layer, alpha=settings.alpha),
     }

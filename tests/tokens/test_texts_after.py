@@ -12,7 +12,7 @@ from grains_tl.tokens.text import decode_after, texts_after
 class Bytes:
     """A tokenizer of bytes: most characters are several tokens."""
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: list[int], **_: Any) -> str:
         return bytes(ids).decode(errors="replace")
 
 
