@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,12 @@ import torch
 
 import grains_tl as gr
 from studies.recipes.cell import extras, prepare, run_cell, timed_line, write_about
-from studies.recipes.parts import contributions, fisher_of
-from studies.recipes.sets import SIZES, record_set
+from studies.recipes.directions import RECIPES
+from studies.recipes.parts import N_FISHER, contributions, fisher_of
+from studies.recipes.sets import SAMPLE, SIZES, record_set
 
 #: Candidate layers: near 0.4, 0.6 and 0.8 of the depth.
 DEPTHS = (0.4, 0.6, 0.8)
-
-#: Random-token draws per building sample: more where attribution is the question.
-N_RANDOM = {"reviews": 4, "survival-instinct": 4}
 
 
 def load(model: str) -> tuple[str, Any]:
@@ -43,6 +42,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("studies/results/recipes"))
     parser.add_argument("--work", type=Path, default=Path(".cache/recipes"), help="contributions and Fisher samples")
     parser.add_argument("--layers", type=int, nargs="+", help="default: at 0.4, 0.6 and 0.8 of the depth")
+    parser.add_argument("--samples", type=int, default=6, help="building samples at most")
+    parser.add_argument("--fisher", type=int, default=N_FISHER, help="samples for the Fisher matrix")
+    parser.add_argument("--random", type=int, default=4, help="random-token draws per building sample")
+    parser.add_argument("--skip", nargs="*", default=[], choices=RECIPES, help="recipes to leave out")
     parser.add_argument("--extras", action="store_true", help="curves, wordings, numbers of records, transfer")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -52,14 +55,17 @@ def main() -> None:
     (args.out / label).mkdir(parents=True, exist_ok=True)
     with gr.settings(progress=False):
         timed_line(begin, f"{label} loaded, layers {layers}")
-        fisher = fisher_of(model, layers, args.work / label / "fisher.safetensors")
+        fisher = fisher_of(model, layers, args.work / label / "fisher.safetensors", args.fisher)
         timed_line(begin, f"{len(fisher.samples)} Fisher samples")
         for name in args.set:
             records = record_set(name, args.data)
-            parts = contributions(model, records.build, layers, args.work / label / f"{name}.pt")
+            records = replace(records, build=records.build[: args.samples * SAMPLE])
+            masking = not {"grains", "grains_weighted"} <= set(args.skip)
+            parts = contributions(model, records.build, layers, args.work / label / f"{name}.pt", masking=masking)
             timed_line(begin, f"{name}: contributions, CPU seconds per record {parts.seconds}")
             cell, base = prepare(model, records, layers, parts, fisher, args.out / label / f"{name}.jsonl")
-            best = run_cell(cell, N_RANDOM.get(name, 2))
+            cell.recipes = [recipe for recipe in RECIPES if recipe not in args.skip]
+            best = run_cell(cell, args.random)
             write_about(cell, label, best, base, args.out / label / f"{name}.json")
             timed_line(begin, f"{name}: measured, layers {best}")
             if args.extras:

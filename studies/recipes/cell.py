@@ -24,10 +24,10 @@ from studies.recipes.sets import SAMPLE, RecordSet, other_wordings
 BUDGETS = (0.05, 0.2)
 
 #: Budgets of the curves that are drawn.
-CURVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+CURVE = (0.01, 0.05, 0.1, 0.2, 0.4)
 
 #: Records of which the effect over the number of building records is measured.
-NUMBERS = (4, 8, 16, 32, 48)
+NUMBERS = (4, 8, 16, 48)
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Cell:
         layers: candidate layers.
         out: the ``.jsonl`` file.
         done: its lines.
+        recipes: those that are measured.
         calibration: alpha at the first budget over what the Fisher matrix predicts.
         growth: by which factor alpha grows from a budget to the next.
     """
@@ -53,6 +54,7 @@ class Cell:
     layers: Sequence[int]
     out: Path
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recipes: Sequence[str] = RECIPES
     calibration: dict[tuple[str, int, float], float] = field(default_factory=dict)
     growth: dict[tuple[str, int, float], float] = field(default_factory=dict)
 
@@ -73,13 +75,18 @@ class Cell:
         draw: int = 0,
         budgets: Sequence[float] = BUDGETS,
         names: Sequence[str] = ("test",),
+        vectors: gr.SteeringVectors | None = None,
     ) -> dict[str, Any]:
-        """Build one vector from some of the records, measure it, and write its line; a line that is there is kept."""
+        """Build one vector from some of the records, measure it, and write its line; a line that is there is kept.
+
+        ``vectors`` are measured instead where they are given (they were built from the same records).
+        """
         row: dict[str, Any] = {"stage": stage, "recipe": recipe, "layer": layer, "sample": sample, "draw": draw}
         row["n_build"] = len(rows)
         if key_of(row) in self.done:
             return self.done[key_of(row)]
-        vectors = self.vectors(recipe, layer, rows, seed=1000 * (sample + 1) + draw)
+        if vectors is None:
+            vectors = self.vectors(recipe, layer, rows, seed=1000 * (sample + 1) + draw)
         guess = self.guess(recipe, layer, vectors, budgets[0])
         growth = [self.growth.get((recipe, layer, kl)) for kl in budgets]
         found, curve = self.bench.at_budgets(vectors, budgets, names, guess, growth)
@@ -127,14 +134,15 @@ def key_of(row: dict[str, Any]) -> str:
 def choose_layers(cell: Cell) -> dict[str, int]:
     """Each recipe's best layer on the choosing records, at the smaller budget, with vectors from all building records."""
     best = {}
-    for recipe in RECIPES:
+    for recipe in cell.recipes:
         effects = {}
         for layer in cell.layers:
             row = cell.measure("choose", recipe, layer, cell.everything, budgets=BUDGETS[:1], names=("choose",))
             change = row["effects"]["choose"][0]["change"]
             effects[layer] = sum(change) / len(change) if change else -math.inf
         best[recipe] = max(effects, key=lambda layer: effects[layer])
-    best["random_tokens"] = best["grains"]
+    if "grains" in best:
+        best["random_tokens"] = best["grains"]
     best["random_direction"] = best["caa"]
     return best
 
@@ -143,9 +151,9 @@ def run_cell(cell: Cell, n_random: int) -> dict[str, int]:
     """Layers, then every recipe and control on every building sample."""
     best = choose_layers(cell)
     for sample, rows in cell.samples():
-        for recipe in (*RECIPES, "random_direction"):
+        for recipe in (*cell.recipes, "random_direction"):
             cell.measure("test", recipe, best[recipe], rows, sample=sample)
-        for draw in range(n_random):
+        for draw in range(n_random if "grains" in best else 0):
             cell.measure("test", "random_tokens", best["random_tokens"], rows, sample=sample, draw=draw)
     return best
 
@@ -164,7 +172,7 @@ def write_about(cell: Cell, label: str, best: dict[str, int], base: dict[str, Te
             "linear_ceiling": {str(kl): round(float(here.ceiling(mean, kl, shrinkage)[0]), 3) for kl in BUDGETS},
         }
     layer = best["caa"]
-    vectors = {name: cell.vectors(name, layer, cell.everything).directions[0] for name in RECIPES}
+    vectors = {name: cell.vectors(name, layer, cell.everything).directions[0] for name in cell.recipes}
     about = {
         "model": label,
         "set": cell.records.name,
@@ -185,18 +193,19 @@ def write_about(cell: Cell, label: str, best: dict[str, int], base: dict[str, Te
 
 def extras(cell: Cell, best: dict[str, int], others: dict[str, RecordSet]) -> None:
     """What is measured on one set only: curves over KL, other wordings, number of building records, transfer."""
-    for recipe in (*RECIPES, "random_tokens", "random_direction"):
+    for recipe in (*cell.recipes, "random_tokens", "random_direction"):
         cell.measure("curve", recipe, best[recipe], cell.everything, budgets=CURVE)
     cell.bench.add("wordings", other_wordings(cell.records.test))
+    compared = [recipe for recipe in cell.recipes if recipe != "grains_weighted"]
     for sample, rows in cell.samples():
-        for recipe in RECIPES:
+        for recipe in compared:
             cell.measure("wordings", recipe, best[recipe], rows, sample=sample, names=("wordings",))
+    transfer(cell, best, others)
     for n in NUMBERS:
-        for sample in range(min(4, len(cell.records.build) // n)):
-            for recipe in ("grains", "caa", "margin_gradient", "kl_optimal"):
+        for sample in range(min(3, len(cell.records.build) // n)):
+            for recipe in compared:
                 rows = range(sample * n, (sample + 1) * n)
                 cell.measure("number", recipe, best[recipe], rows, sample=sample, budgets=BUDGETS[:1])
-    transfer(cell, best, others)
 
 
 def transfer(cell: Cell, best: dict[str, int], others: dict[str, RecordSet]) -> None:

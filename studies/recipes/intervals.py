@@ -91,7 +91,10 @@ def read_cells(folder: Path) -> Iterable[tuple[dict[str, Any], list[dict[str, An
 def effects_of(
     rows: Iterable[dict[str, Any]], recipe: str, kl: float, *, stage: str = "test", name: str | None = None
 ) -> Effects | None:
-    """``[sample, draw, record]`` of one recipe at one budget; NaN where it is not reached, ``None`` if not measured."""
+    """``[sample, draw, record]`` of one recipe at one budget; NaN where it is not reached, ``None`` if not measured.
+
+    Draws that some of the samples lack are left out.
+    """
     own = [r for r in rows if r["stage"] == stage and r["recipe"] == recipe]
     found: dict[tuple[int, int], list[float] | None] = {}
     for row in own:
@@ -100,7 +103,8 @@ def effects_of(
                 found[row["sample"], row["draw"]] = point["change"] or None
     if not found:
         return None
-    samples, draws = sorted({s for s, _ in found}), sorted({d for _, d in found})
+    samples = sorted({s for s, _ in found})
+    draws = [d for d in sorted({d for _, d in found}) if all((s, d) in found for s in samples)]
     n_records = max(len(change or []) for change in found.values())
     nothing = [np.nan] * max(n_records, 1)
     return np.array([[found.get((s, d)) or nothing for d in draws] for s in samples], dtype=float)

@@ -49,8 +49,8 @@ class Parts(NamedTuple):
         """The contributions of some records."""
         rows = list(records)
         return self._replace(
-            scores=[self.scores[i] for i in rows],
-            masked=[self.masked[i] for i in rows],
+            scores=[self.scores[i] for i in rows if self.scores],
+            masked=[self.masked[i] for i in rows if self.masked],
             gradients=self.gradients[rows],
             caa=self.caa[rows],
         )
@@ -65,7 +65,13 @@ def timed(seconds: dict[str, float], name: str, n: int) -> Iterator[None]:
 
 
 def contributions(
-    model: Any, pairs: Sequence[gr.PreferencePair], layers: Sequence[int], file: Path, *, half: bool = True
+    model: Any,
+    pairs: Sequence[gr.PreferencePair],
+    layers: Sequence[int],
+    file: Path,
+    *,
+    half: bool = True,
+    masking: bool = True,
 ) -> Parts:
     """Every record's contributions, from ``file`` if it is of these records and layers.
 
@@ -75,12 +81,13 @@ def contributions(
         layers: candidate layers.
         file: where to keep them (tens of MB).
         half: run the masked prompts in bfloat16 autocast.
+        masking: with leave-one-out scores and masked prompts, which take most of the time.
     """
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
     key = hash_of([[t.prompt, t.chosen, t.rejected] for t in tokenized] + [list(layers), half])
     if file.exists():
         kept = torch.load(file, weights_only=True)
-        if kept.pop("key") == key:
+        if kept.pop("key") == key and (kept["masked"] or not masking):
             return Parts(**kept)
     seconds: dict[str, float] = {}
     n = len(tokenized)
@@ -89,13 +96,16 @@ def contributions(
         caa, norms = records.response_differences, records.resid_norms
     with timed(seconds, "margin_gradient", n):
         gradients = MarginGradient().per_record(records)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-        with timed(seconds, "leave_one_out", n):
-            places = [[[p] for p, keep in enumerate(t.content) if keep] for t in tokenized]
-            found, _ = leave_out_scores(model, tokenized, places, objective="sum", mask="mean_embedding")
-        with timed(seconds, "masked_prompts", n):
-            masked = [masked_differences(model, t, layers) for t in tokenized]
-    scores = [s[torch.tensor(t.content)] for s, t in zip(found, tokenized, strict=True)]
+    scores: list[Tensor] = []
+    masked: list[Tensor] = []
+    if masking:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            with timed(seconds, "leave_one_out", n):
+                places = [[[p] for p, keep in enumerate(t.content) if keep] for t in tokenized]
+                found, _ = leave_out_scores(model, tokenized, places, objective="sum", mask="mean_embedding")
+            with timed(seconds, "masked_prompts", n):
+                masked = [masked_differences(model, t, layers) for t in tokenized]
+        scores = [s[torch.tensor(t.content)] for s, t in zip(found, tokenized, strict=True)]
     parts = Parts(scores, masked, gradients, caa, norms, seconds)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"key": key, **parts._asdict()}, file)
@@ -109,12 +119,12 @@ def masked_differences(model: Any, record: TokenizedPair, layers: Sequence[int],
     return (rows[:1] - rows[1:]).float()
 
 
-def fisher_of(model: Any, layers: Sequence[int], file: Path) -> Fisher:
+def fisher_of(model: Any, layers: Sequence[int], file: Path, n_samples: int = N_FISHER) -> Fisher:
     """The model's Fisher samples on the neutral texts that measure no cost, kept in ``file``."""
     if file.exists():
-        return Fisher.load(file)
+        return Fisher.load(file).at(layers)
     rows = [prompt_ids(model, text) for text in gr.records.neutral_texts()[COST_TEXTS:]]
-    fisher = Fisher.estimate(model, rows, layers=layers, n_samples=N_FISHER)
+    fisher = Fisher.estimate(model, rows, layers=layers, n_samples=n_samples)
     file.parent.mkdir(parents=True, exist_ok=True)
     fisher.save(file)
     return fisher

@@ -26,9 +26,6 @@ SIZES = {
     "agreeableness": (40, 8, 20),
 }
 
-#: Sets answered by a letter: every question stands there twice in a row, with its answers swapped.
-LETTERS = ("survival-instinct", "agreeableness")
-
 #: Other wordings of the verdict on a review, (chosen, rejected); none shares a word with the set's own.
 OTHER_WORDINGS = (
     (" something I would recommend to anyone", " something I would warn everyone about"),

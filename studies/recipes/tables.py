@@ -35,6 +35,9 @@ LABELS = {
 #: A cell counts as steered if an interval of this level lies above 0: five recipes at two budgets, 5 % in all.
 STRICT = 1 - 0.05 / (len(RECIPES) * len(BUDGETS))
 
+#: Fewer building samples give no interval worth printing.
+MIN_SAMPLES = 5
+
 Rows = list[dict[str, Any]]
 
 
@@ -57,7 +60,7 @@ def table_of(folder: Path, stage: str = "test") -> pd.DataFrame:
         for kl in BUDGETS:
             found = {name: effects_of(rows, name, kl, stage=stage) for name in recipes_in(rows, stage)}
             for name, effects in found.items():
-                if effects is None:
+                if effects is None or len(effects) < MIN_SAMPLES:
                     continue
                 own = estimate(effects, per_question)
                 row: dict[str, Any] = {"model": about["model"], "set": about["set"], "recipe": name, "kl": kl}
@@ -99,7 +102,7 @@ def steered(cell: pd.DataFrame) -> bool:
 
 def _shown(row: pd.Series | None, column: str = "effect", low: str = "low", high: str = "high") -> str:
     if row is None or column not in row:
-        return ""
+        return "not measured"
     if pd.isna(row[column]):
         return "not reached"
     text = str(Estimate(row[column], row[low], row[high], ()))
@@ -154,7 +157,8 @@ def seconds_table(folder: Path) -> str:
         for name in SIZES:
             if (model, name) in abouts:
                 seconds = abouts[model, name]["cpu_seconds_per_record"]
-                lines.append(f"| {MODELS[model]} | {name} | " + " | ".join(f"{seconds[k]:.2f}" for k in names) + " |")
+                shown = [f"{seconds[k]:.2f}" if k in seconds else "" for k in names]
+                lines.append(f"| {MODELS[model]} | {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

@@ -70,19 +70,39 @@ def spared(scores: Tensor, record: TokenizedPair, which: str | None) -> Tensor:
     return out
 
 
+class Masked:
+    """Leave-one-out scores and masked differences, run once for all variants that share them."""
+
+    def __init__(self, model: Any, layers: Sequence[int]) -> None:
+        self.model, self.layers = model, layers
+        self.scores: dict[tuple[str, bool], list[Tensor]] = {}
+        self.masked: dict[tuple[str, str, bool], list[Tensor]] = {}
+
+    def of(self, records: Sequence[TokenizedPair], variant: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Scores of every prompt token, and ``[content token, layer, d_model]`` differences, per record."""
+        chat, mask = variant.get("chat", False), variant.get("mask", "mean_embedding")
+        readout = variant.get("readout", "prompt_end")
+        if (mask, chat) not in self.scores:
+            groups = [[[p] for p, keep in enumerate(t.content) if keep] for t in records]
+            self.scores[mask, chat] = leave_out_scores(self.model, records, groups, objective="sum", mask=mask)[0]
+        if (mask, readout, chat) not in self.masked:
+            options = {"mask": mask, "readout": readout}
+            self.masked[mask, readout, chat] = [
+                masked_differences(self.model, t, self.layers, **options) for t in records
+            ]
+        return self.scores[mask, chat], self.masked[mask, readout, chat]
+
+
 def built(
-    model: Any, pairs: Sequence[gr.PreferencePair], layers: Sequence[int], variant: dict[str, Any]
+    store: Masked, pairs: Sequence[gr.PreferencePair], variant: dict[str, Any]
 ) -> tuple[Tensor, dict[str, float]]:
     """``[layer, d_model]`` of one variant, and what its tokens are."""
-    records = tokenize_pairs(model, pairs)
-    mask = variant.get("mask", "mean_embedding")
-    groups = [[[p] for p, keep in enumerate(t.content) if keep] for t in records]
-    found, _ = leave_out_scores(model, records, groups, objective="sum", mask=mask)
-    total, counts = torch.zeros(len(layers), int(model.cfg.d_model)), {"good": 0, "bad": 0, "first": 0, "last": 0}
-    for pair, record, scores in zip(pairs, records, found, strict=True):
+    records = tokenize_pairs(store.model, pairs)
+    found, differences = store.of(records, variant)
+    total = torch.zeros_like(differences[0][0])
+    counts = {"good": 0, "bad": 0, "first": 0, "last": 0}
+    for pair, record, scores, masked in zip(pairs, records, found, differences, strict=True):
         own = spared(scores[torch.tensor(record.content)], record, variant.get("spare"))
-        options = {k: variant[k] for k in ("mask", "readout") if k in variant}
-        masked = masked_differences(model, record, layers, **options)
         good, bad = (word_places(record, str(pair.meta[k])) for k in ("good", "bad"))
         up, down = [int(own.argmax())], [int(own.argmin())]
         counts["good"] += up[0] in good
@@ -118,12 +138,13 @@ def main() -> None:
         with bench.running():
             of_records = BuildingRecords(model, tokenize_pairs(model, build), tuple(args.layers))
             caa, norms = of_records.response_differences.mean(0), of_records.resid_norms
+        store = Masked(model, args.layers)
         for name, variant in {**VARIANTS, "CAA": {}}.items():
             if variant.get("chat") and "chat" not in bench.records:
                 continue
             pairs, where = (in_chat(build), "chat") if variant.get("chat") else (build, "plain")
             with bench.running():
-                raw, about = (caa, {}) if name == "CAA" else built(model, pairs, args.layers, variant)
+                raw, about = (caa, {}) if name == "CAA" else built(store, pairs, variant)
             for column, layer in enumerate(args.layers):
                 vectors = gr.SteeringVectors.from_raw(raw[[column]], [layer], norms[[column]])
                 found, _ = bench.at_budgets(vectors, [0.05], [where], 0.1, [])

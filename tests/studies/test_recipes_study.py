@@ -37,10 +37,10 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def tiny_records() -> list[gr.PreferencePair]:
-    words = [("good", "cold"), ("warm", "bad"), ("great", "awful"), ("good", "awful")] * 4
+    words = [("good", "cold"), ("warm", "bad"), ("great", "awful"), ("good", "awful")] * 10
     return [
         gr.PreferencePair(f"the {thing} was {a} but the room was {b} . overall it was", " great", " awful")
-        for (a, b), thing in zip(words, ["soup", "film", "hotel", "food"] * 4, strict=True)
+        for (a, b), thing in zip(words, ["soup", "film", "hotel", "food"] * 10, strict=True)
     ]
 
 
@@ -247,6 +247,9 @@ def test_one_draw_equals_many_equal_draws_and_missing_budgets_are_said() -> None
     found = effects_of(rows, "caa", 0.05)
     assert found is not None and found.shape == (2, 1, 2) and np.isnan(found[1]).all()
     assert effects_of(rows, "grains", 0.05) is None
+    rows.append({**rows[0], "draw": 1})
+    ragged = effects_of(rows, "caa", 0.05)
+    assert ragged is not None and ragged.shape == (2, 1, 2)
 
 
 # -- page -------------------------------------------------------------------------------------------------------------
@@ -257,8 +260,9 @@ def test_parts_of_a_page_are_replaced_and_missing_markers_are_an_error() -> None
         replaced(page, "z", "new")
 
 
-@pytest.mark.skipif(not (DOCS / "recipes-study.md").exists(), reason="the page is made from the results")
 def test_the_page_holds_what_the_raw_results_say() -> None:
     page = (DOCS / "recipes-study.md").read_text(encoding="utf-8")
-    for name, content in parts_of(DOCS.parent / "studies" / "results" / "recipes").items():
+    parts = parts_of(DOCS.parent / "studies" / "results" / "recipes")
+    assert {"effects at 0.05", "minus caa at 0.05", "seconds"} <= parts.keys()
+    for name, content in parts.items():
         assert replaced(page, name, content) == page, name

@@ -1,0 +1,74 @@
+"""Vectors that are trained on each building sample, added to a model and set that are measured already.
+
+    python -m studies.recipes.training --model smollm2 --set reviews
+
+Each is trained at the layer where the KL-optimal direction was best, from that direction, with the options given here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import grains_tl as gr
+from grains_tl._util.files import write_atomically
+from studies.recipes.__main__ import load
+from studies.recipes.cell import prepare, timed_line
+from studies.recipes.parts import contributions, fisher_of
+from studies.recipes.sets import SIZES, record_set
+
+
+def main() -> None:
+    """Train and measure every building sample that is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--set", choices=list(SIZES), default="reviews")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("studies/results/recipes"))
+    parser.add_argument("--work", type=Path, default=Path(".cache/recipes"))
+    parser.add_argument("--loss", default="margin")
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    label, model = load(args.model)
+    about_file = args.out / label / f"{args.set}.json"
+    about = json.loads(about_file.read_text(encoding="utf-8"))
+    layers, layer = about["candidates"], about["layers"]["kl_optimal"]
+    records = record_set(args.set, args.data)
+    with gr.settings(progress=False):
+        fisher = fisher_of(model, layers, args.work / label / "fisher.safetensors")
+        parts = contributions(model, records.build, layers, args.work / label / f"{args.set}.pt")
+        cell, _ = prepare(model, records, layers, parts, fisher, args.out / label / f"{args.set}.jsonl")
+        seconds = []
+        for sample, rows in cell.samples():
+            file = args.work / label / f"{args.set}-trained-{args.loss}-{sample}.safetensors"
+            if not file.exists():
+                start = time.process_time()
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    found = gr.build_vectors(
+                        model,
+                        [records.build[i] for i in rows],
+                        recipe="trained",
+                        layers=[layer],
+                        loss=args.loss,
+                        n_steps=args.steps,
+                        fisher=fisher.at([layer]),
+                    )
+                found.save(file)
+                seconds.append((time.process_time() - start) / len(rows))
+            vectors = gr.load_vectors(file)
+            cell.measure("test", "trained", layer, rows, sample=sample, vectors=vectors)
+            timed_line(begin, f"sample {sample}, CPU seconds per record {seconds}")
+    about["layers"]["trained"] = layer
+    if seconds:
+        about["cpu_seconds_per_record"]["trained"] = round(sum(seconds) / len(seconds), 2)
+    write_atomically(about_file, json.dumps(about, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
