@@ -51,7 +51,7 @@ def plot_curves(folder: Path, file: Path) -> bool:
                 f"{MODELS[about['model']]}, {about['set']}, {len(curves[0]['effects']['test'][0]['change'])} test records"
             )
             ax.axhline(0, color=GREY, lw=0.8)
-            ax.legend(fontsize=8, loc="upper left")
+            ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
             fig.savefig(file, dpi=144, bbox_inches="tight")
             plt.close(fig)
             return True
@@ -78,7 +78,8 @@ def plot_scale(
     cells = {(a["model"], a["set"]): (a, rows) for a, rows in read_cells(folder)}
     sizes = {"smollm2": 135, "gemma3-270m": 270, "qwen2.5-coder-0.5b": 494}
     models = [m for m in MODELS if any((m, s) in cells for s in sets)]
-    if len(models) < 2:
+    sets = tuple(s for s in sets if sum((m, s) in cells for m in models) > 1)
+    if not sets:
         return False
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, len(sets), figsize=(4.2 * len(sets), 3.6), squeeze=False)
@@ -100,11 +101,14 @@ def plot_scale(
             ax.set_xscale("log")
             ax.set_xticks([sizes[m] for m in models], [f"{sizes[m]}M" for m in models])
             ax.minorticks_off()
+            ax.set_xlim(100, 700)
+            low, high = ax.get_ylim()
+            ax.set_ylim(min(low, -0.5), max(high, 0.5))
             ax.axhline(0, color=GREY, lw=0.8)
             ax.set_title(f"{name}, {kl} nats KL")
             ax.set_xlabel("parameters")
         axes[0][0].set_ylabel("effect on the margin, nats")
-        axes[0][0].legend(fontsize=8)
+        axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         fig.tight_layout()
         fig.savefig(file, dpi=144, bbox_inches="tight")
         plt.close(fig)

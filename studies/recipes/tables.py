@@ -163,27 +163,37 @@ def seconds_table(folder: Path) -> str:
 
 
 def numbers_table(folder: Path, kl: float = 0.05) -> str:
-    """Markdown: effect over the number of building records, where it was measured."""
-    out = []
+    """Markdown: effect over the number of building records, where vectors of all records were measured too.
+
+    Samples of ``SAMPLE`` records and vectors of all of them come from the other stages.
+    """
+    out: list[str] = []
     for about, rows in read_cells(folder):
-        own = [r for r in rows if r["stage"] == "number"]
-        numbers = sorted({r["n_build"] for r in own})
-        if not numbers:
+        if not any(r["stage"] == "curve" for r in rows):
             continue
+        means: dict[tuple[str, int], list[float]] = {}
+        for row in rows:
+            points = row["effects"].get("test", []) if row["stage"] in ("number", "test", "curve") else []
+            for change in [p["change"] for p in points if p["kl"] == kl and p["change"]]:
+                means.setdefault((row["recipe"], row["n_build"]), []).append(float(np.mean(change)))
+        recipes = [name for name in RECIPES if any(r == name for r, _ in means)]
+        numbers = sorted({n for _, n in means})
         out.append(
             f"| {MODELS[about['model']]}, {about['set']} | " + " | ".join(f"{n} records" for n in numbers) + " |"
         )
         out.append("|---" * (len(numbers) + 1) + "|")
-        for recipe in [name for name in RECIPES if name in {r["recipe"] for r in own}]:
-            shown = []
-            for n in numbers:
-                same = [r for r in own if r["n_build"] == n]
-                effects = effects_of(same, recipe, kl, stage="number", name="test")
-                means = [] if effects is None else effects.mean((1, 2)).tolist()
-                spread = f" ({min(means):+.2f} to {max(means):+.2f})" if len(means) > 1 else ""
-                shown.append(f"{np.mean(means):+.2f}{spread}" if means else "")
+        for recipe in recipes:
+            shown = [_spread(means.get((recipe, n), [])) for n in numbers]
             out.append(f"| {LABELS[recipe]} | {' | '.join(shown)} |")
     return "\n".join(out)
+
+
+def _spread(means: Sequence[float]) -> str:
+    """Their mean, and how many they are with their range."""
+    if not means:
+        return ""
+    text = f"{np.mean(means):+.2f}"
+    return text if len(means) == 1 else f"{text} ({len(means)} vectors, {min(means):+.2f} to {max(means):+.2f})"
 
 
 def transfer_table(folder: Path, kl: float = 0.2) -> str:
