@@ -103,7 +103,7 @@ def test_logits_and_steering_equal_the_plain_model(real: SimpleNamespace) -> Non
 
 
 def test_attribution_equals_the_plain_gradient(real: SimpleNamespace) -> None:
-    a = gr.attribute(real.model, real.record, method="gradient_x_input", reference="zero")
+    a = gr.attribute(real.model, real.record, method="gradient_x_input")
     wanted = real.said["gradient_x_input"]
     scored = a.scores.isfinite()
     assert float((a.scores - wanted)[scored].abs().max() / wanted.abs().max()) < GRADIENT_RTOL
@@ -115,9 +115,10 @@ def test_bos_is_as_the_tokenizer_has_it(real: SimpleNamespace) -> None:
     assert ("BOS id 2 added" in rules) == real.name.startswith("Gemma"), rules
     assert (real.pair.prompt[0] == 2) == real.name.startswith("Gemma")
     vectors = gr.build_vectors(real.model, [real.record], recipe="caa", layers=[LAYER], progress=False)
-    # one position of each model carries a norm tens of times the others'; alpha is measured without it
+    # one position of Gemma and Qwen carries a norm many times the others'; alpha is measured without it
     norms = real.said["resid"][0].norm(dim=-1)
-    assert 0.5 < float(vectors.resid_norms[0] / norms.median()) < 2 and norms.max() > 5 * norms.median()
+    assert 0.5 < float(vectors.resid_norms[0] / norms.median()) < 2
+    assert bool(norms.max() > 5 * norms.median()) == (not real.name.startswith("SmolLM2"))
 
 
 def test_check_model_says_what_the_page_says(real: SimpleNamespace) -> None:
