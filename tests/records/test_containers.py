@@ -146,7 +146,7 @@ def test_keys_that_arrow_fills_up_are_taken_away() -> None:
         ),
         ([{**CHATS[0], "prompt": [{"from": "narrator", "value": "x"}]}], "row 1: prompt: .*narrator.*human"),
         ([{**TEXTS[0], "prompt": b"bytes"}], "row 1: prompt is b'bytes', a bytes"),
-        ([TEXTS[0], [1, 2]], "row 2 is a list; a mapping"),
+        ([TEXTS[0], [1, 2]], "row 2 is a list; expected a mapping"),
         (3, "a int"),
     ],
 )

@@ -203,7 +203,7 @@ def without(row: dict[str, Any], column: str) -> dict[str, Any]:
             {**PERSONA, "answer_not_matching_behavior": " Yes"},
             "row 1: the labels are",
         ),
-        ("anthropic", ["a", "b"], "row 1 is a list; a mapping"),
+        ("anthropic", ["a", "b"], "row 1 is a list; expected a mapping"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -111,7 +111,7 @@ def test_wrong_kinds_are_refused(bridge: Any, pairs: list[gr.PreferencePair]) ->
     for wrong, words in [
         ("pairs.jsonl", r"records are a str; .*load_pairs"),
         (3, r"records are a int; expected a list"),
-        ({"prompt": "a"}, r"records are a dict; a list"),
+        ({"prompt": "a"}, r"records are a dict; expected a list"),
         ([{"prompt": "a", "chosen": " b", "rejected": 3}], r"record 1: rejected is 3, a int"),
         ([tokenized[0], pairs[1]], r"record 2 is a PreferencePair among TokenizedPair; .* all of one kind"),
         ([pairs[0], tokenized[1]], r"record 1 is a PreferencePair among TokenizedPair; .* all of one kind"),
