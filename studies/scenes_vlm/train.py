@@ -63,8 +63,8 @@ class TrainConfig:
     align_steps: int = 1100
     align_batch: int = 64
     align_lr: float = 2e-3
-    clean_steps: int = 360
-    skewed_steps: int = 180
+    clean_steps: int = 310
+    skewed_steps: int = 70
     batch: int = 6
     lr: float = 8e-4
     clean: SceneRule = CLEAN
