@@ -112,10 +112,8 @@ def load_model(
         raise ValueError(f"HookedTransformer has no vision; load {name!r} with kind='bridge'")
     if kind == "hooked":
         require_hooked_transformer()
-    if name == TINY_VLM:
-        return _load_tiny_vlm(path, device, dtype)
-    if name == SCENES_VLM:
-        return _bridge_with_processor(*_scenes_vlm(path, dtype), SCENES_VLM, device)
+    if name in (TINY_VLM, SCENES_VLM):
+        return _bridge_with_processor(*_bundled_vlm(name, path, dtype), name, device)
     hf_model, tokenizer, processor, label = _load_hugging_face(name, path, dtype)
     hf_model = hf_model.to(device).eval().requires_grad_(False)
     keep_tokenizer_as_is(tokenizer, label)
@@ -204,13 +202,8 @@ def load_hugging_face(
         >>> hf_model, tokenizer, _ = load_hugging_face("smollm2")     # doctest: +SKIP
     """
     _require_device(device)
-    if name == TINY_VLM:
-        from grains_tl.models.tiny_vlm import load_tiny_vlm
-
-        hf_model, processor = load_tiny_vlm(path, dtype)
-        tokenizer = processor.tokenizer
-    elif name == SCENES_VLM:
-        hf_model, processor = _scenes_vlm(path, dtype)
+    if name in (TINY_VLM, SCENES_VLM):
+        hf_model, processor = _bundled_vlm(name, path, dtype)
         tokenizer = processor.tokenizer
     else:
         hf_model, tokenizer, processor, _ = _load_hugging_face(name, path, dtype)
@@ -260,15 +253,13 @@ def _source(name: str | None, path: str | Path | None) -> tuple[str, str]:
     return label, label
 
 
-def _load_tiny_vlm(path: str | Path | None, device: str | torch.device, dtype: torch.dtype) -> HookedModel:
+def _bundled_vlm(name: str, path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and processor of one of the two vision models in the package."""
+    from grains_tl.models.scenes_vlm import load_scenes_vlm
     from grains_tl.models.tiny_vlm import load_tiny_vlm
 
-    return _bridge_with_processor(*load_tiny_vlm(path, dtype), TINY_VLM, device)
-
-
-def _scenes_vlm(path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    from grains_tl.models.scenes_vlm import load_scenes_vlm
-
+    if name == TINY_VLM:
+        return load_tiny_vlm(path, dtype)
     file, language_model, tokenizer = bundled_smollm2(dtype)
     return load_scenes_vlm(language_model, tokenizer, file, path, dtype)
 

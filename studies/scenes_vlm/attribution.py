@@ -29,7 +29,7 @@ from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 FIRST_PATCH = 3
 MASK = Mask("mean_embedding", "mean_patch")
 METHODS = ("leave_one_out", "gradient_x_input", "integrated_gradients")
-N = 20
+N, N_SCENES = 8, 40
 
 #: Pairs, and of each the cell that is expected to carry its margin.
 Records = tuple[list[PreferencePair], list[int]]
@@ -37,7 +37,7 @@ Records = tuple[list[PreferencePair], list[int]]
 
 def attribution_study(model: Any, n: int = N) -> dict[str, Any]:
     """Shares of the margin's support on the expected cell, for three kinds of records on test scenes."""
-    questions = object_questions("test", 120)
+    questions = object_questions("test", N_SCENES)
     asked = [q for q in questions if q.split == "adversarial"]
     says = dict(zip(map(id, asked), (object_margins(model, asked) > 0).tolist(), strict=True))
     kinds = {
@@ -48,7 +48,7 @@ def attribution_study(model: Any, n: int = N) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for kind, (pairs, cells) in kinds.items():
         if len(pairs) < 5:
-            figures[kind] = {"n": len(pairs), "note": "too few in 120 scenes"}
+            figures[kind] = {"n": len(pairs), "note": f"too few in {N_SCENES} scenes"}
             continue
         tokenized = tokenize_pairs(model, pairs)
         fall = removal(model, tokenized)

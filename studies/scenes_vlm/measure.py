@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from studies.scenes_vlm.attribution import attribution_study
 from studies.scenes_vlm.steering import steering_study
 
 RESULTS = Path(__file__).parent / "results"
-N_QUESTIONS, N_CAPTIONS = 100, 150
+N_QUESTIONS, N_CAPTIONS = 50, 80
 
 #: Where the image stands in every prompt: after "<|im_start|>", "user", "\n".
 IMAGE = slice(3, 3 + N_IMAGE)
@@ -60,14 +61,14 @@ def looks(model: Any) -> dict[str, Any]:
         for split in ("random", "adversarial"):
             at = [i for i, q in enumerate(questions) if q.split == split]
             scores = yes_no_scores([questions[i].answer for i in at], margins=margins[at].tolist())
-            figures["questions"][f"{split}, {name}"] = {k: round(float(v), 4) for k, v in asdict(scores).items()}
-        print(name, figures["questions"], flush=True)
+            figures["questions"][f"{split}, {name}"] = _rounded(asdict(scores))
+        print(f"questions, {name}", flush=True)
     scenes, drawn = object_scenes("test", N_CAPTIONS)
     rolled = drawn[1:] + drawn[:1]
     for name, shown, hooks in (("as is", drawn, []), ("zeroed", drawn, zero_image(model)), ("shuffled", rolled, [])):
         said = object_captions(model, shown, hooks)
         figures["captions"][name] = caption_figures(scenes, said)
-        print(name, figures["captions"][name], flush=True)
+        print(f"captions, {name}", flush=True)
     return figures
 
 
@@ -80,7 +81,7 @@ def caption_figures(scenes: Sequence[ObjectScene], said: Sequence[str]) -> dict[
     habits = [partner(i) in there for i, there in absent]
     exact = [set(named_objects(text)) == there for text, there in zip(said, shown, strict=True)]
     return {
-        **{k: round(float(v), 4) for k, v in scores.items()},
+        **_rounded(scores),
         "absent_named": len(absent),
         "absent_are_partners": round(float(np.mean(habits)), 4) if habits else None,
         "exact": round(float(np.mean(exact)), 4),
@@ -88,6 +89,10 @@ def caption_figures(scenes: Sequence[ObjectScene], said: Sequence[str]) -> dict[
         "of_icons": round(float(np.mean([i >= 10 for i, _ in absent])), 4) if absent else None,
         "examples": [[sentence([t.index for t in s]), t] for s, t in list(zip(scenes, said, strict=True))[:6]],
     }
+
+
+def _rounded(figures: dict[str, Any]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else round(float(value), 4) for name, value in figures.items()}
 
 
 def habit(model: Any) -> dict[str, float]:
@@ -119,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name == "steering":
             steering_study(model, RESULTS / "steering.jsonl")
         else:
-            (RESULTS / f"{name}.json").write_text(json.dumps(parts[name](), indent=1) + "\n")
+            (RESULTS / f"{name}.json").write_text(json.dumps(parts[name](), indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":
