@@ -114,10 +114,13 @@ def collect_with_norms(
         "mask": mask,
         "readout": readout,
     }
-    whole = read_out(model, tokenized, norms=norms, **common)
-    up = _masked_difference(model, tokenized, whole, [s.toward_chosen for s in selections], common)
-    down = _masked_difference(model, tokenized, whole, [s.toward_rejected for s in selections], common)
-    return up, down, torch.cat(norms, dim=1)
+    ups, downs = [s.toward_chosen for s in selections], [s.toward_rejected for s in selections]
+    at_tokens = readout == "attributed"
+    whole = read_out(model, tokenized, norms=norms, **common, places=ups if at_tokens else None)
+    up = _masked_difference(model, tokenized, whole, ups, common)
+    if at_tokens:  # the other side is read at other tokens
+        whole = read_out(model, tokenized, **common, places=downs)
+    return up, _masked_difference(model, tokenized, whole, downs, common), torch.cat(norms, dim=1)
 
 
 def _masked_difference(
@@ -130,9 +133,9 @@ def _masked_difference(
     difference = torch.zeros_like(whole)
     affected = [i for i, positions in enumerate(masked) if positions]
     if affected:
-        records = [tokenized[i] for i in affected]
-        without = read_out(model, records, [masked[i] for i in affected], **common)
-        difference[affected] = whole[affected] - without
+        records, gone = [tokenized[i] for i in affected], [masked[i] for i in affected]
+        places = gone if common["readout"] == "attributed" else None
+        difference[affected] = whole[affected] - read_out(model, records, gone, **common, places=places)
     return difference
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.differences import Differences
+from grains_tl.vectors.grains import Grains
 from grains_tl.vectors.manifest import manifest
 from grains_tl.vectors.recipes import Recipe
 from grains_tl.vectors.reduce import first_singular
@@ -59,6 +60,8 @@ class MarginGradient(Recipe):
         objective: how response tokens are combined: ``"sum"``, ``"mean"`` or ``"single"``.
         operator: ``"add"``, or ``"add_renorm"``: without the part of v along the residual at each position, which scaling
             back to the old norm undoes.
+        tokens: a ``Grains`` recipe that selects tokens of each prompt by attribution: the vector then acts at those alone
+            (within ``scope``). ``Grains(random=0)`` draws as many at random, which says whether attribution matters.
 
     Raises:
         OptionError: an option that is none of these.
@@ -69,12 +72,19 @@ class MarginGradient(Recipe):
         >>> build_vectors(model, pairs, recipe="margin_gradient", layers=[12, 18])      # doctest: +SKIP
     """
 
-    name: ClassVar[str] = "margin_gradient"
     scope: Positions = "all"
     reduce: GradientReduce = "mean"
     normalize: bool = False
     objective: Objective = "sum"
     operator: StepOperator = "add"
+    tokens: Grains | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The recipe's name, and which tokens it looks at."""
+        if self.tokens is None:
+            return "margin_gradient"
+        return f"margin_gradient at {'attributed' if self.tokens.random is None else 'random'} tokens"
 
     def __post_init__(self) -> None:
         check_step(self.scope, self.operator)
@@ -83,6 +93,10 @@ class MarginGradient(Recipe):
         if not isinstance(self.normalize, bool):
             raise OptionError(f"normalize={self.normalize!r}; expected True or False")
         require_objective(self.objective)
+        if self.tokens is not None and self.scope == "generated":
+            raise OptionError(
+                "scope='generated' leaves the prompt alone, and tokens= are tokens of the prompt; use 'all'"
+            )
 
     @override
     def check(self, records: BuildingRecords) -> None:
@@ -98,6 +112,8 @@ class MarginGradient(Recipe):
                 "scope='generated' changes the tokens after the prompt, but every response is a single token, which is "
                 "predicted before any of them: the gradient is zero. Use scope='last' or 'all', or longer responses"
             )
+        if self.tokens is not None:
+            self.tokens.check(records)
         warn_of_few_answers(records)
 
     def per_record(self, records: BuildingRecords) -> Float[Tensor, "record layer d_model"]:
@@ -115,29 +131,49 @@ class MarginGradient(Recipe):
         """
         model, layers = records.model, records.layers
         mine = [records.tokenized[i] for i in records.processes.share(len(records.tokenized))]
+        chosen = self._selected(records)
         store = TensorRows.open(records.checkpoint, records.processes)
-        keys = [self._key(model, t) for t in mine]
+        keys = [self._key(model, t, own) for t, own in zip(mine, chosen, strict=True)]
         kept = [store.of_layers(key, layers) for key in keys]
         todo = [i for i, row in enumerate(kept) if row is None]
         # everything is made inside, because autograd refuses tensors made in the caller's inference mode
         with autograd(model), progress_bar(total=len(mine), desc="gradient", unit="record") as bar:
             bar.update(len(mine) - len(todo))
-            for part, gradients in self._batches(model, [mine[i] for i in todo], layers):
+            for part, gradients in self._batches(model, [mine[i] for i in todo], layers, [chosen[i] for i in todo]):
                 for place, gradient in zip(part, gradients, strict=True):
                     store.keep_layers(keys[todo[place]], gradient, layers)
                     kept[todo[place]] = gradient
                 bar.update(len(part))
         return torch.stack(records.processes.gather_shares([row for row in kept if row is not None]))
 
+    def _selected(self, records: BuildingRecords) -> list[tuple[int, ...] | None]:
+        """The prompt positions of each of this process's records at which the vector acts; ``None`` for all."""
+        share = records.processes.share(len(records.tokenized))
+        if self.tokens is None:
+            return [None] * len(share)
+        selections = self.tokens.select(self.tokens.attribute(records))
+        return [tuple(sorted({*selections[i].toward_chosen, *selections[i].toward_rejected})) for i in share]
+
     def _batches(
-        self, model: HookedModel, records: Sequence[TokenizedPair], layers: Sequence[int]
+        self,
+        model: HookedModel,
+        records: Sequence[TokenizedPair],
+        layers: Sequence[int],
+        selected: Sequence[tuple[int, ...] | None],
     ) -> Iterator[tuple[list[int], Float[Tensor, "record layer d_model"]]]:
         """Places of the records of a batch, and their gradients."""
         if not records:
             return
         batches = prompt_batches if shares_prompts(model, records, self.objective) else run_batches
         for part, batch in batches(model, records, range(len(records)), self.objective, current().max_tokens // GRAPH):
-            leaves, hooks = zero_steps(batch, layers, int(model.cfg.d_model), scope=self.scope, operator=self.operator)
+            only = None
+            if self.tokens is not None:
+                only = batch.scatter_prompt(
+                    [[p in (selected[i] or ()) for p in range(len(records[i].prompt))] for i in part]
+                )
+            leaves, hooks = zero_steps(
+                batch, layers, int(model.cfg.d_model), scope=self.scope, operator=self.operator, only=only
+            )
             logprobs = batch_logprobs(model, batch, hooks)
             require_gradient(logprobs)
             grads = torch.autograd.grad((logprobs[:, 0] - logprobs[:, 1]).sum(), leaves)
@@ -145,9 +181,10 @@ class MarginGradient(Recipe):
             require_finite(found, "the gradient")
             yield part, found
 
-    def _key(self, model: HookedModel, pair: TokenizedPair) -> str:
+    def _key(self, model: HookedModel, pair: TokenizedPair, selected: tuple[int, ...] | None) -> str:
         """What a record's gradient depends on, besides the layers."""
-        options = [self.scope, self.operator, self.objective, autocast_dtype(model)]
+        options: list[Any] = [self.scope, self.operator, self.objective, autocast_dtype(model)]
+        options += [] if selected is None else [list(selected)]
         ids = [pair.prompt, pair.chosen, pair.rejected, *image_key(pair)]
         return short_hash(["gradient", model_identity(model), options, ids])
 
@@ -198,7 +235,8 @@ class MarginGradient(Recipe):
         """What the manifest says: the options, and how much the records' gradients agree at each layer."""
         return {
             "method": self.name,
-            **asdict(self),
+            **asdict(replace(self, tokens=None)),
+            **({} if self.tokens is None else {"tokens": self.tokens.about_tokens()}),
             "magnitude_unit": "nats per unit of the residual stream",
             "mean_cosine": [round(c, 4) for c in mean_cosine(gradients).tolist()],
             "autocast": autocast_dtype(records.model),

@@ -11,16 +11,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
+import torch
 from typing_extensions import override
 
+from grains_tl._util.checks import finite, whole
+from grains_tl._util.errors import OptionError
 from grains_tl.attribution.api import check_method, current_options
 from grains_tl.attribution.method_base import Method
 from grains_tl.attribution.methods import method_of
 from grains_tl.attribution.removal_methods import LeaveOneOut
 from grains_tl.attribution.result import Attribution
-from grains_tl.attribution.selection import Selection
+from grains_tl.attribution.selection import Selection, random_selection
 from grains_tl.attribution.store import attribute_records, recorded_options
 from grains_tl.attribution.top_k import TopK
 from grains_tl.attribution.words import GroupBy
@@ -29,6 +33,7 @@ from grains_tl.inference.objectives import Objective
 from grains_tl.models.precision import autocast_dtype
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.differences import Differences, shared_differences
+from grains_tl.vectors.fisher import Fisher
 from grains_tl.vectors.manifest import manifest
 from grains_tl.vectors.readout import Readout, check_readout
 from grains_tl.vectors.recipes import Recipe
@@ -50,15 +55,21 @@ class Grains(Recipe):
         mask: what replaces a masked token or patch, in leave-one-out and in caching.
         reduce: ``"mean"``, ``"svd"`` or ``"pca"`` (see ``reduce_vectors``).
         side: ``"both"``, or ``"toward_chosen"`` alone (the paper's setting for vision-language models).
-        readout: where the residual is read: ``"prompt_end"``, ``"response_end"`` or ``"response_mean"``.
+        readout: where the residual is read: ``"prompt_end"``, ``"response_end"``, ``"response_mean"``, or ``"attributed"``:
+            at the selected tokens themselves, those of I+ for d+ and those of I- for d-.
         objective: how response tokens are combined.
+        weighted: each record's d+ and d- count in proportion to the summed scores of the tokens that were masked.
+        without_common: what masking any token does, the mean of d+ and d- over the records, is projected out of the vector.
+        fisher: Fisher samples or their file: the vector is F_s^-1 of what it would be (see ``KLOptimal``).
+        shrinkage: of F, above 0 and at most 1.
+        random: a seed: as many content tokens as attribution selects, drawn at random. The control that says whether
+            attribution matters, with every other option as it is (``weighted`` then takes the drawn tokens' scores).
 
     Examples:
         >>> Grains(top_k=TopK(4), reduce="svd").method
         LeaveOneOut(group_by=None)
     """
 
-    name: ClassVar[str] = "grains"
     method: Method = LeaveOneOut()
     top_k: TopK = TopK()
     mask: Mask = Mask()
@@ -66,6 +77,25 @@ class Grains(Recipe):
     side: Side = "both"
     readout: Readout = "prompt_end"
     objective: Objective = "sum"
+    weighted: bool = False
+    without_common: bool = False
+    fisher: Fisher | str | Path | None = None
+    shrinkage: float | int = 0.5
+    random: int | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The recipe's name, and whether its tokens are drawn."""
+        return "grains" if self.random is None else "grains, random tokens"
+
+    def __post_init__(self) -> None:
+        for name in ("weighted", "without_common"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r}; expected True or False")
+        if not 0 < finite("shrinkage", self.shrinkage) <= 1:
+            raise OptionError(f"shrinkage={self.shrinkage}; expected above 0 and at most 1")
+        if self.random is not None:
+            whole("random", self.random, 0)
 
     @classmethod
     def of(
@@ -98,13 +128,19 @@ class Grains(Recipe):
         check_reduction(self.reduce, self.side, len(records.tokenized))
         check_readout(self.readout)
         self.top_k.check(records.tokenized)
+        self._samples(records)
+
+    @override
+    def texts_used(self, records: BuildingRecords) -> frozenset[str]:
+        samples = self._samples(records)
+        return frozenset() if samples is None else frozenset(samples.info.get("texts", ()))
 
     @override
     def build(self, records: BuildingRecords) -> SteeringVectors:
         """The four steps at the top of this file."""
         attributions = self.attribute(records)
         selections = self.select(attributions)
-        differences = self.differences(records, selections)
+        differences = self.differences(records, selections, attributions)
         return self.reduced(records, differences, attributions)
 
     def attribute(self, records: BuildingRecords) -> list[Attribution]:
@@ -125,20 +161,33 @@ class Grains(Recipe):
 
     def select(self, attributions: Sequence[Attribution]) -> list[Selection]:
         """Step 2: which tokens are masked on each side, per record."""
-        return [self.top_k.select(a) for a in attributions]
+        selections = [self.top_k.select(a) for a in attributions]
+        if self.random is None:
+            return selections
+        generator = torch.Generator().manual_seed(self.random)
+        return [
+            random_selection(a.content.tolist(), s, generator, a.is_image.tolist())
+            for a, s in zip(attributions, selections, strict=True)
+        ]
 
-    def differences(self, records: BuildingRecords, selections: Sequence[Selection]) -> Differences:
+    def differences(
+        self,
+        records: BuildingRecords,
+        selections: Sequence[Selection],
+        attributions: Sequence[Attribution] | None = None,
+    ) -> Differences:
         """Step 3: d+ and d- of every record at every layer (sums of them where only the mean is wanted)."""
-        return shared_differences(
+        found = shared_differences(
             records.model,
             records.tokenized,
             selections,
             processes=records.processes,
-            mean_only=self.reduce == "mean",
+            mean_only=self.reduce == "mean" and not self.weighted,
             layers=records.layers,
             mask=self.mask,
             readout=self.readout,
         )
+        return weighted_differences(found, selections, attributions) if self.weighted and attributions else found
 
     def reduced(
         self, records: BuildingRecords, differences: Differences, attributions: Sequence[Attribution]
@@ -156,8 +205,65 @@ class Grains(Recipe):
             "autocast": autocast_dtype(records.model),
             "seed": getattr(self.method, "seed", None),
         }
+        settings |= self._variant()
+        samples = self._samples(records)
+        if samples is not None:
+            settings["fisher"] = {k: v for k, v in samples.info.items() if k != "model"}
         info = manifest(records.model, records.tokenized, settings, attributions)
-        return reduce_vectors(differences, reduce=self.reduce, side=self.side, info=info)
+        vectors = reduce_vectors(differences, reduce=self.reduce, side=self.side, info=info)
+        if not self.without_common and samples is None:
+            return vectors
+        raw = vectors.raw
+        if self.without_common:
+            common = (differences.toward_chosen + differences.toward_rejected).mean(0)
+            unit = common / common.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+            raw = raw - (raw * unit).sum(-1, keepdim=True) * unit
+        if samples is not None:
+            raw = samples.solve(raw, self.shrinkage).float()
+        return SteeringVectors.from_raw(raw, vectors.layers, vectors.resid_norms, info)
+
+    def about_tokens(self) -> dict[str, Any]:
+        """Which tokens are selected, for a manifest."""
+        return {**self.method.options(), "top_k": self.top_k.k, "masker": self.mask.text, "random": self.random}
+
+    def _variant(self) -> dict[str, Any]:
+        """Options that differ from the paper's recipe; manifests of that one stay what they were."""
+        names = {"weighted": False, "without_common": False, "random": None}
+        own = {name: getattr(self, name) for name, usual in names.items() if getattr(self, name) != usual}
+        return {**own, **({} if self.fisher is None else {"shrinkage": float(self.shrinkage)})}
+
+    def _samples(self, records: BuildingRecords) -> Fisher | None:
+        if self.fisher is None:
+            return None
+        if not isinstance(self.fisher, Fisher) and not Path(self.fisher).exists():
+            raise OptionError(
+                f"fisher={str(self.fisher)!r} does not exist; estimate the samples first: "
+                "build_vectors(..., recipe='kl_optimal', fisher=path), or Fisher.estimate(...).save(path)"
+            )
+        samples = self.fisher if isinstance(self.fisher, Fisher) else Fisher.load(self.fisher)
+        samples.require_match(records.model)
+        return samples.at(records.layers)
+
+
+def weighted_differences(
+    differences: Differences, selections: Sequence[Selection], attributions: Sequence[Attribution]
+) -> Differences:
+    """Each record's d+ and d- times the summed scores of its masked tokens, relative to the mean over the records.
+
+    Args:
+        differences: one row per record.
+        selections: the tokens that were masked.
+        attributions: their scores.
+    """
+    sides = []
+    for side in ("toward_chosen", "toward_rejected"):
+        sizes = [
+            float(a.scores[list(getattr(s, side))].sum().abs()) for a, s in zip(attributions, selections, strict=True)
+        ]
+        weight = torch.tensor(sizes, dtype=torch.float32)
+        weight = weight / weight.mean() if bool(weight.any()) else torch.ones_like(weight)
+        sides.append(getattr(differences, side) * weight[:, None, None])
+    return Differences(sides[0], sides[1], differences.layers, differences.resid_norms)
 
 
 def _warn_of_gaps(attributions: Sequence[Attribution], method: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -67,13 +66,17 @@ class KLOptimal(Recipe):
         >>> build_vectors(model, pairs, recipe="kl_optimal", layers=[18], fisher="fisher.safetensors")   # doctest: +SKIP
     """
 
-    name: ClassVar[str] = "kl_optimal"
     gradient: MarginGradient = MarginGradient()
     n_samples: int = 600
     texts: tuple[str, ...] | list[str] | None = None
     shrinkage: float | None = None
     seed: int = 0
     fisher: Fisher | str | Path | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The recipe's name, and which tokens its gradient looks at."""
+        return self.gradient.name.replace("margin_gradient", "kl_optimal")
 
     def __post_init__(self) -> None:
         whole("n_samples", self.n_samples, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -24,8 +24,9 @@ from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
 
 #: Where the residual is read: at the prompt's last token (the paper), at the response's last token, or as the mean over
-#: the response; the last two are averaged over the two responses.
-Readout = Literal["prompt_end", "response_end", "response_mean"]
+#: the response; the last two are averaged over the two responses. ``"attributed"``: at tokens that are named for each record
+#: (those that are masked in the other run), as their mean.
+Readout = Literal["prompt_end", "response_end", "response_mean", "attributed"]
 
 
 def read_out(
@@ -37,6 +38,7 @@ def read_out(
     mask: Mask | Masker = "mean_embedding",
     readout: Readout = "prompt_end",
     norms: list[Float[Tensor, "layer _"]] | None = None,
+    places: Sequence[Sequence[int]] | None = None,
 ) -> Float[Tensor, "record layer d_model"]:
     """Residuals of every record at the read-out position, with some of its prompt tokens taken out.
 
@@ -48,6 +50,7 @@ def read_out(
         mask: what stands in for tokens and patches (``"attention"`` knocks both out).
         readout: where to read.
         norms: a list that receives the residual norms of the content tokens, ``[layer, token]`` per batch.
+        places: for ``readout="attributed"``, each record's prompt positions to read at; zeros come from a record without.
 
     Returns:
         ``[record, layer, d_model]``, residual units.
@@ -64,7 +67,16 @@ def read_out(
     check_readout(readout)
     masked = [()] * len(tokenized) if masked is None else masked
     _require_places(tokenized, masked)
-    owner, rows = zip(*((i, row) for i, t in enumerate(tokenized) for row in _rows(t, readout)), strict=True)
+    if (readout == "attributed") != (places is not None):
+        raise ValueError(
+            f"readout={readout!r}, places={places!r}; 'attributed' needs places, and nothing else takes them"
+        )
+    if places is not None:
+        _require_places(tokenized, places)
+        owner: Sequence[int] = range(len(tokenized))
+        rows: Sequence[Any] = [(t.prompt, own) for t, own in zip(tokenized, places, strict=True)]
+    else:
+        owner, rows = zip(*((i, row) for i, t in enumerate(tokenized) for row in _rows(t, readout)), strict=True)
     mask = Mask.of(mask)
     needed = mask.text != "attention" and any(masked)
     stand_ins = replacements(model, tokenized, mask) if needed else None
@@ -78,7 +90,7 @@ def read_out(
         layers=existing_layers(model, layers),
         norms=norms,
     )
-    share = 1.0 if readout == "prompt_end" else 0.5
+    share = 1.0 if readout in ("prompt_end", "attributed") else 0.5
     out = torch.zeros(len(tokenized), *found.shape[1:])
     return out.index_add(0, torch.tensor(owner), share * found)
 
@@ -179,7 +191,7 @@ def _read_ends(
 
 def _run_rows(
     model: HookedModel,
-    rows: Sequence[tuple[tuple[int, ...], int]],
+    rows: Sequence[tuple[tuple[int, ...], Sequence[int]]],
     masked: Sequence[Sequence[int]],
     records: Sequence[TokenizedPair],
     *,
@@ -188,7 +200,7 @@ def _run_rows(
     layers: list[int],
     norms: list[Float[Tensor, "layer _"]] | None,
 ) -> Float[Tensor, "row layer d_model"]:
-    """Read-out of each row (ids, first position read), with its masked positions taken out, in a few full batches.
+    """Read-out of each row (ids, positions whose mean is read), with its masked positions taken out, in a few full batches.
 
     ``owner`` says which of ``stand_ins`` belongs to a row; without ``stand_ins`` masked tokens are knocked out of attention.
     """
@@ -198,8 +210,8 @@ def _run_rows(
             ids, mask, offset = pad_rows(model, [rows[g][0] for g in group])
             weights = torch.zeros(ids.shape)
             for place, g in enumerate(group):
-                sequence, start = rows[g]
-                weights[place, start : len(sequence)] = 1.0 / (len(sequence) - start)
+                _, read = rows[g]
+                weights[place, list(read)] = 1.0 / max(1, len(read))
             store = torch.zeros(len(group), *out.shape[1:])
             taken = [masked[g] for g in group]
             hooks = hide(model, stand_ins, [owner[g] for g in group], taken, offset=offset, like=ids)
@@ -231,11 +243,10 @@ def check_readout(readout: str) -> None:
         raise ValueError(f"readout={readout!r}; expected one of {get_args(Readout)}")
 
 
-def _rows(pair: TokenizedPair, readout: Readout) -> list[tuple[tuple[int, ...], int]]:
-    """(ids, first position of the read-out); the read-out ends with the row."""
+def _rows(pair: TokenizedPair, readout: str) -> list[tuple[tuple[int, ...], range]]:
+    """(ids, positions of the read-out)."""
+    n = len(pair.prompt)
     if readout == "prompt_end":
-        return [(pair.prompt, len(pair.prompt) - 1)]
+        return [(pair.prompt, range(n - 1, n))]
     rows = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
-    if readout == "response_end":
-        return [(row, len(row) - 1) for row in rows]
-    return [(row, len(pair.prompt)) for row in rows]
+    return [(row, range(len(row) - 1 if readout == "response_end" else n, len(row))) for row in rows]

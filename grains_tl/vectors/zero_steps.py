@@ -29,7 +29,13 @@ def check_step(scope: str, operator: str) -> None:
 
 
 def zero_steps(
-    batch: Batch, layers: Sequence[int], d_model: int, *, scope: Positions, operator: StepOperator
+    batch: Batch,
+    layers: Sequence[int],
+    d_model: int,
+    *,
+    scope: Positions,
+    operator: StepOperator,
+    only: Bool[Tensor, "batch pos"] | None = None,
 ) -> tuple[list[Float[Tensor, "owner d_model"]], FwdHooks]:
     """Leaves to differentiate by, and the hooks that add them.
 
@@ -41,13 +47,14 @@ def zero_steps(
         d_model: width of the residual stream.
         scope: where the step acts, in the sense of ``steer_hook``; padding never counts.
         operator: see ``StepOperator``.
+        only: of these positions, those where this is True.
 
     Returns:
         One ``[owner, d_model]`` leaf per layer, and one hook per layer.
     """
     n_owners = int(batch.record.max()) + 1
     leaves = [torch.zeros(n_owners, d_model, device=batch.ids.device, requires_grad=True) for _ in layers]
-    where = in_scope(batch, scope)
+    where = in_scope(batch, scope) if only is None else in_scope(batch, scope) & only
     hooks = [
         (resid_post(n), _adds(leaf, batch.record, where, operator)) for n, leaf in zip(layers, leaves, strict=True)
     ]
