@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grains_tl.evaluate.reachable import with_share
 from grains_tl.evaluate.records import PER_RECORD, SETTING, require_columns
+from grains_tl.vectors.steering_vectors import SteeringVectors
 
 #: alphas ``[alpha]``, changes ``[alpha, record]``, KL per token ``[alpha, text]``, tokens ``[text]``
 Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
@@ -25,6 +27,7 @@ def effect_at_kl(
     level: float = 0.95,
     n: int = 2000,
     seed: int = 0,
+    ceiling: SteeringVectors | None = None,
 ) -> pd.DataFrame:
     """What every vector achieves for the same price: effects interpolated at one KL budget.
 
@@ -43,12 +46,16 @@ def effect_at_kl(
         level: of the intervals.
         n: resamples; test records and neutral texts are both drawn anew.
         seed: of the resampling.
+        ceiling: vectors of ``kl_optimal`` at these layers, which state what is possible there, for the columns ``share``.
 
     Returns:
         One row per vector, scope and layer: ``kl``, ``alpha`` (where the budget is reached), ``effect``, ``se``, ``low``,
         ``high`` (nats), ``n`` (records), ``largest_kl`` (measured), ``estimand`` (``"change"``: the margin at alpha minus
         that at 0). Where the budget is never reached ``effect`` is NaN: measure larger alphas. With ``against``:
-        ``difference``, ``difference_low``, ``difference_high`` (paired).
+        ``difference``, ``difference_low``, ``difference_high`` (paired). ``share``: the effect over the best known at that
+        layer and scope, which is the largest effect in the table (a lower bound of the possible) or, with ``ceiling``, the
+        held-out prediction (an estimate) if that is larger; ``share_low`` takes the first-order ceiling, which errs on the
+        high side, in its place (``evaluate.reachable`` says more).
 
     Raises:
         ValueError: no costs, tables of something else (a summary, say), a budget that is not positive, settings without
@@ -106,7 +113,7 @@ def effect_at_kl(
             draws = samples[setting][1] - samples[other][1]
             row["difference"] = samples[setting][0] - samples[other][0]
             row["difference_low"], row["difference_high"] = _interval(draws, tail)
-    return pd.DataFrame(rows)
+    return with_share(pd.DataFrame(rows), [] if ceiling is None else [ceiling])
 
 
 def _at_best_layers(

@@ -47,7 +47,9 @@ class Found:
             the report records from no steering to +alpha, nats), ``low``, ``high`` (interval over records, for all recipes
             together), ``kl`` (nats per token), ``n``, ``verdict``, and ``above_control``, ``above_low``, ``above_high``
             (difference from the strongest control, nats) and ``beaten`` (draws with less effect) of ``n_draws``. One row per
-            control and chosen layer, with ``control`` true: mean over draws, and the range of the draws.
+            control and chosen layer, with ``control`` true: mean over draws, and the range of the draws. ``share`` and
+            ``share_low``: the effect over the best known at that layer per root of the KL, as ``effect_at_kl`` has them;
+            what ``kl_optimal`` states counts if it is among the recipes.
         verdict: what steers, against which controls, and what is stronger; or that nothing does, and what to try. One
             sentence a line, those about the records last.
         examples: continuations of report prompts without and with ``best``.

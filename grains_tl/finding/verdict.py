@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from grains_tl._util.stats import mean_interval, standard_error, t_reach, tails
+from grains_tl.evaluate.reachable import with_share
 from grains_tl.evaluate.summary import NO_EFFECT, STEERS, WRONG_WAY
 from grains_tl.finding.measuring import Chosen, Run
 from grains_tl.finding.records import Parts
@@ -39,6 +40,8 @@ def with_verdicts(
         _control_row(r, effects, run.level) if r["control"] else _row(r, table, effects, level) for r in _rows(table)
     ]
     full = pd.DataFrame(rows).reindex(columns=COLUMNS).assign(control=lambda f: f["control"].astype(bool))
+    full = with_share(full.assign(positions=run.positions), [c.vectors for c in choices.values()])
+    full = full.drop(columns="positions")
     # the best first: those that steer before the others
     order = full.assign(steers=full["verdict"] == STEERS)
     full = full.loc[order.sort_values(["control", "steers", "effect"], ascending=[True, False, False]).index]
