@@ -71,7 +71,7 @@ def draw(path: Path) -> None:
     )
     about: dict[str, Any] = json.loads((RESULTS / "draw0_about.json").read_text())["kl_optimal"]
     with style():
-        fig = figure(6.4, 4.0, constrained=True)
+        fig = figure(6.4, 4.4, constrained=True)
         axes = fig.subplots()
         grid = np.linspace(0, 0.2, 100)
         ceiling, held = about["linear_ceiling_kl_0.05"]["chosen"][0], max(g[0] for g in about["held_out_gain"].values())
@@ -80,14 +80,14 @@ def draw(path: Path) -> None:
             ceiling * (grid / 0.05) ** 0.5,
             "--",
             color="grey",
-            label="ceiling, to first order, F and g as estimated",
+            label="ceiling as estimated",
         )
         axes.plot(
             grid,
             held * (2 * grid) ** 0.5,
             ":",
             color="grey",
-            label="the same, predicted for held-out texts and records",
+            label="predicted, held-out data",
         )
         for name, label in NAMES.items():
             kl, change = curve(effects, costs, name)
@@ -95,8 +95,8 @@ def draw(path: Path) -> None:
             axes.plot(kl[order], change[order], marker="o", markersize=3, label=label)
         axes.axvline(0.05, color="lightgrey", linewidth=1, zorder=0)
         axes.set(xlim=(0, 0.2), ylim=(0, None), xlabel="KL on neutral text, nats per token")
-        axes.set_ylabel("change of log p(chosen) - log p(rejected), nats")
-        axes.legend(frameon=False, fontsize=8)
+        axes.set_ylabel("change of the margin, nats")
+        fig.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(path, dpi=150)
 

@@ -96,8 +96,9 @@ def _listed(pair: PreferencePair) -> PreferencePair:
 def unequal_answers(chosen: Sequence[str], rejected: Sequence[str]) -> str:
     """A sentence about fixed answers that are chosen and rejected unequally often; empty if there is nothing to say.
 
-    A vector built from such records learns which answer is chosen more often. Nothing is said of more than eight different
-    answers, of sides without an answer in common, or of answers that are always on one side (what is asked for).
+    A vector built from such records learns which answer is chosen more often. Nothing is said of more than four different
+    answers unless they are letters, of sides without an answer in common, or of answers that are always on one side (what
+    is asked for).
 
     Args:
         chosen: the chosen responses.
@@ -111,6 +112,7 @@ def unequal_answers(chosen: Sequence[str], rejected: Sequence[str]) -> str:
     """
     up, down = Counter(chosen), Counter(rejected)
     both = sorted(set(up) & set(down))
-    if len(chosen) < 2 or not both or not 2 <= len({*up, *down}) <= 8 or up == down:
+    few = len({*up, *down}) <= 4 or all(map(LETTER.match, (*up, *down)))
+    if len(chosen) < 2 or not both or not few or up == down:
         return ""
     return "; ".join(f"{word!r} {up[word]} times chosen, {down[word]} rejected" for word in both)

@@ -261,8 +261,8 @@ def warn_of_few_answers(records: BuildingRecords) -> None:
     """Say so when the gradient would learn which of a few answers is more often the chosen one.
 
     Warns:
-        UserWarning: two to eight different responses, some of which are chosen in some records and rejected in others, not
-            equally often.
+        UserWarning: letters, or two to four different responses, some of which are chosen in some records and rejected in
+            others, not equally often.
     """
     decode = records.model.tokenizer.decode
     chosen, rejected = ([decode(list(getattr(t, side))) for t in records.tokenized] for side in ("chosen", "rejected"))
