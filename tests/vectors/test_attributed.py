@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import grains_tl as gr
-from grains_tl.tokens.pairs import prompt_ids, tokenize_pairs
+from grains_tl.tokens.pairs import tokenize_pairs
+from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.vectors.building import BuildingRecords
 from tests.helpers.oracles import edited, embeddings, margin, residuals
 
