@@ -21,7 +21,7 @@ from grains_tl.models._scenes import COLOURS, N_TRAIN, SceneRule, to_images
 from studies.scenes_vlm import train as training
 from tests.conftest import WORDS, tiny_hf, tiny_tokenizer
 
-MOON, SUN, KING = (scenes.OBJECTS.index(name) for name in ("moon", "sun", "king"))
+MOON, KING = (scenes.OBJECTS.index(name) for name in ("moon", "king"))
 
 
 # -- scenes -----------------------------------------------------------------------------------------------------------
