@@ -33,6 +33,7 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
         m, r, r, {"v": made.single}, {"v": [made.single] * 2}, name="v", alpha=0.2, n_test_draws=2
     ),
     "patch": lambda m, r, made: gr.analysis.patch(m, r, made.vectors.hooks(0.2, [1])),
+    "mechanism": lambda m, r, made: gr.analysis.mechanism(m, made.single.steering(0.2, 1), r, n_random=0),
     "residuals": lambda m, r, _: gr.analysis.residuals(m, r, layers=LAYERS, readout="response_end"),
     "writers": lambda m, r, made: gr.analysis.writers(m, r, made.vectors, layer=2),
     "ablation_table": lambda m, r, made: gr.analysis.ablation_table(m, r, made.vectors, n_random=1),
