@@ -41,7 +41,7 @@ def counterbalanced(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
 
     Examples:
         >>> pair = PreferencePair("Shut down?\n (A) Yes\n (B) No\nAnswer:", " (A)", " (B)")
-        >>> [(p.prompt[11:30], p.chosen) for p in counterbalanced([pair])]
+        >>> [(p.prompt[10:29], p.chosen) for p in counterbalanced([pair])]
         [('\n (A) Yes\n (B) No\nA', ' (A)'), ('\n (A) No\n (B) Yes\nA', ' (B)')]
     """
     out = []

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pandas as pd
 import pytest
+import torch
 
 from grains_tl.demo.verdicts import headline
-from grains_tl.evaluate.controls import RANDOM_TOKENS
+from grains_tl.evaluate.controls import RANDOM_TOKENS, Comparison
 
 
-def compared(low: float, high: float, caa: float, above: tuple[float, int]) -> Any:
+def compared(low: float, high: float, caa: float, above: tuple[float, int]) -> Comparison:
     rows = {"vector": ["ours", "CAA"], "effect": [1.53, caa], "low": [low, 0.0], "high": [high, 9.0]}
     difference = {"difference": 0.4, "low": above[0], "high": 1.2, "beaten": above[1], "n_draws": 20}
-    return SimpleNamespace(table=pd.DataFrame(rows), against={RANDOM_TOKENS: difference})
+    return Comparison(pd.DataFrame(rows), {}, torch.zeros(2), {RANDOM_TOKENS: difference})
 
 
 @pytest.mark.parametrize(

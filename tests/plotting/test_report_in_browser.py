@@ -41,6 +41,6 @@ def test_hostile_prompts_are_only_text(tmp_path: Path) -> None:
     done = [subprocess.run([*command, o, path.as_uri()], capture_output=True, text=True, timeout=180) for o in options]
     dom = done[1].stdout
     assert "<title>grains_tl report</title>" in dom and "<title>OWNED" not in dom
-    assert "circuits-vis-" in dom and dom.count(EVIL[0].replace("<", "&lt;").replace(">", "&gt;")) > 5
+    assert dom.count(EVIL[0].replace("<", "&lt;").replace(">", "&gt;")) > 5
     pixels = np.asarray(Image.open(picture).convert("L"))
     assert pixels.shape == (3000, 1000) and 0.001 < (pixels < 128).mean() < 0.5  # words on a page, not a blank one

@@ -26,6 +26,7 @@ TEXTS = (
     "is the hotel very bad ?",
     "one two three four five six .",
 )
+OTHER_TEXTS = ["we hated the food but they liked it .", "this is not a very good room"]
 FAST: dict[str, Any] = {"recipe": "trained", "texts": TEXTS, "n_steps": 10, "layers": [1]}
 
 
@@ -372,7 +373,7 @@ def test_half_precision_trains_the_same(pairs: list[gr.PreferencePair], dtype: t
 def test_in_a_search(pairs: list[gr.PreferencePair]) -> None:
     planted = planted_model("bridge")
     recipe = gr.vectors.Trained(n_steps=5, texts=TEXTS)
-    found = gr.find_vector(planted, planted_pairs(), [recipe, "caa"], layers=[LAYER], neutral=list(TEXTS), n_examples=0)
+    found = gr.find_vector(planted, planted_pairs(), [recipe, "caa"], layers=[LAYER], neutral=OTHER_TEXTS, n_examples=0)
     assert set(found.table["recipe"]) == {"trained", "caa"}
 
 
