@@ -18,6 +18,7 @@ from .tokens import show_tokens as show_tokens
 from .vectors import plot_cosines as plot_cosines
 from .vectors import plot_patching as plot_patching
 from .vectors import plot_probes as plot_probes
+from .vectors import plot_writers as plot_writers
 from .vectors import show_vectors as show_vectors
 
 __all__: list[str]

@@ -174,6 +174,30 @@ def plot_patching(frame: pd.DataFrame, *, value: str = "effect", title: str = ""
     )
 
 
+def plot_writers(frame: pd.DataFrame, *, title: str = "") -> Any:
+    """What each block writes along a vector: bars over layers, its MLP beside all of its attention heads.
+
+    Args:
+        frame: from ``analysis.writers``.
+        title: of the figure.
+
+    Returns:
+        A matplotlib ``Figure``; projections in residual units.
+
+    Raises:
+        ValueError: missing columns or no rows.
+
+    Examples:
+        >>> rows = {"kind": ["head", "head", "mlp"], "layer": [3, 3, 3], "projection": [0.2, 0.1, 0.5]}
+        >>> fig = plot_writers(pd.DataFrame(rows))
+    """
+    rows = numbers(frame, "kind", ("layer", "projection"))
+    rows = rows[rows["kind"].isin(["head", "mlp"])].groupby(["kind", "layer"], as_index=False)["projection"].sum()
+    names = {"head": "attention heads", "mlp": "MLP"}
+    bars = rows.assign(component=rows["kind"].map(names), effect=rows["projection"])
+    return _bars(bars, bars, "effect", "projection onto the vector, residual units", title)
+
+
 def _heatmap(wide: pd.DataFrame, xlabel: str, label: str, title: str) -> Any:
     top = float(wide.abs().max().max()) or 1.0
     with style():

@@ -90,6 +90,13 @@ def test_patching_bars_by_component() -> None:
     assert figure_png(fig)[:4] == b"\x89PNG"
 
 
+def test_writers_are_summed_by_block() -> None:
+    rows = {"kind": ["head", "head", "mlp", "embed"], "layer": [3, 3, 4, 0], "projection": [0.2, 0.1, -0.5, 9.0]}
+    axes = gr.plotting.plot_writers(pd.DataFrame(rows)).axes[0]
+    heights = sorted(round(bar.get_height(), 6) for bar in axes.patches)
+    assert heights == [-0.5, 0.3]
+
+
 def test_nothing_global_changes() -> None:
     before = dict(matplotlib.rcParams)
     gr.plotting.plot_probes(probe_frame())
