@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from grains_tl.evaluate.costs import text_costs
-from grains_tl.records.loading import neutral_texts
+from grains_tl.baselines.controls import random_direction_vectors
+from grains_tl.evaluate.costs import kl_per_token, text_costs
+from grains_tl.records.loading import COST_TEXTS, neutral_texts
 from grains_tl.types import HookedModel
 from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
-
-#: Texts on which the KL is measured.
-N_TEXTS = 12
 
 
 def with_random_directions(
@@ -37,14 +35,13 @@ def with_random_directions(
     """
     if not n_random:
         return [steering], np.full(1, math.nan)
-    neutral = neutral_texts(N_TEXTS) if texts is None else list(texts)
-    generator = torch.Generator().manual_seed(seed)
-    controls = []
-    for _ in range(n_random):
-        raw = torch.randn(len(steering.layers), steering.vectors.directions.shape[1], generator=generator)
-        norms = torch.stack([steering.vectors.resid_norms[steering.vectors.layers.index(x)] for x in steering.layers])
-        vectors = SteeringVectors.from_raw(raw, steering.layers, norms.cpu(), {"method": "random_direction"})
-        controls.append(replace(steering, vectors=vectors, scale="residual", alpha=_as_share(steering)))
+    neutral = neutral_texts(COST_TEXTS) if texts is None else list(texts)
+    like = cast("SteeringVectors", steering.vectors).at(steering.layers)
+    alpha = _as_share(steering)
+    controls = [
+        replace(steering, vectors=vectors, scale="residual", alpha=alpha)
+        for vectors in random_direction_vectors(like, n_draws=n_random, seed=seed)
+    ]
     spent = _kl(model, [steering, *controls], neutral)
     for _ in range(2):  # the KL of a step grows about with its square
         factors = np.sqrt(spent[0] / np.maximum(spent[1:], 1e-12))
@@ -63,7 +60,5 @@ def _as_share(steering: Steering) -> float:
     return float(steering.alpha) * float(steering.vectors.magnitudes[row] / steering.vectors.resid_norms[row])
 
 
-def _kl(model: HookedModel, steps: Sequence[Steering], texts: Iterable[str]) -> NDArray[np.float64]:
-    frame = text_costs(model, steps, list(texts))
-    weights = frame["n_tokens"].to_numpy(dtype=float).reshape(len(steps), -1)
-    return np.average(frame["kl"].to_numpy(dtype=float).reshape(weights.shape), axis=1, weights=weights)
+def _kl(model: HookedModel, steps: Sequence[Steering], texts: Sequence[str]) -> NDArray[np.float64]:
+    return kl_per_token(text_costs(model, steps, texts), len(steps))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grains_tl.cli.options import load
+from grains_tl.cli.find import search_arguments
 
 #: Exit status where the vector is not shown to steer; 2 is for input that was refused.
 DOES_NOT_STEER = 1
@@ -34,41 +34,18 @@ def add_audit_options(
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the draws (default 0)")
 
 
-def audit_checkpoint(args: argparse.Namespace) -> Path:
-    """Where finished measurements are kept."""
-    return Path(args.out) / "results.jsonl"
-
-
-def load_for_audit(args: argparse.Namespace) -> Any:
-    """The model."""
-    return load(args)
-
-
-def run_audit(args: argparse.Namespace, pairs: Any) -> int:
+def run_audit(args: argparse.Namespace, pairs: Any, load: Callable[[], Any]) -> int:
     """Judge, print what came out, and write the report; 0 where the vector steers, else 1."""
     from grains_tl.finding.auditing import audit
     from grains_tl.vectors.files import load_vectors
 
-    folder = Path(args.out)
-    if folder.is_file():
-        raise ValueError(f"--out {args.out} is a file; name a folder")
+    folder, given = Path(args.out), search_arguments(args)
     if not Path(args.vector).is_file():
         load_vectors(args.vector)  # says what is wrong before the model is loaded
-    model = load_for_audit(args)
+    model = load()
     vectors = load_vectors(args.vector, model)
     folder.mkdir(parents=True, exist_ok=True)
-    result = audit(
-        model,
-        vectors,
-        pairs,
-        [name.strip() for name in args.recipes.split(",")],
-        args.kl,
-        layers=args.layers,
-        alphas=args.alphas,
-        seed=args.seed,
-        n_draws=args.draws,
-        checkpoint=audit_checkpoint(args),
-    )
+    result = audit(model, vectors, pairs, **given)
     print(result.verdict)
     for path in _write(result, folder):
         print(path)

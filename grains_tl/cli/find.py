@@ -28,31 +28,34 @@ def add_find_options(
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the draws (default 0)")
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path:
-    """Where finished measurements are kept."""
+def search_checkpoint(args: argparse.Namespace) -> Path:
+    """Where ``find`` and ``audit`` keep finished measurements."""
     return Path(args.out) / "results.jsonl"
+
+
+def search_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``find`` and ``audit`` pass on to ``find_vector``; refuses an ``--out`` that is a file."""
+    if Path(args.out).is_file():
+        raise ValueError(f"--out {args.out} is a file; name a folder")
+    return {
+        "recipes": [name.strip() for name in args.recipes.split(",")],
+        "kl": args.kl,
+        "layers": args.layers,
+        "alphas": args.alphas,
+        "seed": args.seed,
+        "n_draws": args.draws,
+        "checkpoint": search_checkpoint(args),
+    }
 
 
 def run_find(args: argparse.Namespace, pairs: Any, load: Callable[[], Any]) -> None:
     """Search, print what came out, and write the files."""
     from grains_tl.finding.api import find_vector
 
-    folder = Path(args.out)
-    if folder.is_file():
-        raise ValueError(f"--out {args.out} is a file; name a folder")
+    folder, given = Path(args.out), search_arguments(args)
     records = pairs if args.split is None else _parts(pairs, args.split)
     folder.mkdir(parents=True, exist_ok=True)
-    found = find_vector(
-        load(),
-        records,
-        recipes=[name.strip() for name in args.recipes.split(",")],
-        kl=args.kl,
-        layers=args.layers,
-        alphas=args.alphas,
-        seed=args.seed,
-        n_draws=args.draws,
-        checkpoint=find_checkpoint(args),
-    )
+    found = find_vector(load(), records, **given)
     print(found.verdict)
     for path in write_report(found, folder):
         print(path)

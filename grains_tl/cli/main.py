@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grains_tl.cli.audit import add_audit_options, audit_checkpoint, run_audit
+from grains_tl.cli.audit import add_audit_options, run_audit
 from grains_tl.cli.build import add_build_options, build_checkpoint, run_build
 from grains_tl.cli.demo import add_demo_options, run_demo_command
 from grains_tl.cli.export import add_export, run_export
-from grains_tl.cli.find import add_find_options, find_checkpoint, run_find
+from grains_tl.cli.find import add_find_options, run_find, search_checkpoint
 from grains_tl.cli.options import (
     add_attribution_options,
     add_model_options,
@@ -72,10 +72,8 @@ def _finished(args: argparse.Namespace) -> Path | None:
         place = build_checkpoint(args)
     elif args.command == "sweep":
         place = sweep_checkpoint(args)
-    elif args.command == "find":
-        place = find_checkpoint(args)
-    elif args.command == "audit":
-        place = audit_checkpoint(args)
+    elif args.command in ("find", "audit"):
+        place = search_checkpoint(args)
     elif args.command in ("demo", "compare-attributions"):
         place = Path(args.out)
     return place if place is not None and place.exists() else None
@@ -139,7 +137,7 @@ def _add_audit(commands: Any) -> None:
     add_audit_options(audit, layer_list, number_list)
     add_pair_options(audit)
     add_model_options(audit)
-    audit.set_defaults(run=lambda args: run_audit(args, load_records(args)))
+    audit.set_defaults(run=lambda args: run_audit(args, load_records(args), lambda: load(args)))
 
 
 def _add_sweep(commands: Any) -> None:

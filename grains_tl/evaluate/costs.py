@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from grains_tl._util.checks import listed
@@ -53,6 +55,12 @@ def cost_rows(model: HookedModel, texts: Sequence[str] | None = None) -> list[li
     if not rows:
         raise ValueError("no texts; expected at least one")
     return rows
+
+
+def kl_per_token(costs: pd.DataFrame, n_settings: int) -> NDArray[np.float64]:
+    """``[setting]`` mean KL over the tokens of all texts, nats, from a table of costs in the order of its settings."""
+    kl, weight = (costs[name].to_numpy(dtype=float).reshape(n_settings, -1) for name in ("kl", "n_tokens"))
+    return np.average(kl, axis=1, weights=weight)
 
 
 def text_costs(

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from grains_tl._util import html
 from grains_tl._util.errors import OptionError
 from grains_tl._util.files import hash_of
 from grains_tl.attribution.api import attribute
 from grains_tl.attribution.methods import Method
 from grains_tl.attribution.result import Attribution
-from grains_tl.evaluate.costs import text_costs
+from grains_tl.evaluate.costs import kl_per_token, text_costs
 from grains_tl.evaluate.generations import token_changes
 from grains_tl.evaluate.quality import text_quality
 from grains_tl.inference.generation import generate
@@ -139,8 +137,7 @@ class Views:
         }
         if missing:
             frame = text_costs(self.model, list(missing.values()), neutral_texts(N_NEUTRAL))
-            kl, weight = (frame[name].to_numpy(float).reshape(len(missing), -1) for name in ("kl", "n_tokens"))
-            self._costs |= dict(zip(missing, np.average(kl, axis=1, weights=weight).tolist(), strict=True))
+            self._costs |= dict(zip(missing, kl_per_token(frame, len(missing)).tolist(), strict=True))
         return [self._costs[step.key or str(i)] for i, step in enumerate(steps)]
 
     def attribution(self, prompt: Text, steered: str, base: str) -> Attribution | None:

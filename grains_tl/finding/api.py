@@ -179,6 +179,15 @@ def _recipes(given: Sequence[Recipe | str | RecipeFunction]) -> list[Recipe]:
 
 def _spread(n_layers: int) -> list[int]:
     """About eight layers over the depth; not the first two, where a residual holds little but its own token."""
-    first, last = min(2, n_layers - 1), n_layers - 1
-    n = min(N_LAYERS, last - first + 1)
-    return sorted({round(first + (last - first) * i / max(n - 1, 1)) for i in range(n)})
+    return spread_over(range(min(2, n_layers - 1), n_layers))
+
+
+def spread_over(layers: Sequence[int]) -> list[int]:
+    """At most eight of some layers, evenly, the first and the last among them.
+
+    Examples:
+        >>> spread_over([3, 5]), spread_over(range(2, 30))
+        ([3, 5], [2, 6, 10, 14, 17, 21, 25, 29])
+    """
+    n = min(N_LAYERS, len(layers))
+    return [layers[round((len(layers) - 1) * i / max(n - 1, 1))] for i in range(n)]

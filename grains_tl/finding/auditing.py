@@ -28,7 +28,7 @@ from grains_tl.evaluate.quality import generation_quality
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import grid
 from grains_tl.evaluate.summary import STEERS
-from grains_tl.finding.api import find_vector
+from grains_tl.finding.api import find_vector, spread_over
 from grains_tl.finding.records import split_for_search
 from grains_tl.finding.result import Found
 from grains_tl.records.loading import preference_pairs
@@ -44,9 +44,6 @@ from grains_tl.vectors.steering_vectors import SteeringVectors
 
 #: What the audited vector is called in tables.
 NAME = "audited"
-
-#: At most so many of the stored layers are tried.
-N_LAYERS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,8 +240,7 @@ def _layers(vectors: SteeringVectors, layers: Sequence[int] | None) -> list[int]
     stored = sorted(layer for layer, row in zip(vectors.layers, vectors.directions, strict=True) if bool(row.any()))
     if not stored:
         raise OptionError("these vectors are all empty; there is no direction to audit")
-    n = min(N_LAYERS, len(stored))
-    return [stored[round(i * (len(stored) - 1) / max(n - 1, 1))] for i in range(n)]
+    return spread_over(stored)
 
 
 def _wording(name: str, change: NDArray[np.float64], level: float) -> dict[str, Any]:

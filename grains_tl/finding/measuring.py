@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from grains_tl._util.stats import standard_error
-from grains_tl.evaluate.costs import cost_table
+from grains_tl.evaluate.costs import cost_table, kl_per_token
 from grains_tl.evaluate.equal_cost import crossing
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Setting, grid
@@ -62,9 +62,7 @@ class Run:
 
     def costs(self, settings: Sequence[Setting]) -> NDArray[np.float64]:
         """``[setting]`` mean KL per token of the neutral texts, nats."""
-        frame = cost_table(self.model, settings, self.texts, checkpoint=self.store)
-        weight = frame["n_tokens"].to_numpy(dtype=float).reshape(len(settings), -1)
-        return np.average(frame["kl"].to_numpy().reshape(weight.shape), axis=1, weights=weight)
+        return kl_per_token(cost_table(self.model, settings, self.texts, checkpoint=self.store), len(settings))
 
     def effects(self, settings: Sequence[Setting], records: Sequence[PreferencePair]) -> NDArray[np.float64]:
         """``[setting, record]`` change of the margin, nats."""

@@ -83,7 +83,7 @@ def test_what_cannot_be_audited_is_refused_before_anything_runs(planted: Any, ve
 def test_the_shell_writes_a_report_and_its_status_tells_the_verdict(
     planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("grains_tl.cli.audit.load_for_audit", lambda args: planted)
+    monkeypatch.setattr("grains_tl.cli.main.load", lambda args: planted)
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in varied_pairs(24)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
