@@ -104,7 +104,12 @@ def generation_quality(
     """
     prompts = prompt_list(prompts)
     before, after = (generate(model, prompts, hooks, max_new_tokens=max_new_tokens) for hooks in (None, fwd_hooks))
-    texts = pd.DataFrame({"prompt": [plain_text(p) for p in prompts], "base_text": before, "text": after})
+    return quality_table([plain_text(p) for p in prompts], before, after)
+
+
+def quality_table(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> pd.DataFrame:
+    """The table of ``generation_quality``, from texts that are there already."""
+    texts = pd.DataFrame({"prompt": prompts, "base_text": before, "text": after})
     return pd.concat([texts, text_quality(before).add_prefix("base_"), text_quality(after)], axis=1)
 
 

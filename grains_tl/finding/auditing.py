@@ -24,13 +24,13 @@ from typing_extensions import override
 from grains_tl._util import html
 from grains_tl._util.errors import OptionError
 from grains_tl._util.stats import mean_interval
-from grains_tl.evaluate.quality import generation_quality
+from grains_tl.evaluate.quality import quality_table
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import grid
 from grains_tl.evaluate.summary import STEERS
-from grains_tl.finding.api import find_vector, spread_over
+from grains_tl.finding.api import OPTIONS, find_vector, spread_over
 from grains_tl.finding.records import split_for_search
-from grains_tl.finding.result import Found
+from grains_tl.finding.result import Found, examples_of
 from grains_tl.records.loading import preference_pairs
 from grains_tl.records.pairs import PairLike, plain_text
 from grains_tl.types import HookedModel
@@ -176,6 +176,7 @@ def audit(
     others = None if other_wordings is None else preference_pairs(other_wordings)
     if others is not None and len(others) < 2:
         raise OptionError(f"{len(others)} records of other wordings; expected at least 2 for an interval")
+    given = {**OPTIONS, **options}
     rivals: list[Recipe | str] = [recipes] if isinstance(recipes, (str, Recipe)) else list(recipes)
     found = find_vector(
         model,
@@ -189,15 +190,17 @@ def audit(
     row = found.table[found.table["recipe"] == NAME].iloc[0]
     layer, alpha = int(row["layer"]), float(row["alpha"])
     change = found.effects[NAME, layer]
-    steering = Steering(vectors.at([layer]), alpha, (layer,), positions=options.get("positions", "all"))
+    steering = Steering(vectors.at([layer]), alpha, (layer,), positions=given["positions"])
     level = float(found.about["level"])
     wordings = [_wording("report part", change, level)]
     if others is not None:
-        setting = grid({"vector": vectors.at([layer])}, [layer], [alpha], positions=options.get("positions", "all"))
-        moved = record_effects(model, others, setting, objective=options.get("objective", "sum"))
+        setting = grid({"vector": vectors.at([layer])}, [layer], [alpha], positions=given["positions"])
+        moved = record_effects(model, others, setting, objective=given["objective"])
         wordings.append(_wording("other wordings", moved["change"].to_numpy(), level))
-    prompts = list(dict.fromkeys(example.prompt for example in found.examples))
-    quality = generation_quality(model, prompts, steering, max_new_tokens=options.get("max_new_tokens", 40))
+    examples = found.examples  # those of the best recipe
+    if found.table["recipe"][0] != NAME:
+        examples = examples_of(model, parts.report, steering, given["n_examples"], given["max_new_tokens"])
+    quality = quality_table(*([getattr(e, name) for e in examples] for name in ("prompt", "base", "steered")))
     table = pd.DataFrame(wordings)
     return Audit(
         vectors=vectors,

@@ -11,6 +11,8 @@ import torch
 
 import grains_tl as gr
 from grains_tl.cli.main import main
+from grains_tl.finding.records import split_for_search
+from grains_tl.records.pairs import plain_text
 from tests.conftest import KINDS
 from tests.finding.test_finding import QUICK, varied_pairs
 from tests.helpers.planted import COPY, axis, planted_model
@@ -64,6 +66,27 @@ def test_a_steering_is_judged_at_its_layer_and_on_other_words(planted: Any) -> N
     assert result.wordings["n"].tolist() == [result.row["n"], 10]
     assert "On 10 records in other words" in result.verdict
     assert "<script" not in result._repr_html_() and "audited" in result._repr_html_()
+
+
+def test_without_continuations_the_finished_audit_is_not_lost(planted: Any) -> None:
+    result = gr.audit(planted, planted_vectors(), varied_pairs(20), "random_direction", **{**QUICK, "n_examples": 0})
+    assert result.quality.empty
+    assert result.row["n"] == len(result.records)
+
+
+def test_continuations_are_those_of_the_audited_vector_and_in_chat_form(planted: Any) -> None:
+    """Of conversations as they are sent, also where another recipe is the best."""
+    pairs = [
+        gr.PreferencePair([{"role": "user", "content": p.prompt}], str(p.chosen).strip(), str(p.rejected).strip())
+        for p in varied_pairs(20)
+    ]
+    for vectors in (planted_vectors(), -planted_vectors()):
+        result = gr.audit(planted, vectors, pairs, ["caa", "random_direction"], **{**QUICK, "n_examples": 2})
+        layer, alpha = int(result.row["layer"]), float(result.row["alpha"])
+        parts = split_for_search(pairs, 0)
+        prompts = list({plain_text(p.prompt): p.prompt for p in reversed(parts.report)}.values())[::-1][:2]
+        for column, hooks in (("base_text", None), ("text", vectors.steering(alpha, layer))):
+            assert result.quality[column].tolist() == gr.generate(planted, prompts, hooks, max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
