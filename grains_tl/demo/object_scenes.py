@@ -7,13 +7,14 @@ ones. Scenes are clean: nothing is hidden, objects come together by chance.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl.demo.scene_records import Part
 from grains_tl.hallucination.datasets import YesNoQuestion
 from grains_tl.models._object_scenes import (
     OBJECTS,
@@ -32,9 +33,6 @@ from grains_tl.models.scenes_vlm import chat_text
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.images import require_processor
 from grains_tl.types import FwdHooks, HookedModel
-
-Part = Literal["build", "choose", "test"]
-
 
 CAPTION_PROMPT = chat_text(QUESTIONS["caption"][0])
 

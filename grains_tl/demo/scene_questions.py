@@ -23,7 +23,7 @@ from grains_tl.inference.objectives import margins
 from grains_tl.models._scenes import partner, patches_of
 from grains_tl.models.tiny_vlm import question_text
 from grains_tl.records.pairs import PreferencePair
-from grains_tl.tokens.pairs import tokenize_pairs
+from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import FwdHooks, HookedModel
 
 #: Position of the first image token in a prompt (after BOS).
@@ -73,9 +73,11 @@ def _yes_pairs(questions: Sequence[YesNoQuestion]) -> list[PreferencePair]:
     return [PreferencePair(question_text(q.question), " yes", " no", image=q.image) for q in questions]
 
 
-def cell_scores(attributions: Sequence[Attribution], *, positive: bool) -> Float[Tensor, "question cell"]:
+def cell_scores(
+    attributions: Sequence[Attribution], *, positive: bool, first_patch: int = FIRST_PATCH
+) -> Float[Tensor, "question cell"]:
     """Sum of the scores (or of the positive ones) over each cell's four patches, nats."""
-    scores = torch.stack([a.scores[FIRST_PATCH : FIRST_PATCH + 16].nan_to_num(0.0) for a in attributions])
+    scores = torch.stack([a.scores[first_patch : first_patch + 16].nan_to_num(0.0) for a in attributions])
     scores = scores.clamp(min=0) if positive else scores
     return torch.stack([scores[:, list(patches_of(cell))].sum(-1) for cell in range(4)], dim=1)
 
@@ -84,15 +86,28 @@ def occlusion(
     model: HookedModel, questions: Sequence[YesNoQuestion], *, mask: Mask | Masker = "mean_embedding"
 ) -> Float[Tensor, "question cell"]:
     """How far log p(yes) - log p(no) falls when a cell's four patches are taken out together, nats."""
-    tokenized = tokenize_pairs(model, _yes_pairs(questions))
+    return fall_by_cell(model, tokenize_pairs(model, _yes_pairs(questions)), mask, FIRST_PATCH)
+
+
+def fall_by_cell(
+    model: HookedModel, tokenized: Sequence[TokenizedPair], mask: Mask | Masker, first_patch: int
+) -> Float[Tensor, "record cell"]:
+    """How far each record's margin falls when a cell's four patches are taken out together, nats.
+
+    Args:
+        model: the bridge.
+        tokenized: records with one picture of 16 patches each.
+        mask: what stands in for the patches.
+        first_patch: position of the first image token in every prompt.
+    """
     stand_ins = replacements(model, tokenized, mask)
-    out = torch.zeros(len(questions), 4)
+    out = torch.zeros(len(tokenized), 4)
     with torch.no_grad():
         for group, batch in score_batches(model, tokenized):
             owner = [group[i] for i in batch.record.tolist()]
             base = margins(batch_logprobs(model, batch))
             for cell in range(4):
-                gone = [[FIRST_PATCH + p for p in patches_of(cell)]] * len(owner)
+                gone = [[first_patch + p for p in patches_of(cell)]] * len(owner)
                 hooks = hide(model, stand_ins, owner, gone, offset=batch.offset, like=batch.ids)
                 out[group, cell] = (base - margins(batch_logprobs(model, batch, hooks))).cpu()
     return out

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.models._scenes import CELLS, COLOURS, N_TRAIN, SceneRule, Split
+from grains_tl.models._scenes import CELLS, COLOURS, N_TRAIN, SceneRule, Split, draw_pictures, draw_values
 
 Kind = Literal["exist", "colour", "place", "where", "caption"]
 
@@ -110,13 +110,7 @@ def with_article(name: str) -> str:
 
 def make_object_scene(rng: np.random.Generator, rule: SceneRule, split: Split = "train") -> ObjectScene:
     """A random scene: different objects, different colours, different cells."""
-    indices: list[int] = []
-    for _ in range(rng.choice(len(rule.sizes), p=rule.sizes) + 1):
-        rest = [i for i in range(len(OBJECTS)) if i not in indices]
-        if len(indices) % 2 == 1 and partner(indices[-1]) in rest and rng.random() < rule.partner_share:
-            indices.append(partner(indices[-1]))
-        else:
-            indices.append(int(rest[rng.integers(len(rest))]))
+    indices = draw_values(rng, rule, len(OBJECTS), partner)
     cells, colours = rng.permutation(4), rng.permutation(len(COLOURS))
     hidden = int(rng.integers(len(indices))) if len(indices) > 1 and rng.random() < rule.hidden_share else -1
     return tuple(
@@ -157,30 +151,7 @@ def render_objects(scenes: Sequence[ObjectScene], rng: np.random.Generator) -> F
     Returns:
         Values in [0, 1], rounded to 8 bits, so that a picture survives a way through a PIL image.
     """
-    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    n = len(scenes)
-    drawing, tint = torch.zeros(n, 4, dtype=torch.long), torch.zeros(n, 4, 3)
-    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
-    for i, scene in enumerate(scenes):
-        for thing in scene:
-            if thing.shown:
-                drawing[i, thing.cell], tint[i, thing.cell] = thing.drawing, palette[thing.colour]
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
-
-    warp = torch.zeros(4 * n, 2, 3)
-    warp[:, 0, 0] = warp[:, 1, 1] = 1 + 0.25 * uniform(4 * n)
-    warp[:, 0, 1] = 0.3 * (uniform(4 * n) - 0.5)
-    warp[:, :, 2] = 0.2 * (uniform(4 * n, 2) - 0.5)
-    ink = _drawings()[0][drawing.flatten()][:, None]
-    ink = F.grid_sample(ink, F.affine_grid(warp, [4 * n, 1, CELL, CELL], align_corners=False), align_corners=False)
-    tint = tint * (0.6 + 0.4 * uniform(n, 4, 1))
-    cells = ink.view(n, 4, 1, CELL, CELL) * tint[..., None, None]
-    picture = cells.view(n, 2, 2, 3, CELL, CELL).permute(0, 3, 1, 4, 2, 5).reshape(n, 3, SIZE, SIZE)
-    ground = 0.12 * uniform(n, 3, 1, 1)
-    noise = 0.04 * torch.randn(picture.shape, generator=generator)
-    return ((picture + ground * (1 - picture) + noise).clamp(0, 1) * 255).round() / 255
+    return draw_pictures(_drawings()[0], scenes, rng, side=CELL, grow=0.25, shift=0.2, dimmest=0.6)
 
 
 def describe_scene(scene: ObjectScene) -> str:

@@ -7,7 +7,7 @@ quarter of those digits (other writers) is never trained on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,7 +126,7 @@ def vocabulary() -> list[str]:
 
 def make_scene(rng: np.random.Generator, rule: SceneRule, split: Split = "train") -> Scene:
     """A random scene: different digits, different colours, different cells."""
-    values = _values(rng, rule)
+    values = draw_values(rng, rule, 10, partner)
     cells, colours = rng.permutation(4), rng.permutation(len(COLOURS))
     hidden = int(rng.integers(len(values))) if len(values) > 1 and rng.random() < rule.hidden_share else -1
     drawings = _drawings()[split]
@@ -141,12 +141,13 @@ def make_scenes(n: int, rng: np.random.Generator, rule: SceneRule, split: Split 
     return [make_scene(rng, rule, split) for _ in range(n)]
 
 
-def _values(rng: np.random.Generator, rule: SceneRule) -> list[int]:
+def draw_values(rng: np.random.Generator, rule: SceneRule, n: int, partner_of: Callable[[int], int]) -> list[int]:
+    """Different objects of ``n`` kinds for one scene; every second one may be the partner of the one before."""
     values: list[int] = []
     for _ in range(rng.choice(len(rule.sizes), p=rule.sizes) + 1):
-        rest = [v for v in range(10) if v not in values]
-        if len(values) % 2 == 1 and partner(values[-1]) in rest and rng.random() < rule.partner_share:
-            values.append(partner(values[-1]))
+        rest = [v for v in range(n) if v not in values]
+        if len(values) % 2 == 1 and partner_of(values[-1]) in rest and rng.random() < rule.partner_share:
+            values.append(partner_of(values[-1]))
         else:
             values.append(rest[rng.integers(len(rest))])
     return values
@@ -174,27 +175,54 @@ def render(scenes: Sequence[Scene], rng: np.random.Generator) -> Float[Tensor, "
     Returns:
         Values in [0, 1], rounded to 8 bits, so that a picture survives a way through a PIL image.
     """
+    return draw_pictures(_digits()[0], scenes, rng, side=SIZE // 2, grow=0.2, shift=0.25, dimmest=0.5)
+
+
+def draw_pictures(
+    ink: Float[Tensor, "drawing height width"],
+    scenes: Sequence[Sequence[Any]],
+    rng: np.random.Generator,
+    *,
+    side: int,
+    grow: float,
+    shift: float,
+    dimmest: float,
+) -> Float[Tensor, "scene 3 two_sides two_sides"]:
+    """Scenes as 2 x 2 cells of tinted drawings on a dim noisy ground.
+
+    Args:
+        ink: every drawing, in [0, 1]; of any size.
+        scenes: what lies in which cell (``cell``, ``colour``, ``drawing``, ``shown``).
+        rng: draws sizes, slants, places and brightness.
+        side: of a cell, pixels.
+        grow: by how much a drawing may be smaller than its cell.
+        shift: how far it may lie from the middle, over both directions.
+        dimmest: the least brightness.
+
+    Returns:
+        Values in [0, 1], rounded to 8 bits.
+    """
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     n = len(scenes)
     drawing, tint = torch.zeros(n, 4, dtype=torch.long), torch.zeros(n, 4, 3)
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
     for i, scene in enumerate(scenes):
-        for digit in scene:
-            if digit.shown:
-                drawing[i, digit.cell], tint[i, digit.cell] = digit.drawing, palette[digit.colour]
+        for thing in scene:
+            if thing.shown:
+                drawing[i, thing.cell], tint[i, thing.cell] = thing.drawing, palette[thing.colour]
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)
 
     warp = torch.zeros(4 * n, 2, 3)
-    warp[:, 0, 0] = warp[:, 1, 1] = 1 + 0.2 * uniform(4 * n)
+    warp[:, 0, 0] = warp[:, 1, 1] = 1 + grow * uniform(4 * n)
     warp[:, 0, 1] = 0.3 * (uniform(4 * n) - 0.5)
-    warp[:, :, 2] = 0.25 * (uniform(4 * n, 2) - 0.5)
-    ink = _digits()[0][drawing.flatten()][:, None]
-    ink = F.grid_sample(ink, F.affine_grid(warp, [4 * n, 1, 16, 16], align_corners=False), align_corners=False)
-    tint = tint * (0.5 + 0.5 * uniform(n, 4, 1))
-    cells = ink.view(n, 4, 1, 16, 16) * tint[..., None, None]
-    picture = cells.view(n, 2, 2, 3, 16, 16).permute(0, 3, 1, 4, 2, 5).reshape(n, 3, SIZE, SIZE)
+    warp[:, :, 2] = shift * (uniform(4 * n, 2) - 0.5)
+    cells = ink[drawing.flatten()][:, None]
+    cells = F.grid_sample(cells, F.affine_grid(warp, [4 * n, 1, side, side], align_corners=False), align_corners=False)
+    tint = tint * (dimmest + (1 - dimmest) * uniform(n, 4, 1))
+    cells = cells.view(n, 4, 1, side, side) * tint[..., None, None]
+    picture = cells.view(n, 2, 2, 3, side, side).permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 2 * side, 2 * side)
     ground = 0.12 * uniform(n, 3, 1, 1)
     noise = 0.04 * torch.randn(picture.shape, generator=generator)
     return ((picture + ground * (1 - picture) + noise).clamp(0, 1) * 255).round() / 255

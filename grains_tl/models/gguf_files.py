@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from grains_tl._util.files import sha256_of
 from grains_tl._util.settings import current
 
 CACHE_VARIABLE = "GRAINS_TL_CACHE"
@@ -109,19 +110,6 @@ def joined_file(name: str, packages: tuple[str, ...], sha256: str) -> Path | Non
 def _data_file(package: str) -> Path:
     files = [Path(str(f.locate())) for f in metadata.files(package) or []]
     return max(files, key=lambda f: f.stat().st_size if f.exists() else 0)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _slow_sha256(file)
-
-
-def _slow_sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _say(text: str) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from grains_tl._util.files import write_atomically
+from grains_tl._util.files import sha256_of, write_atomically
 from grains_tl.models._object_scenes import PATCH, SIZE
-from grains_tl.models.gguf_files import sha256_of
+from grains_tl.models.tiny_vlm import llava_processor
 
 N_IMAGE = (SIZE // PATCH) ** 2
 
@@ -126,25 +126,7 @@ def build_scenes_processor(tokenizer: Any) -> Any:
         clean_up_tokenization_spaces=False,
         model_max_length=tokenizer.model_max_length,
     )
-    # transformers before 5.1 or so has one CLIP image processor, later ones a PIL backend beside the torchvision one
-    image_class = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    image_processor = image_class(
-        size={"height": SIZE, "width": SIZE},
-        do_resize=True,
-        do_center_crop=False,
-        crop_size={"height": SIZE, "width": SIZE},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return transformers.LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=copied,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token=IMAGE_TOKEN,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return llava_processor(copied, SIZE, PATCH, CHAT_TEMPLATE)
 
 
 def save_scenes_vlm(model: Any, folder: str | Path, language_model: Path, training: dict[str, Any]) -> Path:

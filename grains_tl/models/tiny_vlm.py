@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grains_tl._util.files import write_atomically
+from grains_tl._util.files import sha256_of, write_atomically
 from grains_tl.models._scenes import PATCH, SIZE, SPECIAL, vocabulary
 
 N_IMAGE = (SIZE // PATCH) ** 2
@@ -113,24 +112,38 @@ def build_processor() -> Any:
         clean_up_tokenization_spaces=False,
         model_max_length=128,
     )
+    return llava_processor(tokenizer, SIZE, PATCH, CHAT_TEMPLATE)
+
+
+def llava_processor(tokenizer: Any, size: int, patch_size: int, chat_template: str) -> Any:
+    """A ``LlavaProcessor`` for square pictures: a tokenizer with a token ``<image>``, and a CLIP image processor (PIL).
+
+    Args:
+        tokenizer: a fast tokenizer.
+        size: side of a picture, pixels.
+        patch_size: side of a patch, pixels.
+        chat_template: how conversations are rendered.
+    """
+    import transformers
+
     # transformers before 5.1 or so has one CLIP image processor, later ones a PIL backend beside the torchvision one
     image_class = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     image_processor = image_class(
-        size={"height": SIZE, "width": SIZE},
+        size={"height": size, "width": size},
         do_resize=True,
         do_center_crop=False,
-        crop_size={"height": SIZE, "width": SIZE},
+        crop_size={"height": size, "width": size},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
     return transformers.LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=PATCH,
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
 
 
@@ -147,7 +160,7 @@ def save_tiny_vlm(model: Any, folder: str | Path) -> Path:
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     build_processor().save_pretrained(folder)
-    (folder / CHECKSUM).write_text(f"{_sha256(folder / WEIGHTS)}  {WEIGHTS}\n")
+    (folder / CHECKSUM).write_text(f"{sha256_of(folder / WEIGHTS)}  {WEIGHTS}\n")
     return folder
 
 
@@ -173,7 +186,7 @@ def load_tiny_vlm(path: str | Path | None = None, dtype: torch.dtype = torch.flo
         if not weights.is_file():
             raise FileNotFoundError(f"no {WEIGHTS} in {folder}; give a folder written by studies.tiny_vlm.train")
         wanted = (folder / CHECKSUM).read_text().split()[0]
-        found = _sha256(weights)
+        found = sha256_of(weights)
         if found != wanted:
             raise ValueError(
                 f"{weights} has sha256 {found}, expected {wanted} (from {CHECKSUM}); the file is damaged or was replaced"
@@ -182,7 +195,3 @@ def load_tiny_vlm(path: str | Path | None = None, dtype: torch.dtype = torch.flo
         model = build_model()
         model.load_state_dict(load_file(weights))
         return model.to(dtype).eval(), build_processor()
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,16 +14,13 @@ from grains_tl._util.stats import standard_error
 from grains_tl.attribution.api import attribute_all
 from grains_tl.attribution.result import Attribution
 from grains_tl.demo.object_scenes import CAPTION_PROMPT, object_margins, object_questions, object_scenes
+from grains_tl.demo.scene_questions import cell_scores, fall_by_cell
 from grains_tl.hallucination.datasets import YesNoQuestion
 from grains_tl.hooks.mask import Mask
-from grains_tl.hooks.stand_ins import hide, replacements
-from grains_tl.inference.logprobs import batch_logprobs, score_batches
-from grains_tl.inference.objectives import margins
 from grains_tl.models._object_scenes import OBJECTS, partner, with_article
-from grains_tl.models._scenes import patches_of
 from grains_tl.models.scenes_vlm import chat_text
 from grains_tl.records.pairs import PreferencePair
-from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
+from grains_tl.tokens.pairs import tokenize_pairs
 
 #: Position of the first image token in a prompt.
 FIRST_PATCH = 3
@@ -51,7 +48,7 @@ def attribution_study(model: Any, n: int = N) -> dict[str, Any]:
             figures[kind] = {"n": len(pairs), "note": f"too few in {N_SCENES} scenes"}
             continue
         tokenized = tokenize_pairs(model, pairs)
-        fall = removal(model, tokenized)
+        fall = fall_by_cell(model, tokenized, MASK, FIRST_PATCH)
         matters = fall.argmax(-1) == torch.tensor(cells)
         figures[kind] = {"n": len(pairs), "its removal lowers the margin most": float(matters.double().mean())}
         for method in METHODS:
@@ -82,29 +79,12 @@ def _first_objects(n: int) -> Records:
     return pairs, cells
 
 
-def removal(model: Any, tokenized: Sequence[TokenizedPair]) -> Float[Tensor, "record cell"]:
-    """How far the margin falls when a cell's four patches are taken out together, nats."""
-    stand_ins = replacements(model, tokenized, MASK)
-    out = torch.zeros(len(tokenized), 4)
-    with torch.no_grad():
-        for group, batch in score_batches(model, tokenized):
-            owner = [group[i] for i in batch.record.tolist()]
-            base = margins(batch_logprobs(model, batch))
-            for cell in range(4):
-                gone = [[FIRST_PATCH + p for p in patches_of(cell)]] * len(owner)
-                hooks = hide(model, stand_ins, owner, gone, offset=batch.offset, like=batch.ids)
-                out[group, cell] = (base - margins(batch_logprobs(model, batch, hooks))).cpu()
-    return out
-
-
 def _figures(
     attributions: Sequence[Attribution], fall: Float[Tensor, "record cell"], cells: Sequence[int]
 ) -> dict[str, float | None]:
     """Shares of the positive scores, and how far the cells' sums agree with removal, over records."""
     rows = torch.arange(len(cells))
-    patches = torch.stack([a.scores[FIRST_PATCH : FIRST_PATCH + 16].nan_to_num(0.0) for a in attributions])
-    signed = torch.stack([patches[:, list(patches_of(cell))].sum(-1) for cell in range(4)], dim=1)
-    positive = torch.stack([patches.clamp(min=0)[:, list(patches_of(cell))].sum(-1) for cell in range(4)], dim=1)
+    signed, positive = (cell_scores(attributions, positive=p, first_patch=FIRST_PATCH) for p in (False, True))
     total = torch.stack([a.scores.nan_to_num(0.0).clamp(min=0).sum() for a in attributions])
     share = (positive[rows, cells] / total.clamp(min=1e-9)).double().numpy()
     of_image = (positive[rows, cells] / positive.sum(-1).clamp(min=1e-9)).double().numpy()
