@@ -27,7 +27,7 @@ from grains_tl.models._object_scenes import (
     sentence,
     with_article,
 )
-from grains_tl.models._scenes import SceneRule, to_images
+from grains_tl.models._scene_grid import SceneRule, to_images
 from grains_tl.models.running import hooked, hugging_face_model
 from grains_tl.models.scenes_vlm import chat_text
 from grains_tl.records.pairs import PreferencePair

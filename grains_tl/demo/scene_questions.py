@@ -20,7 +20,8 @@ from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.hooks.stand_ins import hide, replacements
 from grains_tl.inference.logprobs import batch_logprobs, score_batches
 from grains_tl.inference.objectives import margins
-from grains_tl.models._scenes import partner, patches_of
+from grains_tl.models._scene_grid import patches_of
+from grains_tl.models._scenes import partner
 from grains_tl.models.tiny_vlm import question_text
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs

@@ -13,19 +13,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from grains_tl.hallucination.datasets import YesNoQuestion
-from grains_tl.models._scenes import (
-    COLOURS,
-    QUESTIONS,
-    Digit,
-    Scene,
-    SceneRule,
-    caption,
-    make_scenes,
-    mentioned,
-    partner,
-    render,
-    to_images,
-)
+from grains_tl.models._scene_grid import COLOURS, SceneRule, to_images
+from grains_tl.models._scenes import QUESTIONS, Digit, Scene, caption, make_scenes, mentioned, partner, render
 from grains_tl.models.tiny_vlm import question_text
 from grains_tl.records.pairs import PreferencePair
 

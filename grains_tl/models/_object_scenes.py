@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.models._scenes import CELLS, COLOURS, N_TRAIN, SceneRule, Split, draw_pictures, draw_values
+from grains_tl.models._scene_grid import CELLS, COLOURS, N_TRAIN, SceneRule, Split, draw_pictures, draw_values
 
 Kind = Literal["exist", "colour", "place", "where", "caption"]
 

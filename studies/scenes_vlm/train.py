@@ -31,7 +31,7 @@ from grains_tl.models._object_scenes import (
     make_object_scenes,
     render_objects,
 )
-from grains_tl.models._scenes import COLOURS, SceneRule
+from grains_tl.models._scene_grid import COLOURS, SceneRule
 from grains_tl.models.loading import bundled_smollm2
 from grains_tl.models.scenes_vlm import N_IMAGE, UNUSED_TOKEN, around
 from studies.tiny_vlm.state_file import load_state, save_state

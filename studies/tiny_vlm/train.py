@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from grains_tl.models._scenes import COLOURS, Kind, Scene, SceneRule, ask, make_scenes, render, vocabulary
+from grains_tl.models._scene_grid import COLOURS, SceneRule
+from grains_tl.models._scenes import Kind, Scene, ask, make_scenes, render, vocabulary
 from grains_tl.models.tiny_vlm import N_IMAGE, build_model, save_tiny_vlm
 from studies.tiny_vlm.state_file import load_state, save_state
 

@@ -14,10 +14,12 @@ import torch
 import grains_tl as gr
 from grains_tl.demo import scene_records as tv_scene_records
 from grains_tl.demo import scene_skills as ev
+from grains_tl.models import _scene_grid as tv__scene_grid
 from grains_tl.models import _scenes as tv__scenes
 from grains_tl.models import tiny_vlm as tv_model
 from grains_tl.models import tiny_vlm as tv_tiny_vlm
-from grains_tl.models._scenes import COLOURS, N_TRAIN, QUESTIONS, vocabulary
+from grains_tl.models._scene_grid import COLOURS, N_TRAIN
+from grains_tl.models._scenes import QUESTIONS, vocabulary
 from studies.tiny_vlm import model_card
 from studies.tiny_vlm.train import PREFIX, SEGMENTS, TrainConfig, Trainer, train
 
@@ -49,20 +51,20 @@ def test_patches_of_a_cell_are_the_patches_it_is_made_of() -> None:
     for cell in range(4):
         row, column = divmod(cell, 2)
         part = number[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
-        assert tuple(part.unique().tolist()) == tv__scenes.patches_of(cell)
+        assert tuple(part.unique().tolist()) == tv__scene_grid.patches_of(cell)
 
 
 def test_scenes_follow_their_rule() -> None:
     rng = np.random.default_rng(0)
     scenes = tv__scenes.make_scenes(
-        400, rng, tv__scenes.SceneRule(sizes=(0.0, 1.0), partner_share=0.85, hidden_share=0.4)
+        400, rng, tv__scene_grid.SceneRule(sizes=(0.0, 1.0), partner_share=0.85, hidden_share=0.4)
     )
     assert all(len({d.value for d in s}) == len({d.cell for d in s}) == len({d.colour for d in s}) == 2 for s in scenes)
     assert np.mean([tv__scenes.partner(s[0].value) == s[1].value for s in scenes]) == pytest.approx(
         0.85 + 0.15 / 9, abs=0.05
     )
     assert np.mean([not all(d.shown for d in s) for s in scenes]) == pytest.approx(0.4, abs=0.07)
-    held_out = tv__scenes.make_scenes(50, rng, tv__scenes.SceneRule(), "held_out")
+    held_out = tv__scenes.make_scenes(50, rng, tv__scene_grid.SceneRule(), "held_out")
     assert min(d.drawing for s in held_out for d in s) >= N_TRAIN > max(d.drawing for s in scenes for d in s)
 
 
@@ -82,7 +84,7 @@ def test_answers_are_true_of_what_is_shown_and_captions_speak_of_all() -> None:
 def test_every_question_fits_its_segment_and_the_vocabulary() -> None:
     words = set(vocabulary())
     rng = np.random.default_rng(0)
-    for scene in tv__scenes.make_scenes(200, rng, tv__scenes.SceneRule(sizes=(0.25, 0.25, 0.25, 0.25))):
+    for scene in tv__scenes.make_scenes(200, rng, tv__scene_grid.SceneRule(sizes=(0.25, 0.25, 0.25, 0.25))):
         for kind, length in (("exist", 14), ("colour", 16), ("position", 16), ("count", 16), ("caption", SEGMENTS[3])):
             for form in range(len(QUESTIONS[kind])):
                 question, answer = tv__scenes.ask(rng, scene, kind, form=form)  # type: ignore[arg-type]
@@ -128,7 +130,7 @@ def test_the_processor_gives_what_training_saw() -> None:
     pictures = tv__scenes.render(scenes, np.random.default_rng(2))
     processor = tv_model.build_processor()
     found = processor(
-        images=tv__scenes.to_images(pictures),
+        images=tv__scene_grid.to_images(pictures),
         text=[tv_tiny_vlm.question_text("is there a 3 ?")] * 2,
         return_tensors="pt",
     )
@@ -137,7 +139,9 @@ def test_the_processor_gives_what_training_saw() -> None:
     assert found["input_ids"].tolist() == [[trainer.words[w] for w in words]] * 2
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is there a 3 ?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    chat = processor(images=tv__scenes.to_images(pictures)[0], text=text, add_special_tokens=False, return_tensors="pt")
+    chat = processor(
+        images=tv__scene_grid.to_images(pictures)[0], text=text, add_special_tokens=False, return_tensors="pt"
+    )
     assert torch.equal(chat["input_ids"][0], found["input_ids"][0])
     assert processor.tokenizer("Is there a 3?")["input_ids"][1:] == [trainer.words[w] for w in words[19:24]]
 
@@ -188,7 +192,7 @@ def test_hugging_face_reads_the_folder() -> None:
     state = theirs.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in own.state_dict().items())
     other = AutoProcessor.from_pretrained(BUNDLED)
-    picture = tv__scenes.to_images(torch.rand(1, 3, 32, 32))
+    picture = tv__scene_grid.to_images(torch.rand(1, 3, 32, 32))
     text = tv_tiny_vlm.question_text("is there a 3 ?")
     a, b = (p(images=picture, text=[text], return_tensors="pt") for p in (processor, other))
     assert all(torch.equal(a[key], b[key]) for key in ("input_ids", "pixel_values", "attention_mask"))

@@ -19,7 +19,7 @@ from grains_tl.demo import scene_questions as qu
 from grains_tl.demo import scene_records as tv_scene_records
 from grains_tl.demo.vision import VisionDemoSettings, run_vision_demo, vision_summary
 from grains_tl.models import tiny_vlm as tv_tiny_vlm
-from grains_tl.models._scenes import patches_of
+from grains_tl.models._scene_grid import patches_of
 from studies.tiny_vlm.yes_no_study import yes_no_study
 
 NORM = 300.0

@@ -17,7 +17,7 @@ from grains_tl.hooks.mask import mask_hook
 from grains_tl.models import _object_scenes as scenes
 from grains_tl.models import loading
 from grains_tl.models import scenes_vlm as built
-from grains_tl.models._scenes import COLOURS, N_TRAIN, SceneRule, to_images
+from grains_tl.models._scene_grid import COLOURS, N_TRAIN, SceneRule, to_images
 from studies.scenes_vlm import train as training
 from tests.conftest import WORDS, tiny_hf, tiny_tokenizer
 
