@@ -18,8 +18,8 @@ NAMESPACES = [
     *(gr.hallucination, gr.records, gr.tokens, gr.inference, gr.models, gr.vectors, gr.finding, gr.exploring),
 ]
 
-#: Where the names that others rely on leave no room for 22.
-LARGER = {"grains_tl.analysis": 26}
+#: Namespaces whose job is many small tools may hold more than 22 names.
+LARGER = {"grains_tl.analysis": 36, "grains_tl.plotting": 30}
 
 
 def test_few_public_names() -> None:
