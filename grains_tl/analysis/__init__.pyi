@@ -1,5 +1,6 @@
 from .ablation import ablate_hooks as ablate_hooks
 from .ablation import ablation_table as ablation_table
+from .building_curves import learning_curve as learning_curve
 from .direct_writers import writers as writers
 from .freezing import mechanism as mechanism
 from .geometry import building_records as building_records
@@ -21,5 +22,6 @@ from .sparse import decoder_cosines as decoder_cosines
 from .sparse import feature_vectors as feature_vectors
 from .sparse import load_sae as load_sae
 from .sparse import sparse_decomposition as sparse_decomposition
+from .transfers import transfer as transfer
 
 __all__: list[str]

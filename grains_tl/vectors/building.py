@@ -71,7 +71,54 @@ class BuildingRecords:
         ends = self._responses[0]
         return ends[:, 0] - ends[:, 1]
 
+    def part(self, places: Sequence[int]) -> BuildingRecords:
+        """Some of the records; what is read from the model on all of them is not read again.
+
+        The unit of ``alpha`` stays that of all records, so that one alpha is the same step for every part.
+
+        Args:
+            places: which records, by their place.
+
+        Returns:
+            Building records of their own.
+        """
+        own = [self.tokenized[i] for i in places]
+        return _Part(self.model, own, self.layers, self.checkpoint, self.processes, whole=self, places=tuple(places))
+
     @cached_property
     def margins(self) -> Float[Tensor, "record"]:
         """log p(chosen) - log p(rejected) of the unsteered model, nats."""
         return margins(score_pairs(self.model, self.tokenized))
+
+
+@dataclass(frozen=True)
+class _Part(BuildingRecords):
+    """Some of the records of another value, which reads what the parts share."""
+
+    whole: BuildingRecords | None = None
+    places: tuple[int, ...] = ()
+
+    @property
+    def _all(self) -> BuildingRecords:
+        assert self.whole is not None
+        return self.whole
+
+    @cached_property
+    def _prompts(self) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "layer"]]:
+        ends, norms = self._all._prompts
+        return ends[list(self.places)], norms
+
+    @cached_property
+    def _responses(self) -> tuple[Float[Tensor, "record 2 layer d_model"], Float[Tensor, "layer"]]:
+        ends, norms = self._all._responses
+        return ends[list(self.places)], norms
+
+    @property
+    def resid_norms(self) -> Float[Tensor, "layer"]:
+        """Of all records."""
+        return self._all.resid_norms
+
+    @cached_property
+    def margins(self) -> Float[Tensor, "record"]:
+        """Of these records."""
+        return self._all.margins[list(self.places)]
