@@ -172,7 +172,8 @@ def _measured(
 ) -> Iterator[tuple[int, Float[Tensor, "text measure"]]]:
     """``(index of the setting, [text, measure])`` for one batch."""
     several = batch.ids.numel() * 2 <= current().max_tokens
-    restart = prepare_restart(model, batch, [s.layer for s in settings], copies=several)
+    layers = [layer for s in settings for layer in (s.layer, *s.read_layers)]
+    restart = prepare_restart(model, batch, layers, copies=several)
     (base_logits,) = restart_logits(model, restart, max(restart.resid), [[]])
     base = base_logits.float().log_softmax(-1)
     for layer, group, hooks in shared_passes(settings, restart):

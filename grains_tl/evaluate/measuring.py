@@ -15,6 +15,7 @@ from grains_tl._util.progress import progress_bar
 from grains_tl._util.settings import current
 from grains_tl.evaluate.settings import Setting, _require_reach, require_settings
 from grains_tl.evaluate.store import Checkpoint
+from grains_tl.hooks.gate_run import after_reading
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import HooksForBatch, hooks_for, score_batches
 from grains_tl.inference.objectives import Objective, kl_divergence, margins
@@ -187,8 +188,9 @@ def run_settings(
     under ``max_tokens``. Layers come in rising order, so that a run that is stopped has finished what it has yielded.
     """
     layers = [s.layer for s in settings] or [0]
+    read = [layer for s in settings for layer in s.read_layers]
     copies = copies_that_fit(batch.ids.numel()) > 1 and len(set(layers)) < len(layers)
-    restart = prepare_restart(model, batch, layers, copies=copies)
+    restart = prepare_restart(model, batch, [*layers, *read], copies=copies)
     yield None, restart.base
     for layer, group, hooks in shared_passes(settings, restart):
         if hooks is None:
@@ -208,8 +210,9 @@ def shared_passes(
     size = copies_that_fit(restart.n_tokens) if restart.tiles else 1
     for layer in sorted({s.layer for s in settings}):
         made = {i: hooks_for(s.hooks, restart.batch) for i, s in enumerate(settings) if s.layer == layer}
-        for hooks in made.values():
+        for i, hooks in made.items():
             _require_reach(layer, hooks)
+            made[i] = after_reading(hooks, layer, restart.resid)
         idle = [i for i, hooks in made.items() if not hooks]
         alone = [i for i, hooks in made.items() if any(name != resid_post(layer) for name, _ in hooks)]
         shared = [i for i in made if i not in idle and i not in alone]

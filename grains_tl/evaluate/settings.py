@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grains_tl._util.checks import finite, listed
+from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.steer import Operator, Positions
 from grains_tl.inference.logprobs import HooksForBatch
 from grains_tl.models.running import listed_hooks, require_hook_names, resid_post
@@ -44,6 +45,14 @@ class Setting:
     positions: str = "all"
     draw: int = -1
     key: str = ""
+
+    @property
+    def read_layers(self) -> list[int]:
+        """Layers that a gate reads and nothing changes, which may lie below ``layer``."""
+        if callable(self.hooks):
+            return []
+        made = self.hooks.for_prompt(None) if isinstance(self.hooks, PromptHooks) else listed_hooks(self.hooks)
+        return sorted({fn.gate.layer for _, fn in made if isinstance(fn, GateRun)})
 
     @classmethod
     def of(cls, steering: Steering, *, vector: str | None = None, draw: int = -1) -> Setting:
@@ -98,8 +107,11 @@ def require_settings(model: HookedModel, settings: Sequence[Setting | Steering])
 
 
 def _require_reach(layer: int, fwd_hooks: FwdHooks) -> None:
-    """Blocks up to ``layer`` are not run again: a hook in one of them would be left out without a word."""
-    for name, _ in fwd_hooks:
+    """Blocks up to ``layer`` are not run again: a hook in one of them would be left out without a word.
+
+    The reading hook of a gate is not: it is given the cached residual of its layer.
+    """
+    for name in (name for name, fn in fwd_hooks if not isinstance(fn, GateRun)):
         found = re.match(r"blocks\.(\d+)\.", str(name))
         place = int(found[1]) if found else layer + 1 if str(name).startswith(("ln_final", "unembed")) else -1
         if place < layer or (place == layer and name != resid_post(layer)):

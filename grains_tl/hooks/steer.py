@@ -11,6 +11,8 @@ from torch import Tensor
 
 from grains_tl._util.checks import finite, whole
 from grains_tl._util.tensors import lasting
+from grains_tl.hooks.gate_run import GateRun
+from grains_tl.hooks.layer_gates import LayerGate
 from grains_tl.models.running import resid_post
 from grains_tl.types import FwdHooks
 
@@ -23,8 +25,9 @@ Operator = Literal["add_renorm", "add", "ablate", "clamp"]
 Positions = Literal["all", "prompt", "generated", "last"]
 
 #: Which rows ``[batch]`` or positions ``[batch, pos]`` are steered, beside the scope: booleans, or a function of the
-#: activation ``[batch, pos, d_model]`` that gives them (``ThresholdGate``).
-Gate = Callable[[Tensor], Tensor] | Tensor
+#: activation ``[batch, pos, d_model]`` that gives them (``ThresholdGate``), or a gate that reads at a layer of its own
+#: (``ProbeGate``, ``CosineGate``, ``FunctionGate``).
+Gate = Callable[[Tensor], Tensor] | Tensor | LayerGate
 
 
 def steer_hook(
@@ -56,6 +59,8 @@ def steer_hook(
         gate: steer only the rows ``[batch]`` or positions ``[batch, pos]`` where it is True: a boolean tensor, or a
             function that gives one from the activation ``[batch, pos, d_model]`` before the step (``ThresholdGate``).
             While decoding the function sees the new position alone; a ``[batch, pos]`` tensor leaves that one alone.
+            ``ProbeGate``, ``CosineGate`` and ``FunctionGate`` read at their own layer, by a hook in front of this one; what
+            they decide at the prompt's end holds for the tokens decoded afterwards.
 
     Returns:
         ``[(name, fn)]`` for ``run_with_hooks`` or ``model.hooks``, next to any other hooks.
@@ -78,6 +83,11 @@ def steer_hook(
     if not torch.isfinite(size) or size == 0:
         raise ValueError(f"the direction at layer {layer} has norm {size:.3g}; expected a finite, non-zero vector")
     unit = lasting(direction.float() / size)
+    reading: FwdHooks = []
+    if isinstance(gate, LayerGate):
+        gate.require_below([layer])
+        run = GateRun(gate, prompt_len)
+        reading, gate = [(resid_post(gate.layer), run)], run.opener()
 
     def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
         if act.shape[-1] != unit.shape[0]:
@@ -93,7 +103,7 @@ def steer_hook(
         new = _apply(act, unit.to(act.device), amount, operator)
         return new if scope is None else torch.where(scope[..., None], new, act)
 
-    return [(resid_post(layer), hook_fn)]
+    return [*reading, (resid_post(layer), hook_fn)]
 
 
 def require_step(operator: Any, positions: Any, gate: Any = None) -> None:
@@ -114,7 +124,7 @@ def require_step(operator: Any, positions: Any, gate: Any = None) -> None:
     if gate is not None and not is_mask and (isinstance(gate, torch.Tensor) or not callable(gate)):
         raise ValueError(
             f"gate={gate!r}; expected a boolean tensor [batch] or [batch, pos], or a function of the activation that "
-            "gives one, such as hooks.ThresholdGate(direction, threshold)"
+            "gives one, such as hooks.ThresholdGate(direction, threshold) or hooks.ProbeGate.fit(...)"
         )
 
 

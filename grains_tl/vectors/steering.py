@@ -12,7 +12,9 @@ from torch import Tensor
 
 from grains_tl._util.checks import finite
 from grains_tl._util.files import hash_of
-from grains_tl.hooks.steer import Gate, Operator, Positions, require_step, steer_hook
+from grains_tl.hooks.gate_run import GateRun
+from grains_tl.hooks.layer_gates import LayerGate
+from grains_tl.hooks.steer import Gate, Operator, Positions, require_border, require_step, steer_hook
 from grains_tl.models.running import hooked, resid_post
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.directions import LayerDirections
@@ -38,7 +40,8 @@ class Steering:
         layers: the steered layers, counted from 0.
         operator: how the step is applied.
         positions: where: a scope, or a boolean ``[batch, pos]`` mask.
-        gate: steer only rows or positions where it is True, see ``steer_hook``.
+        gate: steer only rows or positions where it is True, see ``steer_hook``; ``ProbeGate`` and its like read at a layer
+            of their own, at most the lowest steered one.
         scale: the unit of ``alpha``.
 
     Raises:
@@ -76,6 +79,8 @@ class Steering:
             raise ValueError(f"layers {layers} steer one layer twice; name each once, and give a larger alpha")
         object.__setattr__(self, "layers", tuple(layers))
         require_step(self.operator, self.positions, self.gate)
+        if isinstance(self.gate, LayerGate):
+            self.gate.require_below(layers)
         unknown = [r for r in self._rows if self.vectors.resid_norms[r] == 0 and bool(self.vectors.directions[r].any())]
         if unknown and self.scale == "residual" and self.operator != "ablate" and self.alpha != 0:
             raise ValueError(
@@ -151,19 +156,23 @@ class Steering:
     @property
     def needs_prompt(self) -> bool:
         """Whether it acts differently before and after the end of the prompt."""
-        return isinstance(self.positions, str) and self.positions != "all"
+        by_row = isinstance(self.gate, LayerGate) and self.gate.decide == "prompt_end"
+        return by_row or (isinstance(self.positions, str) and self.positions != "all")
 
     def hooks(self) -> FwdHooks:
         """``[(hook name, fn)]``, one per layer, for ``run_with_hooks`` or ``model.hooks``.
 
         A run over several positions is then taken as a prompt, and each position that is decoded alone as a generated
-        one; ``for_prompt`` is for runs over whole sequences.
+        one; ``for_prompt`` is for runs over whole sequences. A gate with a layer of its own has its reading hook in front.
         """
         return self.for_prompt(None)
 
     def for_prompt(self, prompt_len: int | Int[Tensor, "batch"] | None) -> FwdHooks:
         """The hooks for runs whose prompts end at ``prompt_len`` (padding in front included; one number, or one a row)."""
         hooks: FwdHooks = []
+        run = GateRun(self.gate, require_border(prompt_len)) if isinstance(self.gate, LayerGate) else None
+        if run is not None and not self.idle:
+            hooks.append((resid_post(run.gate.layer), run))
         for layer, row in zip(self.layers, self._rows, strict=True):
             direction = self.vectors.directions[row]
             if not bool(direction.any()):
@@ -178,7 +187,7 @@ class Steering:
                 operator=self.operator,
                 positions=self.positions,
                 prompt_len=prompt_len,
-                gate=self.gate,
+                gate=self.gate if run is None else run.opener(),
             )
         return hooks
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from grains_tl._util.checks import layer_numbers
 from grains_tl._util.files import write_atomically
+from grains_tl.hooks.layer_gates import LayerGate
+from grains_tl.hooks.reading_gates import CosineGate, ProbeGate, gate_from
 from grains_tl.hooks.steer import Gate, Operator, Positions
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.directions import LayerDirections
@@ -109,7 +111,8 @@ class SteeringVectors(LayerDirections):
             layers: one or several of the stored layers; may be left out if there is only one. -1 is the model's last.
             operator: ``"add_renorm"`` (the paper's), ``"add"``, ``"ablate"`` or ``"clamp"``.
             positions: ``"all"``, ``"prompt"``, ``"generated"``, ``"last"`` or a ``[batch, pos]`` mask.
-            gate: steer only rows or positions where it is True (``hooks.ThresholdGate``).
+            gate: steer only rows or positions where it is True: ``hooks.ProbeGate``, ``CosineGate``, ``FunctionGate``,
+                ``ThresholdGate``, a function of the activation or a boolean tensor.
             scale: unit of ``alpha``.
 
         Returns:
@@ -195,6 +198,27 @@ class SteeringVectors(LayerDirections):
         return made.torch_hooks(hf_model, prompt_len=prompt_len)
 
     # -- files --
+
+    def with_gate(self, gate: LayerGate) -> SteeringVectors:
+        """The same vectors with a gate in their manifest, so that ``save`` keeps it.
+
+        Args:
+            gate: a ``ProbeGate`` or ``CosineGate``.
+
+        Returns:
+            Vectors whose ``gate`` is this one; ``steering(alpha, layers, gate=vectors.gate)`` uses it.
+
+        Raises:
+            ValueError: a gate that runs a function, which cannot be saved.
+        """
+        if not isinstance(gate, LayerGate):
+            raise ValueError(f"a {type(gate).__name__} cannot be saved with vectors; give a ProbeGate or a CosineGate")
+        return replace(self, info={**self.info, "gate": gate.as_info()})
+
+    @property
+    def gate(self) -> ProbeGate | CosineGate | None:
+        """The gate that the manifest holds, ``None`` without one (ValueError: a broken one)."""
+        return gate_from(self.info["gate"]) if "gate" in self.info else None
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the manifest in its header; complete or not at all. ``load`` reads it.

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from grains_tl.hooks.gate_run import decided_at
+from grains_tl.hooks.layer_gates import LayerGate
 from grains_tl.hooks.steer import require_border
 from grains_tl.models.hugging_face import decoder
 from grains_tl.types import HookFn
@@ -30,6 +32,8 @@ class TorchHooks:
         self._handles: list[Any] = (
             [] if follow.alike else [stack.register_forward_pre_hook(follow.enter, with_kwargs=True)]
         )
+        if isinstance(steering.gate, LayerGate):  # in front of the steering, which may be at the same layer
+            self._handles.append(layers[steering.gate.layer].register_forward_hook(follow.read))
         for number, layer in enumerate(steering.layers):
             self._handles.append(layers[layer].register_forward_hook(follow.hook_of(number)))
 
@@ -83,7 +87,8 @@ class _Follow:
         self.steering, self.prompt_len = steering, prompt_len
         self.gate = steering.gate if isinstance(steering.gate, Tensor) and steering.gate.ndim == 2 else None
         self.alike = steering.positions == "all" if isinstance(steering.positions, str) else False
-        self.alike = self.alike and self.gate is None
+        self.alike = self.alike and self.gate is None and not isinstance(steering.gate, LayerGate)
+        self.opened: Tensor | None = None
         self.run = _Run()
         self.fns: list[HookFn] = [fn for _, fn in steering.for_prompt(None)] if self.alike else []
         self.made_for: tuple[Any, ...] | None = None
@@ -101,6 +106,20 @@ class _Follow:
         past = given.get("past_key_values")
         self.run = _Run(0 if past is None else int(past.get_seq_length()), given.get("use_cache") is False)
         self.made_for = None
+
+    def read(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward hook of a gate's own layer: decide for a new text, or for each position."""
+        gate: LayerGate = self.steering.gate
+        act = (output[0] if isinstance(output, tuple) else output).detach()
+        if gate.decide == "token":
+            self.opened = gate(act)
+        elif self.run.past == 0:
+            self.opened = decided_at(gate, act, self._border(*act.shape[:2]).flatten().to(act.device))
+        elif self.opened is None or len(self.opened) != len(act):
+            raise ValueError(
+                "the gate decides at the prompt's end, but this run goes on from a cache of another one; run the prompt "
+                "under the same hooks, or use decide='token'"
+            )
 
     def hook_of(self, number: int) -> Callable[..., Any]:
         """The forward hook of the ``number``-th steered layer."""
@@ -120,9 +139,16 @@ class _Follow:
             batch, n_pos = act.shape[:2]
             where = self._where(batch, n_pos).to(act.device)
             gate = self.steering.gate if self.gate is None else self._part("the gate", self.gate, batch, n_pos)
+            if isinstance(gate, LayerGate):
+                gate = self._said
             self.fns = [fn for _, fn in replace(self.steering, positions=where, gate=gate).for_prompt(None)]
             self.made_for = shape
         return self.fns
+
+    def _said(self, act: Tensor) -> Tensor:
+        """What the gate decided."""
+        assert self.opened is not None, "its layer runs first"
+        return self.opened
 
     def _where(self, batch: int, n_pos: int) -> Bool[Tensor, "rows pos"]:
         """True at the steered positions of this run."""
@@ -150,8 +176,9 @@ class _Follow:
                 raise ValueError(f"prompt_len={int(border.max())} is beyond the {n_pos} positions of the first run")
             return border
         if past == 0 and self.run.growing:
+            what = "a gate" if self.steering.gate is not None else f"positions={self.steering.positions!r}"
             raise ValueError(
-                f"positions={self.steering.positions!r} without a key-value cache: every step runs over prompt and "
+                f"{what} without a key-value cache: every step runs over prompt and "
                 "generated tokens alike, so where the prompt ends is unknown; give prompt_len, or leave use_cache=False out"
             )
         if past > 0 and n_pos > 1:
