@@ -26,6 +26,9 @@ PROMPTS = [
     "two three four five", "it was bad and we hated it .",
 ]  # fmt: skip
 ALPHA, NORM = 0.9, 20.0
+NORMS: Any = torch.linalg.norm
+NUMBER: Any = 3
+ROW: Any = "row"
 
 
 def vectors() -> gr.SteeringVectors:
@@ -184,7 +187,7 @@ def test_always_is_no_gate_and_never_is_the_base_bit_for_bit(
     assert torch.equal(gr.score_pairs(model, pairs, steps[1]), gr.score_pairs(model, pairs))
     ids = torch.tensor([[3, 5, 8, 12, 6]])
     mask, keep = torch.ones_like(ids), torch.arange(5)
-    logits = [forward_logits(model, ids, mask, keep, h and h.for_prompt(3)) for h in (*steps, plain, None)]
+    logits = [forward_logits(model, ids, mask, keep, h.for_prompt(3) if h else None) for h in (*steps, plain, None)]
     assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[3])
 
 
@@ -283,12 +286,12 @@ def test_records_are_read_by_their_prompts(model: Any, pairs: Any) -> None:
         (lambda m: CosineGate.fit(m, TARGETS, [*OTHERS, TARGETS[0]], 1), "each has one kind"),
         (lambda m: ProbeGate.fit(m, TARGETS, OTHERS, 7), "do not exist"),
         (lambda m: ProbeGate.fit(m, "the film", OTHERS, 1), "list of texts"),
-        (lambda m: ProbeGate(direction(), 1, decide="row"), "decide"),
+        (lambda m: ProbeGate(direction(), 1, decide=ROW), "decide"),
         (lambda m: ProbeGate(direction(), -1), "layers count from 0"),
         (lambda m: ProbeGate(torch.zeros(32), 1), "norm 0"),
         (lambda m: ProbeGate(direction(), 1, math.nan), "threshold"),
         (lambda m: CosineGate(direction(), 1, centre=torch.zeros(3)), "centre"),
-        (lambda m: FunctionGate(3, 1), "function"),
+        (lambda m: FunctionGate(NUMBER, 1), "function"),
         (lambda m: vectors().steering(0.2, [0, 2], gate=ProbeGate(direction(), 1)), "below it are steered"),
         (lambda m: gr.hooks.steer_hook(0, direction(), 1.0, gate=ProbeGate(direction(), 1)), "below it are steered"),
     ],
@@ -320,11 +323,11 @@ def test_runs_without_the_prompt_or_the_reading_hook_are_refused(model: Any) -> 
 def test_keys_tell_gates_apart() -> None:
     v, d = vectors(), direction()
     gates = [ProbeGate(d, 0), ProbeGate(d, 1), ProbeGate(d, 0, 0.5), ProbeGate(d, 0, decide="token"),
-             ProbeGate(d, 0, bias=1.0), CosineGate(d, 0), CosineGate(d, 0, centre=d), FunctionGate(id, 0, name="a"),
-             FunctionGate(id, 0, name="b")]  # fmt: skip
+             ProbeGate(d, 0, bias=1.0), CosineGate(d, 0), CosineGate(d, 0, centre=d), FunctionGate(NORMS, 0, name="a"),
+             FunctionGate(NORMS, 0, name="b")]  # fmt: skip
     keys = {v.steering(0.2, 1, gate=g).key for g in gates}
     assert len(keys) == len(gates) and "" not in keys
-    assert v.steering(0.2, 1, gate=FunctionGate(id, 0)).key == ""
+    assert v.steering(0.2, 1, gate=FunctionGate(NORMS, 0)).key == ""
 
 
 @pytest.mark.parametrize("threshold", [0.3, -math.inf])
@@ -342,7 +345,7 @@ def test_gates_are_saved_with_vectors(tmp_path: Path, threshold: float) -> None:
         assert torch.equal(again(x), gate(x))
     assert vectors().gate is None
     with pytest.raises(ValueError, match="cannot be saved"):
-        vectors().with_gate(FunctionGate(id, 0))
+        vectors().with_gate(FunctionGate(NORMS, 0))
     broken = gr.SteeringVectors(**{**vars(vectors()), "info": {"gate": {"kind": "probe"}}})
     with pytest.raises(ValueError, match="broken"):
         _ = broken.gate
