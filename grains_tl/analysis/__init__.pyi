@@ -1,6 +1,9 @@
 from .ablation import ablate_hooks as ablate_hooks
 from .ablation import ablation_table as ablation_table
 from .building_curves import learning_curve as learning_curve
+from .circuit_checks import circuit_faithfulness as circuit_faithfulness
+from .circuit_checks import circuit_overlap as circuit_overlap
+from .circuits import steering_circuit as steering_circuit
 from .direct_writers import writers as writers
 from .freezing import mechanism as mechanism
 from .geometry import building_records as building_records

@@ -29,12 +29,13 @@ from grains_tl._util.errors import OptionError
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.stats import mean_interval
 from grains_tl.analysis.equal_kl import with_random_directions
+from grains_tl.analysis.holding import Frozen, held, keep_values
 from grains_tl.analysis.runs import batch_runner
 from grains_tl.inference.logprobs import hooks_for, score_batches
 from grains_tl.inference.objectives import Objective, require_objective
 from grains_tl.models.running import require_hook_names, resid_post
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
-from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.types import HookedModel
 from grains_tl.vectors.steering import Steering
 
 #: What is frozen or free, all later blocks together.
@@ -44,9 +45,6 @@ PARTS = ("norms", "QK", "OV", "MLP")
 Parts = Literal["all", "layer", "head"]
 
 RANDOM = "random direction"
-
-#: A set of (part, layer, head) that is held at its unsteered value; head -1 for all of them.
-Frozen = frozenset[tuple[str, int, int]]
 
 
 @torch.inference_mode(False)
@@ -190,49 +188,13 @@ def _run(
         for group, batch in score_batches(model, tokenized, objective):
             run = batch_runner(model, batch, [lowest])
             kept: dict[str, Tensor] = {}
-            base = run(_keep(points, kept))
+            base = run(keep_values(points, kept))
             for i, step in enumerate(steps):
                 own = hooks_for(step, batch)
                 for j, frozen in enumerate(plan):
-                    effects[i, j, group] = (run(own + _held(frozen, points, kept)) - base).cpu()
+                    effects[i, j, group] = (run(own + held(frozen, points, kept)) - base).cpu()
                     bar.update(len(group))
     return effects
-
-
-def _keep(points: Mapping[tuple[str, int], list[str]], store: dict[str, Tensor]) -> FwdHooks:
-    def keep(name: str) -> Any:
-        def hook_fn(act: Tensor, hook: Any) -> Tensor:
-            store[name] = act.detach()
-            return act
-
-        return hook_fn
-
-    return [(name, keep(name)) for own in points.values() for name in own]
-
-
-def _held(frozen: Frozen, points: Mapping[tuple[str, int], list[str]], kept: Mapping[str, Tensor]) -> FwdHooks:
-    """Hooks that put kept values back: whole activations, or single heads of a pattern or of what heads write."""
-    heads: dict[tuple[str, int], list[int]] = {}
-    for part, layer, head in frozen:
-        heads.setdefault((part, layer), []).append(head)
-
-    def put_back(name: str, own: list[int], axis: int) -> Any:
-        def hook_fn(act: Tensor, hook: Any) -> Tensor:
-            before = kept[name].to(act)
-            if -1 in own:
-                return before
-            mask = torch.zeros(act.shape[axis], dtype=torch.bool, device=act.device)
-            mask[own] = True
-            return torch.where(mask.view([-1 if a == axis else 1 for a in range(act.ndim)]), before, act)
-
-        return hook_fn
-
-    # patterns are [batch, head, query, key], values and outputs [batch, pos, head, d_head]
-    return [
-        (name, put_back(name, own, 1 if part == "QK" else 2))
-        for (part, layer), own in sorted(heads.items())
-        for name in points[part, layer]
-    ]
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

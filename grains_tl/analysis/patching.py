@@ -249,7 +249,7 @@ def _by_gradient(
     own: dict[tuple[Component, int], Tensor] = {}
     with torch.no_grad():
         there = margins(batch_logprobs(model, batch, other + _keep_hooks(places, source)))
-    leaf = [(act_name("resid_pre", min(layer for _, layer in places)), _as_leaf)]
+    leaf = [(act_name("resid_pre", min(layer for _, layer in places)), as_leaf)]
     with autograd(model):
         here = margins(batch_logprobs(model, batch, leaf + target + _keep_hooks(places, own, keep_graph=True)))
         gradients = torch.autograd.grad(here.sum(), [own[place] for place in places])
@@ -284,5 +284,6 @@ def _keep_hooks(
     return [(act_name(*place), keep(place)) for place in places]
 
 
-def _as_leaf(act: Tensor, hook: Any) -> Tensor:
+def as_leaf(act: Tensor, hook: Any) -> Tensor:
+    """A hook from which the gradient starts: nothing below it is kept."""
     return act.detach().requires_grad_(True)

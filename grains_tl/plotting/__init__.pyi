@@ -3,6 +3,7 @@ from .attribution import plot_convergence as plot_convergence
 from .attribution import plot_curves as plot_curves
 from .building import plot_learning_curve as plot_learning_curve
 from .building import plot_transfer as plot_transfer
+from .circuits import plot_circuit as plot_circuit
 from .effects import plot_controls as plot_controls
 from .effects import plot_layers as plot_layers
 from .freezing import plot_mechanism as plot_mechanism

@@ -14,7 +14,7 @@ from grains_tl.models import building as gr_models
 from tests.conftest import WORDS, tiny_hf, tiny_tokenizer
 
 MOOD, COPY = 0, 1  # axes of the residual stream
-LAYER, HEAD = 1, 2
+LAYER, HEAD, NEURON = 1, 2, 5
 GOOD, BAD = ("good", "warm", "liked"), ("bad", "cold", "hated")
 
 
@@ -51,12 +51,26 @@ def planted_hf() -> Any:
     return hf
 
 
-def planted_model(kind: str) -> Any:
+def planted_neuron_hf() -> Any:
+    """The same with a neuron of block ``LAYER``'s MLP in place of the head: it fires at a good mood."""
+    hf = planted_hf()
+    with torch.no_grad():
+        hf.model.layers[LAYER].self_attn.o_proj.weight[COPY] = 0
+        mlp = hf.model.layers[LAYER].mlp
+        for reads in (mlp.gate_proj, mlp.up_proj):
+            reads.weight[NEURON] = 0
+            reads.weight[NEURON, MOOD] = 1
+        mlp.down_proj.weight[:, NEURON] = 0
+        mlp.down_proj.weight[COPY, NEURON] = 0.5
+    return hf
+
+
+def planted_model(kind: str, hf: Any = None) -> Any:
     """The same as a TransformerLens model."""
     tokenizer = tiny_tokenizer()
     gr_models.keep_tokenizer_as_is(tokenizer, "planted")
     make = gr_models.hooked_of if kind == "hooked" else gr_models.bridge_of
-    return make(planted_hf(), tokenizer, "planted").eval().requires_grad_(False)
+    return make(planted_hf() if hf is None else hf, tokenizer, "planted").eval().requires_grad_(False)
 
 
 def planted_pairs() -> list[gr.PreferencePair]:

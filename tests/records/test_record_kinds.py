@@ -34,6 +34,12 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     ),
     "patch": lambda m, r, made: gr.analysis.patch(m, r, made.vectors.hooks(0.2, [1])),
     "mechanism": lambda m, r, made: gr.analysis.mechanism(m, made.single.steering(0.2, 1), r, n_random=0),
+    "steering_circuit": lambda m, r, made: gr.analysis.steering_circuit(
+        m, made.single.steering(0.2, 1), r, n_steps=1, n_random=0
+    ),
+    "circuit_faithfulness": lambda m, r, made: gr.analysis.circuit_faithfulness(
+        m, made.single.steering(0.2, 1), r, made.circuit, sizes=[0, 2], n_random=0
+    ),
     "residuals": lambda m, r, _: gr.analysis.residuals(m, r, layers=LAYERS, readout="response_end"),
     "writers": lambda m, r, made: gr.analysis.writers(m, r, made.vectors, layer=2),
     "ablation_table": lambda m, r, made: gr.analysis.ablation_table(m, r, made.vectors, n_random=1),
@@ -51,6 +57,9 @@ class Made:
             gr.vectors.collect_differences(model, tokenized, self.selections, layers=LAYERS)
         )
         self.single = self.vectors.at([1])
+        nodes = [("head", 2, head) for head in range(4)] + [("MLP", 2, -1)]
+        self.circuit = pd.DataFrame(nodes, columns=["part", "layer", "head"]).assign(vector="steering", score=1.0)
+        self.circuit["rank"] = range(1, len(nodes) + 1)
 
 
 def parts(result: Any) -> list[Any]:
