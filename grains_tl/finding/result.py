@@ -95,13 +95,13 @@ class Found:
         return figure
 
     def save(self, path: str | Path) -> Path:
-        """Write the best vector, with its alpha and evidence in the manifest, for ``load_vectors``."""
+        """Write the best vector with its alpha and evidence; ``load_vectors(path).chosen`` is ``best`` again."""
         row = self.table.iloc[0].to_dict()
         found = {
             name: row[name] for name in ("recipe", "layer", "alpha", "effect", "low", "high", "kl", "n", "verdict")
         }
         vectors = self.vectors[row["recipe"]].at([int(row["layer"])])
-        return replace(vectors, info={**vectors.info, "found": found}).save(path)
+        return replace(self.best, vectors=replace(vectors, info={**vectors.info, "found": found})).save(path)
 
     def __repr__(self) -> str:
         return f"Found({self.best.label}; {self.verdict.splitlines()[0]})"

@@ -17,6 +17,7 @@ from .reduce import reduce_vectors as reduce_vectors
 from .steering import Steering as Steering
 from .steering_vectors import SteeringVectors as SteeringVectors
 from .trained import Trained as Trained
+from .word_directions import word_vectors as word_vectors
 from .words import without_words as without_words
 
 __all__: list[str]

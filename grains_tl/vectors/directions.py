@@ -150,7 +150,7 @@ class LayerDirections:
     def __mul__(self: Own, factor: float | int) -> Own:
         """Scale the magnitude; ``alpha`` counts residual norms, so only the factor's sign shows unless ``scale="raw"``."""
         raw = self.raw * finite("factor", factor)
-        return self._with_raw(raw, torch.zeros_like(self.magnitudes), self.info)
+        return self._with_raw(raw, torch.zeros_like(self.magnitudes), _without_choice(self.info))
 
     __rmul__ = __mul__
 
@@ -191,4 +191,9 @@ class LayerDirections:
 
 
 def _combined(a: LayerDirections, sign: str, b: LayerDirections) -> dict[str, Any]:
-    return {**a.info, "combined": [a.info.get("method", "?"), sign, b.info.get("method", "?")]}
+    return {**_without_choice(a.info), "combined": [a.info.get("method", "?"), sign, b.info.get("method", "?")]}
+
+
+def _without_choice(info: Mapping[str, Any]) -> dict[str, Any]:
+    """An alpha and its evidence were found for the vectors as they were, and say nothing of others made from them."""
+    return {key: value for key, value in info.items() if key not in ("chosen", "found", "evidence")}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from grains_tl._util.checks import finite
-from grains_tl._util.files import hash_of
+from grains_tl._util.errors import OptionError
+from grains_tl._util.files import hash_of, write_atomically
 from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.layer_gates import LayerGate
 from grains_tl.hooks.steer import Gate, Operator, Positions, require_border, require_step, steer_hook
@@ -19,6 +21,7 @@ from grains_tl.models.running import hooked, resid_post
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.directions import LayerDirections
 from grains_tl.vectors.display import steps_html
+from grains_tl.vectors.tensor_files import vectors_content
 from grains_tl.vectors.torch_hooks import TorchHooks
 
 #: The unit of ``alpha``: the layer's typical residual norm, or the vector's own length.
@@ -237,6 +240,36 @@ class Steering:
             ...     hf_model.generate(**tokenizer("The film was", return_tensors="pt"))
         """
         return TorchHooks(self, hf_model, prompt_len)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the vectors of the steered layers with this choice in the manifest; ``load_vectors(path).chosen`` has it.
+
+        Args:
+            path: the file to write.
+
+        Returns:
+            The path.
+
+        Raises:
+            OptionError: a gate or a mask of positions, which a file cannot hold.
+
+        Examples:
+            >>> vectors.steering(0.2, 12).save("v.safetensors")             # doctest: +SKIP
+            >>> load_vectors("v.safetensors", model).chosen.hooks()         # doctest: +SKIP
+        """
+        part = self.vectors.at(list(self.layers))
+        return write_atomically(path, vectors_content(replace(part, info={**part.info, "chosen": self.choice})))
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What a manifest says of it; OptionError for a gate or a mask of positions."""
+        if self.gate is not None or not isinstance(self.positions, str):
+            raise OptionError(
+                f"the steering is {self.label}; a file holds no gate and no mask of positions. Save its vectors "
+                "(steering.vectors.save), or steering without them"
+            )
+        names = ("alpha", "operator", "positions", "scale")
+        return {"layers": list(self.layers), **{name: getattr(self, name) for name in names}}
 
     @property
     def _rows(self) -> list[int]:

@@ -18,6 +18,7 @@ from grains_tl.hooks.layer_gates import LayerGate
 from grains_tl.hooks.reading_gates import CosineGate, ProbeGate, gate_from
 from grains_tl.hooks.steer import Gate, Operator, Positions
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.chosen import chosen_of
 from grains_tl.vectors.directions import LayerDirections
 from grains_tl.vectors.display import made_from, vectors_html
 from grains_tl.vectors.matching import require_match
@@ -219,6 +220,11 @@ class SteeringVectors(LayerDirections):
     def gate(self) -> ProbeGate | CosineGate | None:
         """The gate that the manifest holds, ``None`` without one (ValueError: a broken one)."""
         return gate_from(self.info["gate"]) if "gate" in self.info else None
+
+    @property
+    def chosen(self) -> Steering | None:
+        """The steering that whoever saved these vectors had chosen; ``None`` where the file names none."""
+        return chosen_of(self)
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the manifest in its header; complete or not at all. ``load`` reads it.
