@@ -152,7 +152,7 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    export = commands.add_parser("export", help="write vectors for llama.cpp, Hugging Face or vLLM")
+    export = commands.add_parser("export", help="write vectors for llama.cpp, Hugging Face, vLLM and other engines")
     add_export(export, layer_list)
     add_model_options(export, default=None)
     export.set_defaults(run=lambda args: run_export(args, load))

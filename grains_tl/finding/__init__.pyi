@@ -1,6 +1,8 @@
 from .api import find_vector as find_vector
 from .auditing import Audit as Audit
 from .auditing import audit as audit
+from .exportable import AsAdd as AsAdd
+from .exportable import as_add as as_add
 from .result import Found as Found
 from .text_rules import praise as praise
 from .text_rules import refuses as refuses

@@ -1,14 +1,12 @@
-"""Vectors for other engines: a GGUF control vector, a Hugging Face checkpoint with biases, a spec for vLLM.
+"""Vectors for other engines: GGUF control vectors, a Hugging Face checkpoint with biases, specs for vLLM, and others.
 
-All three can only *add* a vector at every position. The paper's operator also restores each token's norm, which none of
-them can; it is refused here, so measure with ``operator="add"`` before you export.
+Most can only *add* a vector at every position. The paper's operator also restores each token's norm, which only EasySteer
+can; elsewhere it is refused. ``gr.finding.as_add`` finds the ``"add"`` of the same KL and says what is lost.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
 import shutil
 import tempfile
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.files import plain
@@ -25,43 +22,15 @@ from grains_tl.hooks.steer import Operator
 from grains_tl.models.hugging_face import load_causal_lm
 from grains_tl.models.running import device_of, forward_logits, hugging_face_model
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.control_vectors import write_control_vector
+from grains_tl.vectors.engines import export_easysteer as export_easysteer
+from grains_tl.vectors.engines import export_steered as export_steered
+from grains_tl.vectors.engines import vllm_lens_vector as vllm_lens_vector
 from grains_tl.vectors.steering_vectors import SteeringVectors
+from grains_tl.vectors.steps import steps
 
 #: The projection that writes a block's MLP output into the residual stream, by architecture family.
 MLP_OUT = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2", "fc2")
-
-
-def steps(
-    vectors: SteeringVectors, alpha: float, layers: Sequence[int] | None = None, *, operator: Operator = "add"
-) -> dict[int, Float[Tensor, "d_model"]]:
-    """What ``operator="add"`` adds to the residual stream: ``alpha * resid_norm * direction`` per layer.
-
-    Args:
-        vectors: from ``build_vectors``.
-        alpha: fraction of the layer's typical residual norm.
-        layers: at which of the stored layers; may be left out if there is only one.
-        operator: what you steer with; anything but ``"add"`` is refused.
-
-    Raises:
-        ValueError: another operator, several stored layers and none named, a layer that is not stored, a bad ``alpha``.
-
-    Examples:
-        >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
-        >>> steps(v, 0.2, [5])
-        {5: tensor([ 0., 10.])}
-    """
-    if operator != "add":
-        raise ValueError(
-            f"operator={operator!r} cannot be exported: other engines only add a vector. Check that your effect "
-            "survives operator='add' (the norm is not restored then), and export that"
-        )
-    if alpha == 0 or not math.isfinite(alpha):
-        raise ValueError(f"alpha={alpha}; expected a finite number other than 0")
-    if layers is None and len(vectors.layers) > 1:
-        raise ValueError(f"name the layers to steer: layers=[...]; stored are {list(vectors.layers)}")
-    part = vectors.at(vectors.layers if layers is None else list(layers))
-    part.steering(alpha, part.layers, operator=operator)  # refuses vectors that do not know the residual norms
-    return {layer: alpha * part.resid_norms[i] * part.directions[i] for i, layer in enumerate(part.layers)}
 
 
 def export_gguf(
@@ -94,34 +63,14 @@ def export_gguf(
         >>> export_gguf(vectors, "v.gguf", layers=[21])      # doctest: +SKIP
         >>> # llama-cli -m model.gguf --control-vector-scaled v.gguf 0.3
     """
-    try:
-        from gguf import GGUFWriter
-    except ImportError:
-        raise ImportError("writing a .gguf file needs the gguf package: pip install 'grains-tl[smollm2]'") from None
     rows = steps(vectors, alpha, layers, operator=operator)
     if 0 in rows:
         raise ValueError("llama.cpp has no control vector for block 0; export layers from 1 on")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        writer = GGUFWriter(temporary, "controlvector")
-        writer.add_string("controlvector.model_hint", model_hint)
-        writer.add_uint32("controlvector.layer_count", len(rows))
-        writer.add_string("grains_tl.manifest", json.dumps({**vectors.info, "alpha": alpha}, default=plain))
-        for layer, row in rows.items():
-            writer.add_tensor(f"direction.{layer}", row.float().cpu().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
+    texts = {
+        "controlvector.model_hint": model_hint,
+        "grains_tl.manifest": json.dumps({**vectors.info, "alpha": alpha}, default=plain),
+    }
+    return write_control_vector(path, rows, texts)
 
 
 def vllm_interventions(

@@ -89,12 +89,16 @@ def _assembled(
     if not kept:
         raise ValueError(f"{name}: every vector is zero, so there is no direction to steer along")
     raw = torch.stack([rows[layer] for layer in kept])
-    info, norms = _info(content, kept, raw)
-    vectors = SteeringVectors.from_raw(raw, kept, norms, info)
+    vectors = _own(content, kept, raw)
+    if vectors is None:
+        info, norms = _info(content, kept, raw)
+        if "chosen" in info and content.about["manifest"]["alpha"] < 0:
+            raw = -raw  # the choice is for the vectors as they were before this alpha
+        vectors = SteeringVectors.from_raw(raw, kept, norms, info)
     if model is None:
         return vectors
     vectors.require_match(model)
-    return vectors if bool(norms.all()) else with_resid_norms(vectors, model)
+    return vectors if bool(vectors.resid_norms.all()) else with_resid_norms(vectors, model)
 
 
 def _rows(
@@ -161,6 +165,26 @@ def _from_the_end(layer: int, n_layers: int | None, name: str) -> int:
     if layer + n_layers < 0:
         raise ValueError(f"{name}: layer {layer} of a model with {n_layers} layers")
     return layer + n_layers
+
+
+def _own(content: FileContent, layers: Sequence[int], raw: Float[Tensor, "layer d_model"]) -> SteeringVectors | None:
+    """The vectors as they were exported, from a manifest that has their sizes; ``None`` for other files."""
+    own = content.about.get("manifest")
+    sizes, alpha = (own.get("sizes"), own.get("alpha")) if isinstance(own, Mapping) else (None, None)
+    try:
+        lengths = torch.tensor([[float(x) for x in sizes[str(layer)]] for layer in layers])  # type: ignore[index]
+        sign = -1.0 if float(alpha) < 0 else 1.0  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError):
+        return None
+    if lengths.shape != (len(layers), 2) or not bool(torch.isfinite(lengths).all()) or bool((lengths < 0).any()):
+        return None
+    assert isinstance(own, Mapping)
+    info = {key: value for key, value in own.items() if key not in ("sizes", "alpha")}
+    if not isinstance(info.get("model", {}), Mapping):
+        info.pop("model")
+    unit = sign * raw / raw.norm(dim=-1, keepdim=True)
+    magnitudes = torch.where(lengths[:, 0] > 0, lengths[:, 0], 1.0)
+    return SteeringVectors(unit, tuple(layers), magnitudes, lengths[:, 1], {**info, "read_from": content.form})
 
 
 def _info(

@@ -202,6 +202,7 @@ def _is_steered(value: Any) -> bool:
 def _steered(entries: list[Mapping[str, Any]], name: str) -> FileContent:
     """lm-evaluation-harness: a vector times its coefficient is what is added."""
     rows, actions = {}, set()
+    about: dict[str, Any] = {}
     for entry in entries:
         action, bias = entry.get("action", "add"), entry.get("bias")
         if isinstance(bias, Tensor) and bool(bias.any()) and action == "clamp":
@@ -210,13 +211,16 @@ def _steered(entries: list[Mapping[str, Any]], name: str) -> FileContent:
                 "away, or use action 'add'"
             )
         actions.add(str(action))
+        if isinstance(entry.get("manifest"), str):  # of this package: what was exported, whatever the coefficient
+            about["manifest"] = _mapping(entry["manifest"])
         vector = dict(_tensors({entry.get("hookpoint"): entry["steering_vector"]}, name))
+        coefficient = float(entry.get("steering_coefficient", 1.0))
         for key, row in vector.items():
             unit = row / row.norm() if action == "clamp" else row
-            rows[key] = float(entry.get("steering_coefficient", 1.0)) * unit
+            rows[key] = (coefficient or 1.0 if about else coefficient) * unit
     if len(actions) > 1 or not actions <= {"add", "clamp"}:
         raise ValueError(f"{name} steers by {sorted(actions)}; expected 'add' or 'clamp' for all of its vectors")
-    return FileContent("lm-evaluation-harness steered", rows, {"operator": actions.pop()})
+    return FileContent("lm-evaluation-harness steered", rows, {"operator": actions.pop(), **about})
 
 
 def _safetensors(file: Path) -> FileContent:
