@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grains_tl.hooks.reading_gates import gate_from
 from grains_tl.vectors.directions import LayerDirections
 from grains_tl.vectors.steering import Steering
 
@@ -20,7 +21,8 @@ def chosen_of(vectors: LayerDirections) -> Steering | None:
         if not set(layers) <= set(vectors.layers):
             return None
         options = {name: entry[name] for name in ("operator", "positions", "scale") if name in entry}
-        return Steering(vectors, entry["alpha"], layers, **options)
+        gate = gate_from(vectors.info["gate"]) if entry.get("gated") else None
+        return Steering(vectors, entry["alpha"], layers, gate=gate, **options)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"the manifest's chosen steering {entry!r} cannot be used ({type(error).__name__}: {error}); steer with "

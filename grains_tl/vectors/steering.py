@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -251,25 +251,26 @@ class Steering:
             The path.
 
         Raises:
-            OptionError: a gate or a mask of positions, which a file cannot hold.
+            ValueError: a mask of positions, or a gate that runs a function, which a file cannot hold.
 
         Examples:
             >>> vectors.steering(0.2, 12).save("v.safetensors")             # doctest: +SKIP
             >>> load_vectors("v.safetensors", model).chosen.hooks()         # doctest: +SKIP
         """
-        part = self.vectors.at(list(self.layers))
-        return write_atomically(path, vectors_content(replace(part, info={**part.info, "chosen": self.choice})))
+        choice, part = self.choice, self.vectors.at(list(self.layers))
+        gate = {} if self.gate is None else {"gate": cast("LayerGate", self.gate).as_info()}
+        return write_atomically(path, vectors_content(replace(part, info={**part.info, **gate, "chosen": choice})))
 
     @property
     def choice(self) -> dict[str, Any]:
-        """What a manifest says of it; OptionError for a gate or a mask of positions."""
-        if self.gate is not None or not isinstance(self.positions, str):
+        """What a manifest says of it; OptionError for a mask of positions or a gate without a layer of its own."""
+        if not isinstance(self.positions, str) or not (self.gate is None or isinstance(self.gate, LayerGate)):
             raise OptionError(
-                f"the steering is {self.label}; a file holds no gate and no mask of positions. Save its vectors "
-                "(steering.vectors.save), or steering without them"
+                f"the steering is {self.label}; a file holds no mask of positions, and only gates that read a layer "
+                "(ProbeGate, CosineGate). Save its vectors (steering.vectors.save), or steering without them"
             )
-        names = ("alpha", "operator", "positions", "scale")
-        return {"layers": list(self.layers), **{name: getattr(self, name) for name in names}}
+        named = {name: getattr(self, name) for name in ("alpha", "operator", "positions", "scale")}
+        return {"layers": list(self.layers), **named, **({} if self.gate is None else {"gated": True})}
 
     @property
     def _rows(self) -> list[int]:

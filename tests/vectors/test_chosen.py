@@ -75,10 +75,25 @@ def test_other_vectors_made_from_these_have_no_choice() -> None:
         assert other.chosen is None and not {"chosen", "evidence", "found"} & set(other.info)
 
 
+def test_a_gate_that_reads_a_layer_travels_too(bridge: Any, tmp_path: Path) -> None:
+    for threshold in (-1e9, 1e9):
+        gate = gr.hooks.ProbeGate(torch.linspace(-1, 1, 32), 0, threshold)
+        steering = vectors().steering(0.3, [0, 2], gate=gate)
+        again = gr.load_vectors(steering.save(tmp_path / "v.safetensors"), bridge).chosen
+        assert again is not None and again.key == steering.key and again.label == steering.label
+        with torch.no_grad():
+            a, b = (bridge.run_with_hooks(IDS, fwd_hooks=s.for_prompt(2)) for s in (steering, again))
+            plain = bridge(IDS)
+        assert torch.equal(a, b) and torch.equal(a, plain) == (threshold > 0)
+    bare = gr.load_vectors(vectors().with_gate(gate).steering(0.3, 1).save(tmp_path / "b.safetensors"))
+    assert bare.gate is not None and bare.chosen is not None and bare.chosen.gate is None
+
+
 @pytest.mark.parametrize("gate", [torch.ones(1, dtype=torch.bool), lambda act: act[..., 0] > 0])
 def test_a_gate_or_mask_is_refused(gate: Any, tmp_path: Path) -> None:
-    for options in ({"gate": gate}, {"positions": torch.ones(1, 5, dtype=torch.bool)}):
-        with pytest.raises(ValueError, match="gate"):
+    function = gr.hooks.FunctionGate(lambda resid: resid[..., 0] > 0, 0)
+    for options in ({"gate": gate}, {"gate": function}, {"positions": torch.ones(1, 5, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match=r"gate|mask"):
             vectors().steering(0.2, 1, **options).save(tmp_path / "v.safetensors")
     assert list(tmp_path.iterdir()) == []
 
