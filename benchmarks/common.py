@@ -3,67 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import grains_tl as gr
 from grains_tl.models import building as gr_models
-
-
-@dataclass
-class Operations:
-    """Work that a run did, padding included.
-
-    Attributes:
-        forward: token-layers that ran forward (tokens times blocks).
-        backward: token-layers of runs that kept a graph to go back through.
-        unembedded: positions whose logits were computed.
-    """
-
-    forward: int = 0
-    backward: int = 0
-    unembedded: int = 0
-
-
-@contextmanager
-def count_operations(model: Any) -> Iterator[Operations]:
-    """Count with PyTorch hooks on the modules, which a plain Hugging Face loop over the same weights runs too."""
-    counts = Operations()
-
-    def block(module: Any, args: Any, output: Any) -> None:
-        act = output[0] if isinstance(output, tuple) else output
-        counts.forward += act.shape[0] * act.shape[1]
-        counts.backward += act.shape[0] * act.shape[1] * act.requires_grad
-
-    def unembed(module: Any, args: Any, output: Tensor) -> None:
-        counts.unembedded += output.shape[0] * output.shape[1]
-
-    handles = [b.register_forward_hook(block) for b in model.blocks]
-    handles.append(model.unembed.register_forward_hook(unembed))
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def floating_point_operations(model: Any, counts: Operations) -> float:
-    """Multiplications and additions in the matrix products of these runs; attention's own products are left out."""
-    in_blocks = sum(p.numel() for p in model.original_model.parameters() if p.ndim == 2)
-    tables = {id(p): p.numel() for p in (model.embed.weight, *model.unembed.parameters()) if p.ndim == 2}
-    per_token_layer = (in_blocks - sum(tables.values())) / int(model.cfg.n_layers)
-    unembedding = int(model.cfg.d_model) * int(model.cfg.d_vocab)
-    # going back to the activations costs one product per weight, like going forward: weights get no gradient
-    share_back = counts.backward / max(counts.forward, 1)
-    return 2 * (
-        per_token_layer * (counts.forward + counts.backward) + unembedding * counts.unembedded * (1 + share_back)
-    )
 
 
 def matrix_rate(model: Any, tokens: int = 512, seconds: float = 1.0) -> float:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import grains_tl as gr
-from benchmarks.common import count_operations, off_the_line, slope
+from benchmarks.common import off_the_line, slope
+from grains_tl.models.operations import count_operations
 
 
 def growth(model: Any, *, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> dict[str, dict[str, float]]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 import grains_tl as gr
-from benchmarks.common import count_operations, timed
+from benchmarks.common import timed
 from grains_tl.inference.batches import pad_rows
 from grains_tl.inference.objectives import margins
+from grains_tl.models.operations import count_operations
 from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.tokens.rules import token_rules
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import grains_tl as gr
-from benchmarks.common import count_operations
 from grains_tl.attribution import job, removal, sharing
 from grains_tl.attribution.field import ModelField, Run
 from grains_tl.attribution.removal import Removal, values_without
 from grains_tl.attribution.sharing import branch, row_length, rows_of, shared_batches
 from grains_tl.inference.batches import scoring_batch
 from grains_tl.inference.logprobs import batch_logprobs
+from grains_tl.models.operations import count_operations
 from grains_tl.models.prompt_cache import PromptCache, empty_cache
 from tests.conftest import tiny_hf, tiny_model
 from tests.helpers.architectures import CONFIGS, architecture

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from benchmarks import build_vectors, growth, peers, steering
-from benchmarks.common import Operations, count_operations, floating_point_operations, load, off_the_line, slope
-from benchmarks.gpu_shapes import measure
+from benchmarks.common import load, off_the_line, slope
+from benchmarks.gpu_shapes import JOBS, Machine, measure, predict, rows
+from grains_tl.finding.workload import Workload
+from grains_tl.models.operations import Operations, count_operations, floating_point_operations
 
 
 @pytest.fixture(scope="module")
-def small() -> object:
+def small() -> Any:
     return load("random:2x64")
 
 
@@ -35,17 +41,17 @@ def test_a_random_model_has_the_shape_asked_for() -> None:
         load("random:2x64x512")
 
 
-def test_operations_of_one_forward_pass(small: object) -> None:
+def test_operations_of_one_forward_pass(small: Any) -> None:
     ids = torch.arange(3, 17)[None].repeat(2, 1)
     with count_operations(small) as counts:
-        small(ids)  # type: ignore[operator]
+        small(ids)
     assert counts == Operations(forward=2 * 14 * 2, backward=0, unembedded=2 * 14)
     # 2 d^2 for each of q k v o, 2 * 3 * d * 3d for the MLP, per token-layer; 2 d vocab per unembedded position
     by_hand = 2 * (4 * 64**2 + 3 * 64 * 192) * counts.forward + 2 * 64 * 8192 * counts.unembedded
     assert floating_point_operations(small, counts) == by_hand
 
 
-def test_build_agrees_with_the_plain_loop(small: object) -> None:
+def test_build_agrees_with_the_plain_loop(small: Any) -> None:
     found = build_vectors.run(small, records=3, steps=2, repeats=1)
     assert found["smallest_cosine"] > 0.9999
     for kind in ("forward", "backward", "unembedded"):
@@ -53,7 +59,7 @@ def test_build_agrees_with_the_plain_loop(small: object) -> None:
     assert len(build_vectors.rows(found)) == 13
 
 
-def test_steering_and_sweep(small: object) -> None:
+def test_steering_and_sweep(small: Any) -> None:
     generated = steering.generation(small, new_tokens=3, repeats=1)
     swept = steering.sweep(small, records=2, repeats=1)
     assert swept["largest_difference_nats"] < 1e-4
@@ -61,7 +67,7 @@ def test_steering_and_sweep(small: object) -> None:
     assert len(steering.rows(generated, swept)) >= 11
 
 
-def test_peers_do_the_same_work(small: object) -> None:
+def test_peers_do_the_same_work(small: Any) -> None:
     plain = load("random:2x64").original_model
     found = peers.run(small, plain, repeats=1, records=(2, 1, 2))
     for job in found[1:]:  # captum is always there
@@ -69,7 +75,7 @@ def test_peers_do_the_same_work(small: object) -> None:
     assert len(peers.rows(found)) >= 6
 
 
-def test_growth(small: object) -> None:
+def test_growth(small: Any) -> None:
     found = growth.growth(small, sizes=(1, 2, 4))
     for name in ("records", "steps", "prompt length"):
         assert found[name]["operations"] < 1.2  # no faster than linearly; what does not grow lowers the exponent
@@ -77,7 +83,17 @@ def test_growth(small: object) -> None:
     assert found["prompt length, leave-one-out"]["operations"] > 1.6
 
 
-def test_gpu_shapes_run_on_a_cpu() -> None:
-    found = measure("tiny", device="cpu", dtype=torch.float32, records=2, steps=2, max_tokens=512, new_tokens=3)
-    assert found["weights"] == "random" and len(found["jobs"]) == 5
+def test_gpu_shapes_run_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "tiny.json"
+    machine = Machine(device="cpu", dtype="float32", max_tokens=512, new_tokens=3)
+    found = measure("tiny", Workload(records=3, prompt_tokens=24, steps=2), machine, out=out)
+    assert found["weights"] == "random" and list(found["jobs"]) == list(JOBS)
     assert all(job["seconds"] > 0 for job in found["jobs"].values())
+    assert json.loads(out.read_text()) == found
+    for name, job in predict(out)["jobs"].items():
+        if not name.startswith("generate"):
+            planned = job["predicted"]
+            assert [planned[k] for k in ("tokens", "tokens_back", "unembedded")] == [
+                job[k] for k in ("tokens", "tokens_back", "unembedded")
+            ]
+    assert len(rows(json.loads(out.read_text()))) == len(JOBS)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import grains_tl as gr
-from benchmarks.common import count_operations
 from grains_tl.attribution import sharing
+from grains_tl.models.operations import count_operations
 from grains_tl.vectors.readout import read_out_responses
 from tests.conftest import tiny_hf, tiny_model
 from tests.helpers.architectures import CONFIGS, architecture
