@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 from warnings import warn
 
 import numpy as np
@@ -11,12 +12,14 @@ import pandas as pd
 from typing_extensions import Unpack
 
 from grains_tl._util import html
+from grains_tl._util.errors import OptionError
 from grains_tl._util.settings import RunOptions, with_settings
 from grains_tl.evaluate.costs import text_costs
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid
 from grains_tl.evaluate.summary import summarize
 from grains_tl.hooks.steer import Operator, Positions
+from grains_tl.inference.continuations import Continuations
 from grains_tl.inference.objectives import Objective
 from grains_tl.records.loading import neutral_texts
 from grains_tl.records.splits import Record, record_id
@@ -99,6 +102,7 @@ def choose(
     frame: pd.DataFrame,
     *,
     max_kl: float | None = None,
+    budget: Literal["neutral", "generated"] | None = None,
     vector: str | None = None,
     records: Iterable[Record] | None = None,
     operator: Operator | None = None,
@@ -113,7 +117,9 @@ def choose(
 
     Args:
         frame: from ``sweep``, with ``neutral`` texts if there is a budget.
-        max_kl: budget, nats per token of KL(steered || base) on the neutral texts; ``None`` for none.
+        max_kl: budget, nats per token of KL(steered || base) on the neutral texts, or along generated ones where the sweep
+            measured that (``neutral=inference.Continuations(...)``); ``None`` for none.
+        budget: say which of the two ``max_kl`` is meant for, and a frame with the other is refused; ``None`` takes either.
         vector: choose among the cells of this one only.
         records: what the sweep was measured on; needed only where the frame has lost its ``attrs`` (read from a csv).
         operator: of the sweep, for a frame without this column; default ``"add_renorm"``.
@@ -136,6 +142,7 @@ def choose(
         >>> choose(frame, max_kl=0.1).layer
         4
     """
+    _require_budget(frame, budget)
     used = frame.attrs.get("records") if records is None else [record_id(r) for r in records]
     if not used:
         raise ValueError(
@@ -171,6 +178,7 @@ def choose(
         why += f" of {n_cells} cells, whatever they cost"
     else:
         why += f" of the {len(cells)} of {n_cells} cells within {max_kl:g} nats per token (this one {best['kl']:.3g})"
+        why += f", {best['budget']}" if "budget" in cells else ""
     if best["effect"] <= 0:
         why += "; no cell moves the margin up: expect no effect, or the wrong way"
     elif best.get("low", 1.0) <= 0 <= best.get("high", 1.0):
@@ -189,6 +197,16 @@ def choose(
     )
 
 
+def _require_budget(frame: pd.DataFrame, budget: str | None) -> None:
+    """Refuse costs of another kind than the budget is meant for (ValueError)."""
+    if budget not in ("neutral", "generated", None):
+        raise OptionError(f"budget={budget!r}; expected 'neutral', 'generated' or None")
+    kind = "generated" if "budget" in frame else "neutral"
+    if budget is not None and budget != kind:
+        wanted = "Continuations(prompts)" if budget == "generated" else "10"
+        raise OptionError(f"budget={budget!r}, but the KL of this frame is {kind}; measure it with neutral={wanted}")
+
+
 @with_settings
 def report_choice(
     model: HookedModel,
@@ -197,7 +215,7 @@ def report_choice(
     test_pairs: Iterable[Record],
     *,
     draws: Sequence[SteeringVectors] = (),
-    neutral: Sequence[str] | int | None = None,
+    neutral: Sequence[str] | int | Continuations | None = None,
     level: float = 0.95,
     **run: Unpack[RunOptions],
 ) -> pd.DataFrame:
@@ -209,7 +227,7 @@ def report_choice(
         choice: from ``choose``.
         test_pairs: other records.
         draws: the vector built from resampled records (``bootstrap_vectors``): adds the uncertainty over building.
-        neutral: texts to measure the cost on, or how many of the bundled ones.
+        neutral: texts to measure the cost on, or how many of the bundled ones, or ``inference.Continuations``.
         level: of the intervals.
         run: ``max_tokens`` (token budget of one pass) and ``progress`` (show bars), as in ``settings``.
 

@@ -18,11 +18,14 @@ from grains_tl._util.checks import listed
 from grains_tl._util.files import hash_of
 from grains_tl._util.settings import current
 from grains_tl._util.settings import settings as run_with
+from grains_tl.evaluate.generated import MAX_LOGITS, generated_costs
 from grains_tl.evaluate.measuring import about_setting, measure_missing, shared_passes
 from grains_tl.evaluate.records import require_keys
 from grains_tl.evaluate.settings import Setting, require_settings
 from grains_tl.evaluate.store import Checkpoint, open_checkpoint
 from grains_tl.inference.batches import Batch, by_token_budget, text_batch
+from grains_tl.inference.continuations import Continuations
+from grains_tl.inference.generation import encode_prompts
 from grains_tl.inference.objectives import kl_divergence
 from grains_tl.inference.restart import prepare_restart, restart_logits
 from grains_tl.records.loading import COST_TEXTS, neutral_texts
@@ -34,16 +37,18 @@ from grains_tl.vectors.steering import Steering
 #: What is kept of a text under a setting, per predicted token.
 MEASURES = ["kl", "base_nll", "nll", "agreement"]
 
-#: Logits of one pass, in numbers: 128 MB in float32.
-MAX_LOGITS = 2**25
+#: Texts to measure a cost on: given ones, the bundled ones (``None``), or what the steered model writes.
+CostTexts = Sequence[str] | Continuations | None
 
 
-def cost_rows(model: HookedModel, texts: Sequence[str] | None = None) -> list[list[int]]:
-    """The texts of ``text_costs`` as token ids, for a caller that has long work to do before it.
+def cost_rows(model: HookedModel, texts: CostTexts = None) -> list[list[int]]:
+    """The texts (or prompts) of ``text_costs`` as token ids, for a caller that has long work to do before it.
 
     Raises:
         ValueError: no texts, one of fewer than two tokens, or one longer than the context; the message names it (from 1).
     """
+    if isinstance(texts, Continuations):
+        return [ids for ids, _ in encode_prompts(model, texts.prompts, texts.images)]
     rows = []
     for number, text in enumerate(neutral_texts() if texts is None else listed("texts", texts), start=1):
         try:
@@ -66,7 +71,7 @@ def kl_per_token(costs: pd.DataFrame, n_settings: int) -> NDArray[np.float64]:
 def text_costs(
     model: HookedModel,
     settings: Sequence[Setting | Steering],
-    texts: Sequence[str] | None = None,
+    texts: CostTexts = None,
     *,
     checkpoint: str | Path | Checkpoint | None = None,
 ) -> pd.DataFrame:
@@ -77,7 +82,8 @@ def text_costs(
     Args:
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         settings: what to measure; ``grid`` makes them from vectors.
-        texts: default ``neutral_texts()``.
+        texts: default ``neutral_texts()``. ``inference.Continuations(prompts)`` for what each setting writes itself: the
+            tokens are then the generated ones, ``text`` is the prompt, and ``budget`` says what ``kl`` is a number of.
         checkpoint: as in ``record_effects``; the same file can serve both.
 
     Returns:
@@ -129,7 +135,7 @@ def warn_of_own_texts(infos: Mapping[str, Mapping[str, Any]], rows: Sequence[Seq
 def cost_table(
     model: HookedModel,
     settings: Sequence[Setting | Steering],
-    texts: Sequence[str] | None = None,
+    texts: CostTexts = None,
     *,
     checkpoint: str | Path | Checkpoint | None = None,
 ) -> pd.DataFrame:
@@ -138,6 +144,8 @@ def cost_table(
     settings = require_settings(model, settings)
     store = open_checkpoint(checkpoint, model)
     require_keys(store, settings)
+    if isinstance(texts, Continuations):
+        return generated_costs(model, settings, texts, store)
     names = [hash_of(row) for row in rows]
     keys = [[hash_of(["cost", s.key or str(k), name]) for name in names] for k, s in enumerate(settings)]
 

@@ -13,7 +13,7 @@ from grains_tl.evaluate.reachable import with_share
 from grains_tl.evaluate.records import PER_RECORD, SETTING, require_columns
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
-#: alphas ``[alpha]``, changes ``[alpha, record]``, KL per token ``[alpha, text]``, tokens ``[text]``
+#: alphas ``[alpha]``, changes ``[alpha, record]``, KL per token ``[alpha, text]``, tokens ``[alpha, text]``
 Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
 
@@ -148,18 +148,18 @@ def _curves(
 def _curve(group: pd.DataFrame, spent: pd.DataFrame) -> Curve:
     change = group.pivot(index="alpha", columns="record", values="change").sort_index()
     kl = spent.pivot(index="alpha", columns="text", values="kl").sort_index()
-    tokens = spent.drop_duplicates("text").sort_values("text")["n_tokens"].to_numpy(dtype=float)
+    tokens = spent.pivot(index="alpha", columns="text", values="n_tokens").sort_index().to_numpy(dtype=float)
     start = [np.zeros((1, table.shape[1])) for table in (change, kl)]
     return (
         np.concatenate([[0.0], change.index.to_numpy(dtype=float)]),
         np.concatenate([start[0], change.to_numpy()]),
         np.concatenate([start[1], kl.to_numpy()]),
-        tokens,
+        np.concatenate([tokens[:1], tokens]),  # generated texts have another length at every alpha
     )
 
 
 def _mean_kl(curve: Curve, texts: NDArray[np.int64] | None) -> NDArray[np.float64]:
-    kl, weight = (curve[2], curve[3]) if texts is None else (curve[2][:, texts], curve[3][texts])
+    kl, weight = (curve[2], curve[3]) if texts is None else (curve[2][:, texts], curve[3][:, texts])
     return np.average(kl, axis=1, weights=weight)
 
 

@@ -11,10 +11,8 @@ import pandas as pd
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Setting
 from grains_tl.evaluate.store import Checkpoint
-from grains_tl.inference.generation import GenerationHooks, generate
 from grains_tl.records.choices import MultipleChoice, letters
-from grains_tl.records.pairs import plain_text, prompt_list
-from grains_tl.types import HookedModel, Text
+from grains_tl.types import HookedModel
 from grains_tl.vectors.steering import Steering
 
 
@@ -80,35 +78,8 @@ def text_quality(texts: Sequence[str], *, max_repetition: float = 0.5, min_words
     return pd.DataFrame(rows, columns=["words", "repetition", "distinct_1", "distinct_2", "degenerate"])
 
 
-def generation_quality(
-    model: HookedModel,
-    prompts: Text | Iterable[Text],
-    fwd_hooks: GenerationHooks,
-    *,
-    max_new_tokens: int = 40,
-) -> pd.DataFrame:
-    """Greedy continuations without and with hooks, and ``text_quality`` of both.
-
-    Args:
-        model: a ``TransformerBridge`` or ``HookedTransformer``.
-        prompts: texts or conversations, or one of them.
-        fwd_hooks: a ``Steering``, or hooks as in ``generate``.
-        max_new_tokens: of each continuation.
-
-    Returns:
-        One row per prompt: ``prompt``, ``base_text``, ``text``, and the columns of ``text_quality`` (counts and shares),
-        with ``base_`` in front for the unsteered text.
-
-    Examples:
-        >>> generation_quality(model, ["The film was"], vectors.steering(0.4, 12))["degenerate"]    # doctest: +SKIP
-    """
-    prompts = prompt_list(prompts)
-    before, after = (generate(model, prompts, hooks, max_new_tokens=max_new_tokens) for hooks in (None, fwd_hooks))
-    return quality_table([plain_text(p) for p in prompts], before, after)
-
-
 def quality_table(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> pd.DataFrame:
-    """The table of ``generation_quality``, from texts that are there already."""
+    """What texts without and with steering are like, side by side; ``generation_quality`` has more columns."""
     texts = pd.DataFrame({"prompt": prompts, "base_text": before, "text": after})
     return pd.concat([texts, text_quality(before).add_prefix("base_"), text_quality(after)], axis=1)
 

@@ -11,6 +11,7 @@ import torch
 
 from grains_tl._util.stats import centred_interval, mean_interval, resampled_means, standard_error
 from grains_tl.evaluate.display import EffectTable
+from grains_tl.evaluate.generation_tables import is_generation_table, summarize_generations
 from grains_tl.evaluate.records import PER_RECORD, SETTING, require_columns
 
 #: What ``verdict`` can say; see ``summarize``.
@@ -20,10 +21,10 @@ STEERS, NO_EFFECT, WRONG_WAY, TOO_FEW = "steers", "no effect", "wrong way", "too
 def summarize(
     frame: pd.DataFrame, costs: pd.DataFrame | None = None, *, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
-    """One row per setting, with standard errors and intervals.
+    """One row per setting, with standard errors and intervals; of ``generation_quality`` one row per measure.
 
     Args:
-        frame: from ``record_effects`` (or ``two_sided`` of it).
+        frame: from ``record_effects`` (or ``two_sided`` of it), or from ``generation_quality``.
         costs: from ``text_costs``, for the same settings.
         level: of the intervals.
         seed: of the resampling, where there are draws.
@@ -48,6 +49,9 @@ def summarize(
         - of a sweep: its ``operator`` and ``objective``;
         - with costs: ``kl``, ``kl_se`` (nats per token), ``base_perplexity``, ``perplexity``, ``agreement``.
 
+        Of ``generation_quality``: ``measure``, ``steered``, ``base``, ``change`` with its interval ``low``, ``high`` over
+        prompts, ``n``, and ``vector`` where the table has it. ``kl``, ``kl_p50`` and ``kl_p95`` are taken over all tokens.
+
     Raises:
         ValueError: a frame without the columns of ``record_effects``.
 
@@ -58,6 +62,8 @@ def summarize(
         >>> summarize(change)[["effect", "effect_se", "verdict"]].round(2).values.tolist()
         [[2.0, 0.58, 'no effect']]
     """
+    if is_generation_table(frame):
+        return summarize_generations(frame, level, seed)
     require_columns(frame, (*SETTING, "draw", "record", "change"), PER_RECORD)
     rows = [{**setting, **_effect(group, level, seed)} for setting, group in _settings(frame)]
     table = pd.DataFrame(rows)
@@ -142,7 +148,7 @@ def _effect(group: pd.DataFrame, level: float, seed: int) -> dict[str, Any]:
     return row
 
 
-def _cost(group: pd.DataFrame) -> dict[str, float]:
+def _cost(group: pd.DataFrame) -> dict[str, Any]:
     """Means over tokens; the standard error is that of a ratio over texts."""
     main = group[group["draw"] < 0] if (group["draw"] < 0).any() else group
     weight = main["n_tokens"].to_numpy(dtype=float)
@@ -154,4 +160,5 @@ def _cost(group: pd.DataFrame) -> dict[str, float]:
         "base_perplexity": float(np.exp(base)),
         "perplexity": float(np.exp(nll)),
         "agreement": float(same),
+        **({"budget": main["budget"].iloc[0]} if "budget" in main else {}),  # of generated texts
     }

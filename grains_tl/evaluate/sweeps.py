@@ -18,6 +18,7 @@ from grains_tl.evaluate.settings import Vectors, grid, named_vectors
 from grains_tl.evaluate.store import open_checkpoint
 from grains_tl.evaluate.summary import summarize
 from grains_tl.hooks.steer import Operator, Positions
+from grains_tl.inference.continuations import Continuations
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import require_layers
 from grains_tl.records.loading import neutral_texts
@@ -38,7 +39,7 @@ def sweep(
     operator: Operator = "add_renorm",
     positions: Positions | Sequence[Positions] = "all",
     objective: Objective = "sum",
-    neutral: Sequence[str] | int | None = None,
+    neutral: Sequence[str] | int | Continuations | None = None,
     checkpoint: str | Path | None = None,
     **run: Unpack[RunOptions],
 ) -> pd.DataFrame:
@@ -54,6 +55,7 @@ def sweep(
         positions: a scope or several of them: ``"all"``, ``"prompt"``, ``"generated"``, ``"last"``.
         objective: how response tokens are combined.
         neutral: texts to measure the cost on, or how many of the bundled ones; ``None`` leaves the cost out.
+            ``inference.Continuations(prompts, quantile=0.95)`` measures it on what each setting writes itself.
         checkpoint: a ``.jsonl`` file that receives every result when it is finished. The same call with the same file goes
             on where it stopped, and a larger grid computes what is new.
         run: ``max_tokens`` (token budget of one pass; settings of one layer share a pass as long as they fit) and
@@ -101,7 +103,7 @@ def sweep_records(
     operator: Operator = "add_renorm",
     positions: Positions | Sequence[Positions] = "all",
     objective: Objective = "sum",
-    neutral: Sequence[str] | int | None = None,
+    neutral: Sequence[str] | int | Continuations | None = None,
     checkpoint: str | Path | None = None,
     **run: Unpack[RunOptions],
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
@@ -116,7 +118,7 @@ def sweep_records(
         operator: how the step is applied (see ``SteeringVectors.hooks``).
         positions: one scope, or several to compare (see ``SteeringVectors.hooks``).
         objective: how response tokens are combined: ``"sum"``, ``"mean"`` or ``"single"`` (see ``attribute``).
-        neutral: texts to measure the cost on, or how many of the bundled ones.
+        neutral: texts to measure the cost on, or how many of the bundled ones, or ``inference.Continuations``.
         checkpoint: a ``.jsonl`` file; an interrupted sweep resumes from it.
         run: ``max_tokens`` (token budget of one pass) and ``progress`` (show bars), as in ``settings``.
 

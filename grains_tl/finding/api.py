@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from grains_tl._util.checks import finite, listed, whole
 from grains_tl._util.errors import OptionError
@@ -24,10 +24,11 @@ from grains_tl.finding.measuring import Run, report, search
 from grains_tl.finding.records import split_for_search
 from grains_tl.finding.result import Found, examples_of
 from grains_tl.finding.verdict import with_verdicts
+from grains_tl.inference.continuations import Continuations
 from grains_tl.inference.objectives import require_objective
 from grains_tl.models.running import require_layers
 from grains_tl.records.loading import COST_TEXTS, neutral_texts
-from grains_tl.records.pairs import PairLike
+from grains_tl.records.pairs import PairLike, PreferencePair, plain_text
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
@@ -40,6 +41,8 @@ N_LAYERS = 8
 OPTIONS: dict[str, Any] = {
     "n_draws": 8,
     "neutral": 5,
+    "budget": "neutral",
+    "quantile": None,
     "objective": "sum",
     "positions": "all",
     "level": 0.95,
@@ -71,13 +74,15 @@ def find_vector(
             and ``"report"``, for example with other wordings in the last.
         recipes: what to compare: names in ``gr.vectors.RECIPES``, recipes as values, or functions. Recipes that draw at
             random, such as ``"random_direction"``, are controls: they are drawn ``n_draws`` times at every chosen layer.
-        kl: the budget: KL(steered || base) on neutral text, nats per token.
+        kl: the budget: KL(steered || base) on neutral text, nats per token; see ``budget``.
         layers: which to try; default eight spread over the depth without the first two.
         alphas: steps at which the KL is measured, fractions of the layer's typical residual norm; between them it is
             interpolated to the alpha that spends the budget.
         seed: of the split and of the draws.
         checkpoint: a ``.jsonl`` file for finished measurements (attributions go beside it); the same call goes on there.
-        options: ``n_draws`` (8) of each control; ``neutral`` (5): texts, or how many of the bundled ones;
+        options: ``n_draws`` (8) of each control; ``neutral`` (5): texts, or how many of the bundled ones; ``budget``
+            (``"neutral"``): with ``"generated"`` the KL is taken along what each step writes, up to ``max_new_tokens``,
+            behind ``neutral`` prompts of the choosing records, and ``quantile`` of its tokens counts (``None``: their mean);
             ``objective`` (``"sum"``); ``positions`` (``"all"``); ``level`` (0.95) of the intervals; ``n_examples`` (3)
             prompts to continue, up to ``max_new_tokens`` (40); ``max_tokens`` and ``progress`` as in ``gr.settings``.
 
@@ -99,6 +104,8 @@ def find_vector(
     run = _run(model, options, kl=kl, alphas=alphas, seed=seed)
     recipes = _recipes(recipes)
     parts = split_for_search(pairs, seed)
+    if run.budget == "generated":
+        run.texts = _continuations(run, parts.choose)
     tried = tuple(require_layers(model, _spread(int(model.cfg.n_layers)) if layers is None else layers))
     tokenized = {name: tokenize_pairs(model, getattr(parts, name)) for name in parts.sizes}
     attributions = None if checkpoint is None else Path(f"{checkpoint}.attributions.jsonl")
@@ -147,8 +154,41 @@ def _run(model: HookedModel, options: dict[str, Any], *, kl: float, alphas: Sequ
     for name, least in (("n_draws", 2), ("n_examples", 0), ("max_new_tokens", 0)):
         given[name] = whole(name, given[name], least)
     neutral = given.pop("neutral")
+    _require_budget(given, neutral)
     texts = neutral_texts(neutral) if isinstance(neutral, int) else listed("neutral", neutral)
     return Run(model, texts, float(kl), tuple(steps), seed, **given)
+
+
+def _require_budget(given: dict[str, Any], neutral: Any) -> None:
+    """Refuse options of a budget that do not go together (OptionError)."""
+    if given["budget"] not in ("neutral", "generated"):
+        raise OptionError(f"budget={given['budget']!r}; expected 'neutral' or 'generated'")
+    if given["budget"] == "neutral":
+        if given["quantile"] is not None:
+            raise OptionError(
+                f"quantile={given['quantile']} counts tokens of generated text; give budget='generated' too"
+            )
+        return
+    if not isinstance(neutral, int) or neutral < 1:
+        raise OptionError(
+            f"neutral={neutral!r} with budget='generated'; expected how many prompts to continue, such as 5"
+        )
+    if given["max_new_tokens"] < 1:
+        raise OptionError("max_new_tokens=0 with budget='generated': nothing would be generated; give 20 or more")
+
+
+def _continuations(run: Run, records: Sequence[PreferencePair]) -> Continuations:
+    """What each step writes behind the first different prompts of some records, as many as there were neutral texts."""
+    different = list({plain_text(r.prompt): r for r in reversed(records)}.values())[::-1][
+        : len(cast("Sequence[str]", run.texts))
+    ]
+    images = [r.image for r in different]
+    return Continuations(
+        [r.prompt for r in different],
+        run.max_new_tokens,
+        quantile=run.quantile,
+        images=images if any(image is not None for image in images) else None,
+    )
 
 
 def _require_other_texts(recipes: Sequence[Recipe], building: BuildingRecords, rows: Sequence[Sequence[int]]) -> None:

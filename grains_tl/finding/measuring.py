@@ -19,6 +19,7 @@ from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Setting, grid
 from grains_tl.evaluate.store import Checkpoint
 from grains_tl.hooks.steer import Positions
+from grains_tl.inference.continuations import Continuations
 from grains_tl.inference.objectives import Objective
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.types import HookedModel
@@ -34,7 +35,7 @@ class Run:
 
     Attributes:
         model: what is steered.
-        texts: neutral texts.
+        texts: neutral texts, or what each step writes.
         kl: the budget, nats per token.
         alphas: where the KL is measured, in rising order.
         seed: of split and draws.
@@ -44,11 +45,13 @@ class Run:
         level: of the intervals.
         n_examples: prompts to continue.
         max_new_tokens: of a continuation.
+        budget: ``"neutral"`` or ``"generated"``.
+        quantile: of the generated tokens; ``None`` for their mean.
         store: finished results.
     """
 
     model: HookedModel
-    texts: Sequence[str]
+    texts: Sequence[str] | Continuations
     kl: float
     alphas: tuple[float, ...]
     seed: int
@@ -58,10 +61,19 @@ class Run:
     level: float
     n_examples: int
     max_new_tokens: int
+    budget: str = "neutral"
+    quantile: float | None = None
     store: Checkpoint = field(default_factory=Checkpoint)
 
+    @property
+    def kl_of(self) -> str:
+        """What the KL is counted on, for a sentence."""
+        if isinstance(self.texts, Continuations):
+            return f"nats ({self.texts.label})"
+        return "nats per token of neutral text"
+
     def costs(self, settings: Sequence[Setting]) -> NDArray[np.float64]:
-        """``[setting]`` mean KL per token of the neutral texts, nats."""
+        """``[setting]`` KL per token of the neutral texts (or of what the step writes), nats."""
         return kl_per_token(cost_table(self.model, settings, self.texts, checkpoint=self.store), len(settings))
 
     def effects(self, settings: Sequence[Setting], records: Sequence[PreferencePair]) -> NDArray[np.float64]:

@@ -40,7 +40,10 @@ def with_verdicts(
         _control_row(r, effects, run.level) if r["control"] else _row(r, table, effects, level) for r in _rows(table)
     ]
     full = pd.DataFrame(rows).reindex(columns=COLUMNS).assign(control=lambda f: f["control"].astype(bool))
-    full = with_share(full.assign(positions=run.positions), [c.vectors for c in choices.values()])
+    stated = (
+        [] if run.budget == "generated" else [c.vectors for c in choices.values()]
+    )  # a ceiling per KL on neutral text
+    full = with_share(full.assign(positions=run.positions), stated)
     full = full.drop(columns="positions")
     # the best first: those that steer before the others
     order = full.assign(steers=full["verdict"] == STEERS)
@@ -49,7 +52,7 @@ def with_verdicts(
     own = full[~full["control"]]
     best, found = own.iloc[0], bool((own["verdict"] == STEERS).any())
     sentences = [
-        *(_found(best, full) if found else _nothing(best, choices, run)),
+        *(_found(best, full, run) if found else _nothing(best, choices, run)),
         *_between(best, own, effects, level),
         *([] if full["control"].any() else ["No control was run: add 'random_direction' to recipes."]),
         *parts.notes,
@@ -98,10 +101,10 @@ def above(change: NDArray[np.float64], draws: NDArray[np.float64], level: float)
     return {"above_control": mean, "above_low": mean - reach, "above_high": mean + reach, "beaten": beaten}
 
 
-def _found(best: pd.Series, table: pd.DataFrame) -> Iterator[str]:
+def _found(best: pd.Series, table: pd.DataFrame, run: Run) -> Iterator[str]:
     yield (
         f"{best['recipe']} steers: at layer {best['layer']} and alpha {best['alpha']:.3g} the margin of the {best['n']} "
-        f"report records moves by {_nats(best)} nats, for a KL of {best['kl']:.3f} nats per token of neutral text."
+        f"report records moves by {_nats(best)} nats, for a KL of {best['kl']:.3f} {run.kl_of}."
     )
     for _, control in table[table["control"] & (table["layer"] == best["layer"])].iterrows():
         yield (
@@ -118,7 +121,7 @@ def _found(best: pd.Series, table: pd.DataFrame) -> Iterator[str]:
 
 def _nothing(best: pd.Series, choices: Mapping[str, Chosen], run: Run) -> Iterator[str]:
     yield (
-        f"Nothing steers within a KL of {run.kl:g} nats per token. The strongest is {best['recipe']}, at layer "
+        f"Nothing steers within a KL of {run.kl:g} {run.kl_of}. The strongest is {best['recipe']}, at layer "
         f"{best['layer']} and alpha {best['alpha']:.3g}: {_nats(best)} nats on {best['n']} report records "
         f"({best['verdict']})."
     )

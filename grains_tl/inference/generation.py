@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,27 @@ from grains_tl.types import FwdHooks, HookedModel, PromptHooks, Text
 
 #: Steering, hooks, or a function that makes hooks from the prompt's length.
 GenerationHooks = FwdHooks | PromptHooks | Callable[[int], FwdHooks]
+
+
+@dataclass(frozen=True, eq=False)
+class Continued:
+    """A prompt and how it was continued.
+
+    Attributes:
+        prompt: token ids.
+        images: what the processor made of its images.
+        new: the tokens generated, one that ended the text among them.
+        n_shown: how many of these are text: all, or all but the one that ended it.
+    """
+
+    prompt: list[int]
+    images: ImageInputs | None
+    new: list[int]
+    n_shown: int
+
+    def text(self, model: HookedModel) -> str:
+        """The new text, special tokens left out."""
+        return decode_after(model.tokenizer, self.prompt, self.new[: self.n_shown])
 
 
 def generate(
@@ -64,9 +86,31 @@ def generate(
     Examples:
         >>> generate(model, ["The film was"], vectors.hooks(0.2, layers=[15]), max_new_tokens=10)  # doctest: +SKIP
     """
-    prompts = prompt_list(prompts)
-    if not prompts:
-        raise ValueError("no prompts; give at least one")
+    continued = continue_prompts(
+        model,
+        prompts,
+        fwd_hooks,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        images=images,
+    )
+    return [one.text(model) for one in continued]
+
+
+def continue_prompts(
+    model: HookedModel,
+    prompts: Text | Iterable[Text],
+    fwd_hooks: GenerationHooks | None = None,
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    images: Sequence[Any] | None = None,
+) -> list[Continued]:
+    """``generate`` with the token ids of prompts and continuations, for a caller that goes on with them."""
     max_new_tokens, batch_size = whole("max_new_tokens", max_new_tokens), whole("batch_size", batch_size)
     temperature, seed = finite("temperature", temperature), whole("seed", seed)
     if max_new_tokens < 1:
@@ -76,6 +120,32 @@ def generate(
     if temperature < 0:
         raise OptionError(f"temperature={temperature}; expected 0 (greedy) or a positive number")
     require_ready(model)
+    encoded = encode_prompts(model, prompts, images)
+    longest, n_ctx = max(len(ids) for ids, _ in encoded), int(model.cfg.n_ctx)
+    if longest + max_new_tokens > n_ctx:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are too many, the model's context holds "
+            f"{n_ctx}; shorten one of them"
+        )
+    continued: list[Continued] = []
+    for start in range(0, len(encoded), batch_size):
+        rows = encoded[start : start + batch_size]
+        # every batch has a seed of its own, far from those of the next seeds: copies of a prompt must not repeat
+        continued += _continue(model, rows, fwd_hooks, max_new_tokens, temperature, seed * 1_000_003 + start)
+    return continued
+
+
+def encode_prompts(
+    model: HookedModel, prompts: Text | Iterable[Text], images: Sequence[Any] | None = None
+) -> list[tuple[list[int], ImageInputs | None]]:
+    """Token ids and images of each prompt.
+
+    Raises:
+        ValueError: no prompts, an empty or too long one (named by its number), not as many images as prompts.
+    """
+    prompts = prompt_list(prompts)
+    if not prompts:
+        raise ValueError("no prompts; give at least one")
     if images is not None and (isinstance(images, str) or not hasattr(images, "__iter__")):
         raise ValueError(
             f"images is a {type(images).__name__}; expected a list with one entry per prompt: images=[image]"
@@ -87,18 +157,7 @@ def generate(
     for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), start=1):
         with numbered("prompt", number):
             encoded.append(prompt_inputs(model, prompt, image))
-    longest, n_ctx = max(len(ids) for ids, _ in encoded), int(model.cfg.n_ctx)
-    if longest + max_new_tokens > n_ctx:
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are too many, the model's context holds "
-            f"{n_ctx}; shorten one of them"
-        )
-    texts: list[str] = []
-    for start in range(0, len(encoded), batch_size):
-        rows = encoded[start : start + batch_size]
-        # every batch has a seed of its own, far from those of the next seeds: copies of a prompt must not repeat
-        texts += _continue(model, rows, fwd_hooks, max_new_tokens, temperature, seed * 1_000_003 + start)
-    return texts
+    return encoded
 
 
 def _continue(
@@ -108,15 +167,12 @@ def _continue(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-) -> list[str]:
+) -> list[Continued]:
     # A prompt of one token would look like a decoding step to a hook: it gets a (masked) position of padding.
     ids, mask, offset = pad_rows(model, [row for row, _ in rows], padding_side="left", at_least=2)
     pictures = image_inputs(model, [images for _, images in rows], ids, offset)
     prompt_len = ids.shape[1]
-    if isinstance(fwd_hooks, PromptHooks):
-        fwd_hooks = fwd_hooks.for_prompt(prompt_len)
-    hooks = listed_hooks(fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks)
-    hooks = [*hooks, *finite_hook(resid_post(int(model.cfg.n_layers) - 1))]
+    hooks = [*hooks_at(fwd_hooks, prompt_len), *finite_hook(resid_post(int(model.cfg.n_layers) - 1))]
     require_hook_names(model, hooks)
     rules = token_rules(model)
     sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
@@ -148,9 +204,16 @@ def _continue(
                 do_sample=bool(sampling),
                 **sampling,
             )
-    texts = []
-    for (prompt, _), row in zip(rows, out, strict=True):
+    continued = []
+    for (prompt, images), row in zip(rows, out, strict=True):
         new = row[prompt_len:].tolist()
         end = next((i for i, token in enumerate(new) if token in end_ids), len(new))
-        texts.append(decode_after(model.tokenizer, prompt, new[:end]))
-    return texts
+        continued.append(Continued(prompt, images, new[: end + 1], end))
+    return continued
+
+
+def hooks_at(fwd_hooks: GenerationHooks | None, prompt_len: int) -> FwdHooks:
+    """The hooks of a batch whose prompts all end at one place, padding in front included."""
+    if isinstance(fwd_hooks, PromptHooks):
+        return fwd_hooks.for_prompt(prompt_len)
+    return listed_hooks(fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks)

@@ -7,6 +7,7 @@ from .circuits import plot_circuit as plot_circuit
 from .effects import plot_controls as plot_controls
 from .effects import plot_layers as plot_layers
 from .freezing import plot_mechanism as plot_mechanism
+from .generated import plot_generation_kl as plot_generation_kl
 from .hallucination import plot_captions as plot_captions
 from .hallucination import plot_yes_no as plot_yes_no
 from .images import attribution_share as attribution_share

@@ -103,6 +103,15 @@ def test_effects_are_compared_at_the_same_kl(planted: Any) -> None:
     assert spent.between(0.5 * 0.02, 1.5 * 0.02).all() or found.table["alpha"].max() >= 0.4
 
 
+def test_the_budget_can_be_that_of_generated_tokens(planted: Any) -> None:
+    options: Any = {**QUICK, "n_draws": 2, "budget": "generated", "neutral": 3, "max_new_tokens": 6}
+    found = gr.find_vector(planted, varied_pairs(20), recipes=[copy_axis, "random_direction"], kl=0.02, **options)
+    assert "mean over generated tokens" in found.verdict.splitlines()[0] and "neutral text" not in found.verdict
+    prompts = list(dict.fromkeys(r.prompt for r in split_for_search(varied_pairs(20), 0).choose))[:3]
+    costs = gr.evaluate.text_costs(planted, [found.best], gr.inference.Continuations(prompts, 6))
+    assert found.table["kl"][0] == pytest.approx(np.average(costs["kl"], weights=costs["n_tokens"]), abs=1e-6)
+
+
 def test_a_direction_that_works_backwards_is_not_turned_round(planted: Any) -> None:
     found = gr.find_vector(planted, varied_pairs(30), recipes=[wrong_axis, "random_direction"], **QUICK)
     assert not found.steers
@@ -189,6 +198,10 @@ def test_bad_records_are_refused(planted: Any, spoil: Callable[[Any], Any], mess
         ({"n_draws": 1}, "n_draws=1"),
         ({"level": 95}, "level=95"),
         ({"neutral": []}, "no texts"),
+        ({"budget": "free"}, "budget='free'"),
+        ({"quantile": 0.95}, "budget='generated'"),
+        ({"budget": "generated", "quantile": 1.5}, "quantile=1.5"),
+        ({"budget": "generated", "neutral": ["a text"]}, "how many prompts"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(
