@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def add_audit_options(
 ) -> None:
     """The options of ``audit`` alone; ``layers`` and ``numbers`` read lists."""
     parser.add_argument("vector", help="file of vectors: safetensors, GGUF control vector, torch.save, NumPy")
-    parser.add_argument("--out", required=True, help="folder for report.html and table.csv")
+    parser.add_argument("--out", required=True, help="folder for report.html, table.csv and evidence.json")
     parser.add_argument(
         "--recipes",
         default="caa,margin_gradient,random_direction,orthogonal_direction",
@@ -64,4 +65,5 @@ def _write(result: Any, folder: Path) -> list[Path]:
     return [
         write_atomically(folder / "report.html", page("Audit of a steering vector", body).encode()),
         write_atomically(folder / "table.csv", result.table.to_csv(index=False).encode()),
+        write_atomically(folder / "evidence.json", (json.dumps(result.evidence, indent=1) + "\n").encode()),
     ]

@@ -26,6 +26,7 @@ from grains_tl.cli.options import (
     load_records,
     number_list,
 )
+from grains_tl.cli.push import add_push, run_push
 from grains_tl.cli.steer import add_steer_options, run_steer
 from grains_tl.cli.sweep import add_sweep_options, sweep_checkpoint
 
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_steer(commands)
     _add_sweep(commands)
     _add_export(commands)
+    _add_push(commands)
     _add_attribute(commands)
     from grains_tl.cli.compare import add_parser
 
@@ -156,6 +158,12 @@ def _add_export(commands: Any) -> None:
     add_export(export, layer_list)
     add_model_options(export, default=None)
     export.set_defaults(run=lambda args: run_export(args, load))
+
+
+def _add_push(commands: Any) -> None:
+    push = commands.add_parser("push", help="upload vectors to a Hugging Face hub, with a card that says what they do")
+    add_push(push)
+    push.set_defaults(run=run_push, autocast=None)
 
 
 def _add_attribute(commands: Any) -> None:

@@ -133,7 +133,10 @@ def find_vector(
         effects=effects,
         search=searched,
         notes=parts.notes,
-        about={"kl": kl, "seed": seed, "level": run.level, "records": parts.sizes, "seconds": time.time() - start},
+        about={
+            **{"kl": kl, "seed": seed, "level": run.level, "positions": run.positions},
+            **{"records": parts.sizes, "seconds": time.time() - start},
+        },
     )
 
 

@@ -30,7 +30,7 @@ from grains_tl.evaluate.settings import grid
 from grains_tl.evaluate.summary import STEERS
 from grains_tl.finding.api import OPTIONS, find_vector, spread_over
 from grains_tl.finding.records import split_for_search
-from grains_tl.finding.result import Found, examples_of
+from grains_tl.finding.result import Found, evidence_of, examples_of
 from grains_tl.records.loading import preference_pairs
 from grains_tl.records.pairs import PairLike, plain_text
 from grains_tl.types import HookedModel
@@ -103,6 +103,13 @@ class Audit:
     def steers(self) -> bool:
         """Whether it moves the report records' margin further than the controls do."""
         return bool(self.row["verdict"] == STEERS)
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """What was measured of the vector, as plain data, for ``vectors.push_to_hub(repo, evidence=result)``."""
+        row, about = self.row, self.found.about
+        steering = self.vectors.steering(float(row["alpha"]), int(row["layer"]), positions=about["positions"])
+        return evidence_of(row, steering, float(about["level"]), self.verdict)
 
     @property
     def table(self) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ class Found:
         effects: by recipe and layer: ``[record]`` changes of the margin, of controls ``[draw, record]``, nats.
         search: effects on the choosing records, by recipe, layer and alpha.
         notes: sentences about the records.
-        about: ``kl``, ``seed``, ``level``, ``records`` in each part, ``seconds``.
+        about: ``kl``, ``seed``, ``level``, ``positions``, ``records`` in each part, ``seconds``.
 
     Examples:
         >>> found = find_vector(model, pairs)                            # doctest: +SKIP
@@ -93,6 +94,11 @@ class Found:
         figure = importlib.import_module("grains_tl.plotting").plot_controls(named, draws)
         figure.axes[0].set_xlabel("effect: change of the margin from no steering to +alpha, nats")  # no half of a swing
         return figure
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """What the report says of ``best``, as plain data, for ``vectors.push_to_hub(repo, evidence=found)``."""
+        return evidence_of(self.table.iloc[0], self.best, float(self.about["level"]), self.verdict)
 
     def save(self, path: str | Path) -> Path:
         """Write the best vector with its alpha and evidence; ``load_vectors(path).chosen`` is ``best`` again."""
@@ -130,6 +136,18 @@ class Found:
         rows = [[html.text(e.prompt, 300), html.text(e.base), marked_words(e.base, e.steered)] for e in self.examples]
         top = ["vertical-align:top"] * 3
         return html.table(["prompt", "without steering", "with steering"], rows, styles=[top] * len(rows))
+
+
+def evidence_of(row: pd.Series, steering: Steering, level: float, verdict: str) -> dict[str, Any]:
+    """A row of the report and the steering it is about, as plain data: what was chosen, effect, cost, controls, verdict."""
+    numbers = ("effect", "low", "high", "kl", "n", "above_control", "above_low", "above_high", "beaten", "n_draws")
+    values = {name: float(row[name]) for name in numbers if name in row}
+    counts = {
+        name: int(values[name]) for name in ("n", "beaten", "n_draws") if values.get(name, math.nan) == values[name]
+    }
+    known = {name: value for name, value in values.items() if value == value}
+    about = {"recipe": str(row["recipe"]), "steers": bool(row["verdict"] == "steers"), "level": level}
+    return {**about, "chosen": steering.choice, **known, **counts, "verdict": verdict.splitlines()}
 
 
 def examples_of(

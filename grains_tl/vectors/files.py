@@ -7,6 +7,7 @@ from pathlib import Path
 
 from grains_tl.types import HookedModel
 from grains_tl.vectors.foreign import read_foreign
+from grains_tl.vectors.hub import fetch, is_address
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
 
@@ -20,8 +21,11 @@ def load_vectors(
     per layer. Such files do not say how large the model's residuals are: give the model, on which that is measured, or
     steer with ``scale="raw"``.
 
+    ``hf://owner/name`` is read from a Hugging Face hub (``HF_ENDPOINT``, by default huggingface.co), with ``@revision`` or
+    ``/file`` behind it where they differ from the newest ``vectors.safetensors``; it stays in the hub's cache.
+
     Args:
-        path: the file.
+        path: the file, or its address on a hub.
         model: if given, refuse vectors made for another model.
         layers: of the rows, for a file that holds a single tensor without layer numbers.
 
@@ -29,15 +33,18 @@ def load_vectors(
         ``SteeringVectors``: directions ``[layer, d_model]`` of unit length, norms in residual units.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, repository or revision.
+        PermissionError: a repository that this login may not read.
+        ConnectionError: a hub that cannot be reached, fails, or stops half-way.
         ValueError: not such a file, a newer format version, a checksum that does not fit, broken shapes, numbers that are
             not finite, pickled objects, layers that cannot be told, or vectors of another model.
 
     Examples:
         >>> vectors = load_vectors("vectors.safetensors", model)     # doctest: +SKIP
         >>> vectors = load_vectors("happy.gguf", model)              # doctest: +SKIP
+        >>> vectors = load_vectors("hf://owner/name", model)         # doctest: +SKIP
     """
-    file = Path(path)
+    file = fetch(str(path)) if is_address(path) else Path(path)
     if not _is_own(file):
         return read_foreign(file, model, layers)
     if layers is not None:

@@ -132,7 +132,8 @@ def _torch(file: Path) -> FileContent:
     with _reading(file, "file of torch.save"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols
         try:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            with file.open("rb") as handle:  # given a path, torch goes by the suffix
+                found = torch.load(handle, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise ValueError(
                 "it is damaged, or holds pickled Python objects besides tensors, which could run code. Where it was "

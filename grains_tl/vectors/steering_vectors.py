@@ -21,6 +21,7 @@ from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.chosen import chosen_of
 from grains_tl.vectors.directions import LayerDirections
 from grains_tl.vectors.display import made_from, vectors_html
+from grains_tl.vectors.hub import OnHub
 from grains_tl.vectors.matching import require_match
 from grains_tl.vectors.steering import Scale, Steering
 from grains_tl.vectors.tensor_files import fields_of, read_vectors, vectors_content
@@ -28,7 +29,7 @@ from grains_tl.vectors.torch_hooks import TorchHooks
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SteeringVectors(LayerDirections):
+class SteeringVectors(LayerDirections, OnHub):
     """One direction per layer, with its size and the scale that ``alpha`` is measured in.
 
     Attributes:
