@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from grains_tl._util.checks import finite, listed, whole
 from grains_tl._util.errors import OptionError, RecordError
 from grains_tl._util.stats import crossed_interval
-from grains_tl.analysis.equal_kl import at_kl
 from grains_tl.baselines.controls import random_direction_vectors
+from grains_tl.evaluate.equal_kl import at_kl
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Setting
 from grains_tl.evaluate.store import Checkpoint, open_checkpoint

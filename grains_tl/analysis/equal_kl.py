@@ -1,19 +1,17 @@
-"""Steps of equal cost: random directions that cost as much KL as a given step, and steps of a given KL."""
+"""Random directions that cost as much KL as a given step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grains_tl.baselines.controls import random_direction_vectors
-from grains_tl.evaluate.costs import kl_per_token, text_costs
-from grains_tl.evaluate.store import Checkpoint
+from grains_tl.evaluate.equal_kl import at_kl, kl_of
 from grains_tl.records.loading import COST_TEXTS, neutral_texts
 from grains_tl.types import HookedModel
 from grains_tl.vectors.steering import Steering
@@ -44,41 +42,9 @@ def with_random_directions(
         replace(steering, vectors=vectors, scale="residual", alpha=alpha)
         for vectors in random_direction_vectors(like, n_draws=n_random, seed=seed)
     ]
-    own = _kl(model, [steering], neutral)
+    own = kl_of(model, [steering], neutral)
     controls, spent = at_kl(model, controls, float(own[0]), neutral)
     return [steering, *controls], np.concatenate([own, spent])
-
-
-def at_kl(
-    model: HookedModel,
-    steps: Sequence[Steering],
-    kl: float,
-    texts: Sequence[str],
-    *,
-    checkpoint: str | Path | Checkpoint | None = None,
-) -> tuple[list[Steering], NDArray[np.float64]]:
-    """The steps with the alpha at which each costs a given KL.
-
-    Args:
-        model: a ``TransformerBridge`` or ``HookedTransformer``.
-        steps: with an alpha to begin from.
-        kl: nats per token.
-        texts: neutral texts to measure it on.
-        checkpoint: receives every text's result.
-
-    Returns:
-        The steps, and ``[step]`` what they do cost: within a few percent of ``kl`` unless the model breaks first.
-    """
-    steps = list(steps)
-    spent = _kl(model, steps, texts, checkpoint)
-    for _ in range(2):  # the KL of a step grows about with its square
-        factors = np.clip(np.sqrt(kl / np.maximum(np.nan_to_num(spent, nan=np.inf), 1e-12)), 0.2, 5.0)
-        # rounded, so that a resumed run asks for the very same steps
-        steps = [
-            replace(one, alpha=float(f"{one.alpha * factor:.6g}")) for one, factor in zip(steps, factors, strict=True)
-        ]
-        spent = _kl(model, steps, texts, checkpoint)
-    return steps, spent
 
 
 def _as_share(steering: Steering) -> float:
@@ -87,12 +53,3 @@ def _as_share(steering: Steering) -> float:
         return float(steering.alpha)
     row = steering.vectors.layers.index(steering.layers[0])
     return float(steering.alpha) * float(steering.vectors.magnitudes[row] / steering.vectors.resid_norms[row])
-
-
-def _kl(
-    model: HookedModel,
-    steps: Sequence[Steering],
-    texts: Sequence[str],
-    checkpoint: str | Path | Checkpoint | None = None,
-) -> NDArray[np.float64]:
-    return kl_per_token(text_costs(model, steps, texts, checkpoint=checkpoint), len(steps))
