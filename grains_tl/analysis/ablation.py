@@ -16,6 +16,7 @@ from grains_tl._util.stats import mean_and_se
 from grains_tl.analysis.runs import margins_and_kl
 from grains_tl.baselines.controls import random_direction_vectors
 from grains_tl.hooks.cache import cache_hook
+from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import hooked, require_layers, resid_post, run_blocks
@@ -58,6 +59,8 @@ def ablate_hooks(
     every = [vectors] if isinstance(vectors, SteeringVectors) else list(vectors)
     if not every:
         raise ValueError("no vectors given; expected at least one direction to take out")
+    for v in every:
+        residual_stream_only("ablate_hooks", v.site)
     at = layer_numbers(every[0].layers if layers is None else layers)
     if any(layer < 0 for layer in at):
         raise ValueError(f"layers={at}; layers are counted from 0, from the bottom")
@@ -134,6 +137,7 @@ def ablation_table(
     if not every:
         raise ValueError("no vectors given; expected at least one direction to take out")
     for v in every:
+        residual_stream_only("ablation_table", v.site)
         v.require_match(model)
     stored = list(every[0].layers)
     wanted = [*stored, stored] if len(stored) > 1 else stored

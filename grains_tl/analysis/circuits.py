@@ -33,6 +33,7 @@ from grains_tl.analysis.holding import held, keep_values
 from grains_tl.analysis.patching import as_leaf
 from grains_tl.analysis.runs import batch_runner
 from grains_tl.analysis.sites import act_name
+from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import batch_logprobs, hooks_for, score_batches
 from grains_tl.inference.objectives import Objective, margins, require_objective
@@ -125,6 +126,7 @@ def prepared(
     """The records, the nodes after the steered layer and their hook points, with everything checked."""
     if not isinstance(steering, Steering):
         raise OptionError(f"steering is a {type(steering).__name__}; expected vectors.steering(alpha, layer)")
+    residual_stream_only("steering_circuit", steering.vectors.site)
     require_objective(objective)
     tokenized = as_tokenized(model, pairs)
     if not tokenized:

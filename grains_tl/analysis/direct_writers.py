@@ -13,6 +13,7 @@ from torch import Tensor
 from grains_tl._util.stats import mean_and_se
 from grains_tl.attribution.selection import Selection
 from grains_tl.hooks.mask import Mask, Masker
+from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.hooks.stand_ins import hide, replacements
 from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
 from grains_tl.models.running import hooked, resid_post, run_blocks
@@ -65,6 +66,7 @@ def writers(
         >>> table.nlargest(5, "projection")                                               # doctest: +SKIP
     """
     tokenized = as_tokenized(model, tokenized)
+    residual_stream_only("writers", vectors.site)
     vectors.require_match(model)
     unit = vectors.at([layer]).directions[0]
     common: dict[str, Any] = {"layer": layer, "mask": mask}

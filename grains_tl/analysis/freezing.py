@@ -5,8 +5,7 @@
 2. Run them steered with any of these four held at its kept value. With all four held only the step itself reaches the
    unembedding: the direct path, which is linear in the step.
 3. The sixteen combinations give each kind's part of the effect (Shapley's value): with the direct path they add up to it.
-
-Frozen attention patterns alone are the question of arXiv 2604.08524.
+   Frozen attention patterns alone are the question of arXiv 2604.08524.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from grains_tl._util.stats import mean_interval
 from grains_tl.analysis.equal_kl import with_random_directions
 from grains_tl.analysis.holding import Frozen, held, keep_values
 from grains_tl.analysis.runs import batch_runner
+from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.inference.logprobs import hooks_for, score_batches
 from grains_tl.inference.objectives import Objective, require_objective
 from grains_tl.models.running import require_hook_names, resid_post
@@ -100,6 +100,7 @@ def mechanism(
         raise OptionError(f"by={by!r}; expected 'all', 'layer' or 'head'")
     if not isinstance(steering, Steering):
         raise OptionError(f"steering is a {type(steering).__name__}; expected vectors.steering(alpha, layer)")
+    residual_stream_only("mechanism", steering.vectors.site)
     require_objective(objective)
     n_random = whole("n_random", n_random, 0)
     tokenized = as_tokenized(model, pairs)
@@ -112,9 +113,8 @@ def mechanism(
     steps, spent = with_random_directions(model, steering, n_random, texts, seed)
     plan = _plan(by, after, int(model.cfg.n_heads))
     effects = _run(model, tokenized, steps, plan, points, objective)
-    rows = [_rows(by, after, int(model.cfg.n_heads), plan, effects[:1], "steering", spent[:1])]
-    if n_random:
-        rows.append(_rows(by, after, int(model.cfg.n_heads), plan, effects[1:], RANDOM, spent[1:]))
+    groups = [("steering", slice(0, 1)), *([(RANDOM, slice(1, None))] if n_random else [])]
+    rows = [_rows(by, after, int(model.cfg.n_heads), plan, effects[own], name, spent[own]) for name, own in groups]
     return pd.DataFrame([row for part in rows for row in part])
 
 

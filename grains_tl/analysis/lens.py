@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl.hooks.sites import residual_space_only
 from grains_tl.models.precision import full_precision
 from grains_tl.models.running import device_of, embed_tokens
 from grains_tl.types import HookedModel
@@ -39,6 +40,7 @@ def lens_logits(model: HookedModel, vectors: SteeringVectors) -> Float[Tensor, "
     Examples:
         >>> lens_logits(model, vectors)[0].topk(5).indices        # doctest: +SKIP
     """
+    residual_space_only("the logit lens", vectors.site)
     vectors.require_match(model)
     return through_unembedding(model, vectors.directions)
 
@@ -100,6 +102,7 @@ def embedding_neighbours(
     if space not in ("embed", "unembed"):
         raise ValueError(f"space={space!r}; expected 'embed' or 'unembed'")
     chosen = vectors.at(vectors.layers if layers is None else layers)
+    residual_space_only("embedding_neighbours", chosen.site)
     chosen.require_match(model)
     units = chosen.directions.to(device_of(model))
     if space == "embed":

@@ -196,7 +196,7 @@ def feature_vectors(
         raise ValueError(f"features {bad or 'none'}; the decoder has features 0 to {len(rows) - 1}")
     raw = torch.from_numpy(weights @ rows[numbers]).float()[None]
     info = {"method": "features", "features": numbers, "model": like.info.get("model")}
-    return SteeringVectors.from_raw(raw, [layer], like.at([layer]).resid_norms, info)
+    return SteeringVectors.from_raw(raw, [layer], like.at([layer]).resid_norms, info, site=like.site)
 
 
 def _checked(vectors: SteeringVectors, decoder: Tensor, layer: int) -> tuple[Any, Any]:

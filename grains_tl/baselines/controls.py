@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def _drawn_like(
             like.layers,
             like.resid_norms,
             {"method": method, "seed": seed, "draw": number, "model": like.info.get("model")},
+            site=like.site,
         )
         for number in range(n_draws)
     ]
@@ -102,8 +104,8 @@ def shuffle_labels(differences: Differences, generator: torch.Generator) -> Diff
     swap[torch.randperm(n, generator=generator)[:n_swapped]] = True
     where = swap.to(differences.toward_chosen.device)[:, None, None]
     up, down = differences.toward_chosen, differences.toward_rejected
-    return Differences(
-        torch.where(where, down, up), torch.where(where, up, down), differences.layers, differences.resid_norms
+    return replace(
+        differences, toward_chosen=torch.where(where, down, up), toward_rejected=torch.where(where, up, down)
     )
 
 
@@ -213,7 +215,7 @@ def mask_at_random(
         whole: ``read_out`` of the unmasked prompts with the same ``options``.
         generator: of the draw.
         spare_end: leave the prompt's last token alone.
-        options: passed to ``read_out``: ``layers``, ``mask``, ``readout``.
+        options: passed to ``read_out``: ``layers``, ``mask``, ``readout``, ``site``.
     """
     contents = [[*t.content[:-1], t.content[-1] and not spare_end] for t in tokenized]
     drawn = [

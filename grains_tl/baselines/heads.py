@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl._util.checks import whole
 from grains_tl._util.progress import progress_bar
 from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
 from grains_tl.models.running import hooked, require_layers, run_blocks
@@ -109,6 +110,7 @@ def head_vectors(
     layers: Sequence[int] | None = None,
     n_heads: int | None = None,
     direction: HeadDirection = "mean_shift",
+    heads: Iterable[tuple[int, int]] | None = None,
 ) -> HeadVectors:
     """ITI directions from preference records (arXiv 2306.03341, section 3).
 
@@ -123,18 +125,27 @@ def head_vectors(
         layers: where to look for heads, default all.
         n_heads: how many heads to steer; default 5 % of those looked at, at least one (the paper: 48 of 1024).
         direction: ``"mean_shift"`` (the paper's best) or ``"probe"``.
+        heads: (layer, head) of the heads to steer, in place of those with the best probes: for example those that carry an
+            effect by activation patching, ``gr.analysis.patch(..., component="z", by="head")``.
 
     Returns:
         ``HeadVectors``: the chosen heads, their directions ``[head, d_head]`` of unit length, and accuracies.
 
     Raises:
-        ValueError: before anything runs, for fewer than two records, unknown options, or more heads than there are.
+        ValueError: before anything runs, for fewer than two records, unknown options, more heads than there are, heads that
+            do not exist or are named twice, or ``heads`` beside ``layers`` or ``n_heads``.
 
     Examples:
         >>> heads = head_vectors(model, pairs, layers=range(8, 20))                    # doctest: +SKIP
         >>> score_pairs(model, tokenized, heads.hooks(alpha=0.2))                      # doctest: +SKIP
+        >>> table = gr.analysis.patch(model, tokenized, steering, component="z", by="head")   # doctest: +SKIP
+        >>> best = table.nlargest(8, "effect")[["layer", "head"]].itertuples(index=False)     # doctest: +SKIP
+        >>> mediating = head_vectors(model, pairs, heads=best)                                # doctest: +SKIP
     """
     tokenized = tokenize_pairs(model, pairs)
+    named = None if heads is None else _named_heads(model, heads, layers, n_heads)
+    if named is not None:
+        layers, n_heads = [layer for layer, _ in named], len(named)
     wanted = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
     per_layer = int(model.cfg.n_heads)
     candidates = [(layer, head) for layer in wanted for head in range(per_layer)]
@@ -151,26 +162,43 @@ def head_vectors(
     probes = [_probe(found[:, :, i].double()) for i in progress_bar(range(len(candidates)), desc="probes", unit="head")]
     # stable: of equally good heads the lower ones
     best = sorted(range(len(candidates)), key=lambda i: -probes[i][0])[:n_heads]
+    best = best if named is None else [candidates.index(head) for head in named]
     rows = [_direction(found[:, :, i], probes[i][1], direction, candidates[i]) for i in best]
-    heads = tuple(candidates[i] for i in best)
+    steered = tuple(candidates[i] for i in best)
     directions = torch.stack(rows)
     projected = (found[:, :, best] * directions).sum(-1)  # not a matrix product: autocast would round it
     along = rearrange(projected, "record response head -> (record response) head")
     norms: list[Tensor] = []
-    read_out(model, tokenized, layers=[max(layer for layer, _ in heads)], norms=norms)
+    read_out(model, tokenized, layers=[max(layer for layer, _ in steered)], norms=norms)
     return HeadVectors(
-        heads=heads,
+        heads=steered,
         directions=directions,
         sigmas=along.std(0, correction=0),
         writes=torch.stack(
             [
                 (d[:, None] * output_weights(model, layer)[head]).sum(0)
-                for d, (layer, head) in zip(rows, heads, strict=True)
+                for d, (layer, head) in zip(rows, steered, strict=True)
             ]
         ),
         resid_norm=torch.cat(norms, dim=1).median().item(),
         accuracies=torch.tensor([probes[i][0] for i in best]),
     )
+
+
+def _named_heads(
+    model: HookedModel, heads: Iterable[tuple[int, int]], layers: Any, n_heads: int | None
+) -> list[tuple[int, int]]:
+    """Heads that a caller has chosen, as whole numbers; ValueError for what cannot be meant."""
+    if layers is not None or n_heads is not None:
+        raise ValueError("heads= names the heads to steer; leave layers and n_heads out")
+    named = [(whole("layer", layer, 0), whole("head", head, 0)) for layer, head in heads]
+    size = (int(model.cfg.n_layers), int(model.cfg.n_heads))
+    bad = [pair for pair in named if pair[0] >= size[0] or pair[1] >= size[1]]
+    if bad or not named or len(set(named)) < len(named):
+        raise ValueError(
+            f"heads={named}; expected different (layer, head) below {size}" + (f", not {bad}" if bad else "")
+        )
+    return named
 
 
 def read_out_heads(

@@ -95,7 +95,7 @@ class RandomDirection(DirectRecipe):
 
     @override
     def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
-        return torch.randn(len(records.layers), int(records.model.cfg.d_model), generator=generator)
+        return torch.randn(len(records.layers), records.width, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class ShuffledLabels(DirectRecipe):
     def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
         if self.differences is None:
             up = records.response_differences
-            given = Differences(up, torch.zeros_like(up), records.layers, records.resid_norms)
+            given = Differences(up, torch.zeros_like(up), records.layers, records.resid_norms, records.site)
         else:
             given = self.differences.at(records.layers)
         return reduce_vectors(shuffle_labels(given, generator)).raw
@@ -190,6 +190,7 @@ class RandomTokens(DirectRecipe):
             generator,
             layers=records.layers,
             mask=self.mask,
+            site=records.site,
         )
         return (up - down).mean(0)
 

@@ -180,7 +180,7 @@ def _measured(
 ) -> Iterator[tuple[int, Float[Tensor, "text measure"]]]:
     """``(index of the setting, [text, measure])`` for one batch."""
     several = batch.ids.numel() * 2 <= current().max_tokens
-    layers = [layer for s in settings for layer in (s.layer, *s.read_layers)]
+    layers = [layer for s in settings for layer in (s.start, *s.read_layers)]
     restart = prepare_restart(model, batch, layers, copies=several)
     (base_logits,) = restart_logits(model, restart, max(restart.resid), [[]])
     base = base_logits.float().log_softmax(-1)

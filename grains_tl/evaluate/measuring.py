@@ -20,7 +20,7 @@ from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import HooksForBatch, hooks_for, score_batches
 from grains_tl.inference.objectives import Objective, kl_divergence, margins
 from grains_tl.inference.restart import Restart, prepare_restart, restart_many
-from grains_tl.models.running import forward_logits, resid_post
+from grains_tl.models.running import forward_logits, stream_after
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.steering import Steering
@@ -187,7 +187,7 @@ def run_settings(
     Every setting restarts from the residual cached at its layer; settings of one layer share a pass as long as it stays
     under ``max_tokens``. Layers come in rising order, so that a run that is stopped has finished what it has yielded.
     """
-    layers = [s.layer for s in settings] or [0]
+    layers = [s.start for s in settings] or [0]
     read = [layer for s in settings for layer in s.read_layers]
     copies = copies_that_fit(batch.ids.numel()) > 1 and len(set(layers)) < len(layers)
     restart = prepare_restart(model, batch, [*layers, *read], copies=copies)
@@ -208,13 +208,13 @@ def shared_passes(
     Layers come in rising order. Hooks above the setting's own layer would act on its neighbours too: those run alone.
     """
     size = copies_that_fit(restart.n_tokens) if restart.tiles else 1
-    for layer in sorted({s.layer for s in settings}):
-        made = {i: hooks_for(s.hooks, restart.batch) for i, s in enumerate(settings) if s.layer == layer}
+    for layer in sorted({s.start for s in settings}):
+        made = {i: hooks_for(s.hooks, restart.batch) for i, s in enumerate(settings) if s.start == layer}
         for i, hooks in made.items():
             _require_reach(layer, hooks)
             made[i] = after_reading(hooks, layer, restart.resid)
         idle = [i for i, hooks in made.items() if not hooks]
-        alone = [i for i, hooks in made.items() if any(name != resid_post(layer) for name, _ in hooks)]
+        alone = [i for i, hooks in made.items() if any(name != stream_after(layer) for name, _ in hooks)]
         shared = [i for i in made if i not in idle and i not in alone]
         if idle:
             yield layer, idle, None
@@ -248,7 +248,7 @@ def swings(
     several = [v.layers for v in vectors if len(v.layers) != 1]
     if several:
         raise ValueError(f"swings takes vectors of one layer, got layers {several[0]}; use vectors.at([layer])")
-    settings = [Setting(v.layers[0], v.hooks(sign * alpha)) for v in vectors for sign in (1, -1)]
+    settings = [Setting.of(v.steering(sign * alpha)) for v in vectors for sign in (1, -1)]
     base, steered = measure(model, tokenized, settings, objective=objective)
     both = margins(steered).view(len(vectors), 2, len(tokenized))
     return margins(base), (both[:, 0] - both[:, 1]) / 2

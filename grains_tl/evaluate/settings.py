@@ -11,7 +11,7 @@ from grains_tl._util.checks import finite, listed
 from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.steer import Operator, Positions
 from grains_tl.inference.logprobs import HooksForBatch
-from grains_tl.models.running import listed_hooks, require_hook_names, resid_post
+from grains_tl.models.running import listed_hooks, require_hook_names, stream_after
 from grains_tl.types import FwdHooks, HookedModel, PromptHooks
 from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
@@ -24,7 +24,8 @@ class Setting:
     """One thing to measure.
 
     Attributes:
-        layer: the lowest layer the hooks act on; everything below is shared with the unsteered run.
+        layer: the lowest layer the hooks act on; everything below is shared with the unsteered run (a ``Steering`` of
+            another site acts inside its block, which is then run as well).
         hooks: a ``Steering``, or hooks on ``resid_post`` of this and later layers, or a function ``Batch -> hooks``. An
             empty list is the unsteered model and costs nothing.
         vector: the vector's name in a table.
@@ -53,6 +54,12 @@ class Setting:
             return []
         made = self.hooks.for_prompt(None) if isinstance(self.hooks, PromptHooks) else listed_hooks(self.hooks)
         return sorted({fn.gate.layer for _, fn in made if isinstance(fn, GateRun)})
+
+    @property
+    def start(self) -> int:
+        """The layer whose residual is taken from the unsteered run; -1: the stream before block 0."""
+        inside = isinstance(self.hooks, Steering) and self.hooks.vectors.site != "resid_post"
+        return self.layer - inside
 
     @classmethod
     def of(cls, steering: Steering, *, vector: str | None = None, draw: int = -1) -> Setting:
@@ -102,7 +109,7 @@ def require_settings(model: HookedModel, settings: Sequence[Setting | Steering])
             made = setting.hooks.for_prompt(None) if isinstance(setting.hooks, PromptHooks) else setting.hooks
             hooks = listed_hooks(made)
             require_hook_names(model, hooks)
-            _require_reach(setting.layer, hooks)
+            _require_reach(setting.start, hooks)
     return ready
 
 
@@ -114,10 +121,11 @@ def _require_reach(layer: int, fwd_hooks: FwdHooks) -> None:
     for name in (name for name, fn in fwd_hooks if not isinstance(fn, GateRun)):
         found = re.match(r"blocks\.(\d+)\.", str(name))
         place = int(found[1]) if found else layer + 1 if str(name).startswith(("ln_final", "unembed")) else -1
-        if place < layer or (place == layer and name != resid_post(layer)):
+        if place < layer or (place == layer and name != stream_after(layer)):
             raise ValueError(
-                f"a setting of layer {layer} has a hook on {name}, which would never run: all up to {resid_post(layer)} is "
-                "taken from the unsteered run. Give the lowest layer that the hooks act on, one less for hooks inside it"
+                f"a setting of layer {layer} has a hook on {name}, which would never run: all up to "
+                f"{stream_after(layer)} is taken from the unsteered run. Give the lowest layer that the hooks act on, one "
+                "less for hooks inside it"
             )
 
 

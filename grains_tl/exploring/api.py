@@ -12,6 +12,7 @@ from grains_tl.attribution.methods import Method, method_of
 from grains_tl.exploring.page import write_page
 from grains_tl.exploring.views import Menu, Views, menu_of
 from grains_tl.exploring.widget import Explorer
+from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.models.state import require_ready
 from grains_tl.records.pairs import prompt_list
 from grains_tl.tokens.prompts import prompt_inputs
@@ -110,6 +111,7 @@ def explore(
     for steps in menu.values():
         for step in steps.values():
             own = step.vectors
+            residual_stream_only("explore", own.site)
             require_match(own.info, own.layers, int(own.directions.shape[1]), model)
     if not finite("kl", kl) > 0:
         raise OptionError(f"kl={kl}; expected a budget above 0 nats per token, such as 0.05")

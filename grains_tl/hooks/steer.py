@@ -13,6 +13,7 @@ from grains_tl._util.checks import finite, whole
 from grains_tl._util.tensors import lasting
 from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.layer_gates import LayerGate
+from grains_tl.hooks.sites import Site, edit_hooks, flat, require_site
 from grains_tl.models.running import resid_post
 from grains_tl.types import FwdHooks
 
@@ -39,14 +40,15 @@ def steer_hook(
     positions: Positions | Bool[Tensor, "batch pos"] = "all",
     prompt_len: int | Int[Tensor, "batch"] | None = None,
     gate: Gate | None = None,
+    site: Site = "resid_post",
 ) -> FwdHooks:
-    """Steer the residual stream after one block.
+    """Steer the residual stream after one block, or another site of it.
 
     ``"add_renorm"`` is the paper's step (arXiv 2507.18043, section 3): add, then scale back to the norm there was.
 
     Args:
-        layer: counted from 0; the hook point is ``blocks.{layer}.hook_resid_post``.
-        direction: ``[d_model]``; only its direction counts, it is normalised here.
+        layer: counted from 0; the hook point is ``blocks.{layer}.hook_resid_post`` unless ``site`` says otherwise.
+        direction: ``[d_model]`` (``"z"``: ``[n_heads * d_head]``); only its direction counts, it is normalised here.
         amount: for ``"add"`` and ``"add_renorm"`` the length of the step in residual units; for ``"ablate"`` the share of
             the component to take out (1 = all); for ``"clamp"`` the value of the component afterwards.
             ``SteeringVectors.hooks`` gives these from ``alpha``.
@@ -61,9 +63,11 @@ def steer_hook(
             While decoding the function sees the new position alone; a ``[batch, pos]`` tensor leaves that one alone.
             ``ProbeGate``, ``CosineGate`` and ``FunctionGate`` read at their own layer, by a hook in front of this one; what
             they decide at the prompt's end holds for the tokens decoded afterwards.
+        site: which activation of the block is changed. At ``"z"`` the heads count as one vector; ``"add_renorm"``
+            restores the norm of each head's own output, so heads without a part in the direction stay as they are.
 
     Returns:
-        ``[(name, fn)]`` for ``run_with_hooks`` or ``model.hooks``, next to any other hooks.
+        ``[(name, fn)]`` for ``run_with_hooks`` or ``model.hooks``, next to any other hooks; three at ``"resid_mid"``.
 
     Raises:
         ValueError: zero or non-finite direction, non-finite amount, unknown operator or scope; during the run, a
@@ -78,6 +82,7 @@ def steer_hook(
     if layer < 0:
         raise ValueError(f"layer={layer}; layers count from 0")
     require_step(operator, positions, gate)
+    require_site(site)
     prompt_len = require_border(prompt_len)
     size = direction.float().norm()
     if not torch.isfinite(size) or size == 0:
@@ -85,25 +90,32 @@ def steer_hook(
     unit = lasting(direction.float() / size)
     reading: FwdHooks = []
     if isinstance(gate, LayerGate):
-        gate.require_below([layer])
+        gate.require_below(
+            [layer if site == "resid_post" else layer - 1]
+        )  # what is changed inside a block comes before
         run = GateRun(gate, prompt_len)
         reading, gate = [(resid_post(gate.layer), run)], run.opener()
 
-    def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
-        if act.shape[-1] != unit.shape[0]:
-            raise ValueError(f"a direction of d_model {unit.shape[0]} does not fit activations {tuple(act.shape)}")
+    def hook_fn(act: Float[Tensor, "batch pos *shape"], hook: Any) -> Float[Tensor, "batch pos *shape"]:
+        if act.shape[2:].numel() != unit.shape[0] or (site == "z") != (act.ndim == 4):
+            raise ValueError(
+                f"a direction of d_model {unit.shape[0]} at {site} does not fit activations {tuple(act.shape)}"
+            )
         if amount == 0 and operator != "clamp":
             return act
-        scope = _scope(act, positions, prompt_len)
+        scope = _scope(flat(act), positions, prompt_len)
         if gate is not None:
-            opened = _opened(act, gate)
+            opened = _opened(flat(act), gate)
             scope = opened if scope is None else scope & opened
         if scope is not None and not bool(scope.any()):
             return act
-        new = _apply(act, unit.to(act.device), amount, operator)
-        return new if scope is None else torch.where(scope[..., None], new, act)
+        # of heads, the renormalising step keeps each one's norm; a component is along all of them together
+        inner = act.shape[2:] if operator == "add_renorm" else unit.shape
+        new = _apply(act.reshape(*act.shape[:2], *inner), unit.to(act.device).view(inner), amount, operator)
+        new = new.view(act.shape)
+        return new if scope is None else torch.where(scope.view(*scope.shape, *[1] * (act.ndim - 2)), new, act)
 
-    return [*reading, (resid_post(layer), hook_fn)]
+    return [*reading, *edit_hooks(site, layer, hook_fn)]
 
 
 def require_step(operator: Any, positions: Any, gate: Any = None) -> None:
@@ -157,7 +169,7 @@ def require_border(prompt_len: Any) -> int | Int[Tensor, "batch"] | None:
 
 
 def _apply(
-    act: Float[Tensor, "*shape d_model"], unit: Float[Tensor, "d_model"], amount: float, operator: Operator
+    act: Float[Tensor, "*shape d_model"], unit: Float[Tensor, "*heads d_model"], amount: float, operator: Operator
 ) -> Float[Tensor, "*shape d_model"]:
     if operator == "add":
         return act + (amount * unit).to(act.dtype)

@@ -17,7 +17,7 @@ from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import batch_logprobs, gather_logprobs, target_logits
 from grains_tl.inference.packing import BlockInputs, Packing, pack_batch
 from grains_tl.models.precision import agrees, full_precision
-from grains_tl.models.running import final_norm, hooked, is_bridge, require_layers, resid_post
+from grains_tl.models.running import final_norm, hooked, is_bridge, require_layers, stream_after
 from grains_tl.types import FwdHooks, HookedModel
 
 
@@ -28,7 +28,7 @@ class Restart:
 
     Attributes:
         batch: the rows and targets.
-        resid: layer -> ``[batch, pos, d_model]`` residual after that block.
+        resid: layer -> ``[batch, pos, d_model]`` residual after that block (-1: before block 0).
         block_inputs: for a bridge, the further arguments each block was called with (masks, rotary tables).
         base: ``[record, 2]`` log-likelihoods of the unsteered run.
         exact: whether continuing reproduces ``base``; where it does not, full runs are used instead.
@@ -55,7 +55,8 @@ class Restart:
 def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, copies: bool = False) -> Restart:
     """One full run that keeps what ``restart_logprobs`` needs, and a check that continuing gives the same numbers.
 
-    With ``copies`` the check is also made for two copies of the batch in one pass.
+    Layer -1 is the residual stream before block 0. With ``copies`` the check is also made for two copies of the batch in
+    one pass.
     """
     resid: dict[int, Tensor] = {}
     inputs: BlockInputs = []
@@ -70,12 +71,15 @@ def prepare_restart(model: HookedModel, batch: Batch, layers: Sequence[int], *, 
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
         inputs.append((args[1:] if args else (), rest))
 
+    blocks = [layer for layer in layers if layer != -1]
+    places = [] if len(blocks) == len(layers) else [-1]
+    places += require_layers(model, blocks) if blocks or not places else []
     handles = []
     if is_bridge(model):
         handles = [block.register_forward_pre_hook(note_inputs, with_kwargs=True) for block in model.blocks]
     try:
         with torch.no_grad():
-            base = batch_logprobs(model, batch, [(resid_post(i), keep(i)) for i in require_layers(model, layers)])
+            base = batch_logprobs(model, batch, [(stream_after(i), keep(i)) for i in places])
     finally:
         for handle in handles:
             handle.remove()
@@ -127,7 +131,7 @@ def restart_logits(
     Raises:
         ValueError: several settings, one of which has hooks above ``layer``; they would act on the others too.
     """
-    batch, here = restart.batch, resid_post(layer)
+    batch, here = restart.batch, stream_after(layer)
     later = [(name, fn) for hooks in settings for name, fn in hooks if name != here]
     if later and len(settings) > 1:
         raise ValueError(f"hooks on {later[0][0]} cannot share a pass with other settings; run them one at a time")

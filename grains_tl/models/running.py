@@ -59,6 +59,16 @@ def resid_post(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
+def stream_after(layer: int) -> str:
+    """Name of the residual stream after block ``layer``; -1 is the stream before block 0.
+
+    Examples:
+        >>> stream_after(12), stream_after(-1)
+        ('blocks.12.hook_resid_post', 'blocks.0.hook_resid_pre')
+    """
+    return "blocks.0.hook_resid_pre" if layer == -1 else resid_post(layer)
+
+
 def device_of(model: HookedModel) -> torch.device:
     """The device the model's embedding is on: inputs go there."""
     return next(model.parameters()).device

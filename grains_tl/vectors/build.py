@@ -11,7 +11,8 @@ from grains_tl._util.settings import settings
 from grains_tl.attribution.method_base import Method
 from grains_tl.attribution.top_k import TopK
 from grains_tl.hooks.mask import Mask, Masker
-from grains_tl.models.running import require_layers
+from grains_tl.hooks.sites import require_site, site_point
+from grains_tl.models.running import require_hook_names, require_layers
 from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
@@ -54,8 +55,10 @@ def build_vectors(
         checkpoint: a ``.jsonl`` file that receives each record's result when it is finished; a later call with the same
             model, record and settings takes them from there.
         options: further fields of the recipe (of ``"grains"``: ``readout``, ``objective``, ``side``, ``top_k_image``,
-            ``group_by``, ``spare_end``, and the fields of its method such as ``n_steps``); and of the run: ``max_tokens``,
-            ``progress``, ``processes=launched()`` under ``accelerate launch``.
+            ``group_by``, ``spare_end``, and the fields of its method such as ``n_steps``); ``site``, where the vectors are
+            read and will be added: ``"resid_post"`` (default), ``"resid_pre"``, ``"resid_mid"``, ``"attn_out"``,
+            ``"mlp_out"`` or ``"z"`` (all heads of a layer; ``vectors.heads`` takes single ones out); and of the run:
+            ``max_tokens``, ``progress``, ``processes=launched()`` under ``accelerate launch``.
 
     Returns:
         ``SteeringVectors``: unit directions ``[layer, d_model]``; ``vectors.info`` holds all settings, the share of
@@ -72,10 +75,13 @@ def build_vectors(
     """
     run: dict[str, Any] = {name: options.pop(name, None) for name in ("max_tokens", "progress")}
     processes: Processes = options.pop("processes", None) or ALONE
+    site = require_site(options.pop("site", "resid_post"))
     chosen = recipe_of(recipe, method=method, top_k=top_k, reduce=reduce, mask=mask, **options)
     tokenized = tokenize_pairs(model, pairs)
     wanted = require_layers(model, range(model.cfg.n_layers) if layers is None else layers)
-    records = BuildingRecords(model, tokenized, tuple(wanted), checkpoint, processes)
+    records = BuildingRecords(model, tokenized, tuple(wanted), checkpoint, processes, site)
+    chosen.check_site(records)
+    require_hook_names(model, [(site_point(site, layer), id) for layer in wanted])
     chosen.check(records)
     with settings(**run):
         return chosen.build(records)

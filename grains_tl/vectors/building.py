@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.processes import ALONE, Processes
+from grains_tl.hooks.sites import Site, site_width
 from grains_tl.inference.logprobs import score_pairs
 from grains_tl.inference.objectives import margins
 from grains_tl.tokens.pairs import TokenizedPair
@@ -29,6 +30,7 @@ class BuildingRecords:
         layers: which layers, in increasing order.
         checkpoint: a file for finished results, or ``None``.
         processes: this process and how many there are.
+        site: the activation of each block that is read, and that the vectors will be added to.
 
     Examples:
         >>> records = BuildingRecords(model, tokenize_pairs(model, pairs), (12,))     # doctest: +SKIP
@@ -41,15 +43,21 @@ class BuildingRecords:
     layers: tuple[int, ...]
     checkpoint: str | Path | None = None
     processes: Processes = ALONE
+    site: Site = "resid_post"
+
+    @property
+    def width(self) -> int:
+        """Length of a vector: ``d_model``, at ``"z"`` ``n_heads * d_head``."""
+        return site_width(self.model, self.site)
 
     @cached_property
-    def _prompts(self) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "layer"]]:
+    def _prompts(self) -> tuple[Float[Tensor, "record layer width"], Float[Tensor, "layer"]]:
         norms: list[Tensor] = []
-        ends = read_out(self.model, self.tokenized, layers=self.layers, norms=norms)
+        ends = read_out(self.model, self.tokenized, layers=self.layers, norms=norms, site=self.site)
         return ends, torch.cat(norms, dim=1).median(dim=1).values
 
     @property
-    def prompt_ends(self) -> Float[Tensor, "record layer d_model"]:
+    def prompt_ends(self) -> Float[Tensor, "record layer width"]:
         """Residuals at the last prompt token."""
         return self._prompts[0]
 
@@ -60,13 +68,13 @@ class BuildingRecords:
         return self._responses[1] if "_responses" in self.__dict__ else self._prompts[1]
 
     @cached_property
-    def _responses(self) -> tuple[Float[Tensor, "record 2 layer d_model"], Float[Tensor, "layer"]]:
+    def _responses(self) -> tuple[Float[Tensor, "record 2 layer width"], Float[Tensor, "layer"]]:
         norms: list[Tensor] = []
-        ends = read_out_responses(self.model, self.tokenized, layers=self.layers, norms=norms)
+        ends = read_out_responses(self.model, self.tokenized, layers=self.layers, norms=norms, site=self.site)
         return ends, torch.cat(norms, dim=1).median(dim=1).values
 
     @property
-    def response_differences(self) -> Float[Tensor, "record layer d_model"]:
+    def response_differences(self) -> Float[Tensor, "record layer width"]:
         """h(prompt + chosen) - h(prompt + rejected) at the last response token."""
         ends = self._responses[0]
         return ends[:, 0] - ends[:, 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from grains_tl._util.processes import ALONE, Processes
 from grains_tl.attribution.selection import Selection
 from grains_tl.hooks.mask import Mask, Masker
+from grains_tl.hooks.sites import Site
 from grains_tl.models.running import require_layers
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import HookedModel
@@ -31,6 +32,7 @@ class Differences:
         toward_rejected: ``[record, layer, d_model]``, d- = h(x) - h(x without I-).
         layers: the layer of each row of the second axis.
         resid_norms: ``[layer]`` median residual norm over the prompts' content tokens, the unit of ``alpha``.
+        site: which activation of each block was read.
 
     Examples:
         >>> d = Differences(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), (12,), torch.tensor([140.0]))
@@ -42,17 +44,22 @@ class Differences:
     toward_rejected: Float[Tensor, "record layer d_model"]
     layers: tuple[int, ...]
     resid_norms: Float[Tensor, "layer"]
+    site: Site = "resid_post"
 
     def subset(self, records: Sequence[int]) -> Differences:
         """The same for some records (repeats allowed: a bootstrap sample)."""
         index = list(records)
-        return Differences(self.toward_chosen[index], self.toward_rejected[index], self.layers, self.resid_norms)
+        return replace(self, toward_chosen=self.toward_chosen[index], toward_rejected=self.toward_rejected[index])
 
     def at(self, layers: Sequence[int]) -> Differences:
         """The same for some of the layers."""
         rows = [self.layers.index(layer) for layer in layers]
-        return Differences(
-            self.toward_chosen[:, rows], self.toward_rejected[:, rows], tuple(layers), self.resid_norms[rows]
+        return replace(
+            self,
+            toward_chosen=self.toward_chosen[:, rows],
+            toward_rejected=self.toward_rejected[:, rows],
+            layers=tuple(layers),
+            resid_norms=self.resid_norms[rows],
         )
 
 
@@ -106,6 +113,7 @@ def collect_with_norms(
     layers: Sequence[int],
     mask: Mask | Masker = "mean_embedding",
     readout: Readout = "prompt_end",
+    site: Site = "resid_post",
 ) -> tuple[Float[Tensor, "record layer d_model"], Float[Tensor, "record layer d_model"], Float[Tensor, "layer token"]]:
     """``collect_differences`` in parts that can be joined: d+, d-, and the residual norm of every content token."""
     norms: list[Tensor] = []
@@ -113,6 +121,7 @@ def collect_with_norms(
         "layers": layers,
         "mask": mask,
         "readout": readout,
+        "site": site,
     }
     ups, downs = [s.toward_chosen for s in selections], [s.toward_rejected for s in selections]
     at_tokens = readout == "attributed"
@@ -158,7 +167,7 @@ def shared_differences(
         mean_only: hold and hand over sums instead of records. The result then has one row per chunk of records, weighted
             so that the mean over its rows is the mean over the records: enough for ``reduce="mean"``, and a build of any
             number of records needs the memory of ``CHUNK`` of them.
-        options: layers, mask, readout of ``collect_differences``.
+        options: layers, mask, readout of ``collect_differences``, and the site that is read.
 
     Raises:
         ValueError: fewer records than processes.
@@ -182,7 +191,8 @@ def shared_differences(
         up, down = (torch.stack(side) for side in zip(*pairs, strict=True))
     all_norms = torch.cat(processes.gather([torch.cat(norms, dim=1)]), dim=1)
     layers = options.get("layers") or range(model.cfg.n_layers)
-    return Differences(up, down, tuple(require_layers(model, layers)), all_norms.median(dim=1).values)
+    norms_of = all_norms.median(dim=1).values
+    return Differences(up, down, tuple(require_layers(model, layers)), norms_of, options.get("site", "resid_post"))
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grains_tl._util.checks import finite, listed, whole
 from grains_tl._util.tensors import lasting
+from grains_tl.hooks.sites import Site, require_site
 
 #: A sum this much shorter than its terms is float32 round-off.
 CANCELLED = 1e-6
@@ -29,10 +30,12 @@ class LayerDirections:
     magnitudes: Float[Tensor, "layer"]
     resid_norms: Float[Tensor, "layer"]
     info: Mapping[str, Any] = field(default_factory=dict)
+    site: Site = "resid_post"
 
     def __post_init__(self) -> None:
         for name in ("directions", "magnitudes", "resid_norms"):
             object.__setattr__(self, name, lasting(getattr(self, name)))
+        require_site(self.site)
         n = len(self.layers)
         shapes = (tuple(self.directions.shape[:1]), tuple(self.magnitudes.shape), tuple(self.resid_norms.shape))
         if self.directions.ndim != 2 or shapes != ((n,), (n,), (n,)):
@@ -101,6 +104,44 @@ class LayerDirections:
             magnitudes=self.magnitudes[rows],
             resid_norms=self.resid_norms[rows],
         )
+
+    def heads(self: Own, heads: Iterable[tuple[int, int]], n_heads: int | None = None) -> Own:
+        """Vectors of ``site="z"`` with the parts of some attention heads alone, the others being left as they are.
+
+        Args:
+            heads: (layer, head) of each, counted from 0; layers without a head are left out.
+            n_heads: heads of a layer, if the vectors do not say for which model they were made.
+
+        Returns:
+            The same kind of vectors: directions of unit length, magnitudes of what was kept.
+
+        Raises:
+            ValueError: another site, a head or layer that is not there, or a number of heads that is not known.
+
+        Examples:
+            >>> v = LayerDirections(torch.tensor([[0.6, 0.8]]), (4,), torch.ones(1), torch.ones(1), site="z")
+            >>> v.heads([(4, 1)], n_heads=2).directions.tolist()
+            [[0.0, 1.0]]
+        """
+        about = self.info.get("model")
+        n_heads = n_heads or (int(about.get("n_heads") or 0) if isinstance(about, Mapping) else 0)
+        width = self.directions.shape[1]
+        if self.site != "z" or not n_heads or width % n_heads:
+            raise ValueError(
+                f"heads of vectors at site={self.site!r}, width {width}, {n_heads or 'unknown'} heads; expected site='z' "
+                "and a number of heads (n_heads=) that divides the width"
+            )
+        wanted = sorted({(whole("layer", layer), whole("head", head, 0)) for layer, head in heads})
+        bad = [head for _, head in wanted if head >= n_heads]
+        if bad or not wanted:
+            raise ValueError(f"heads {bad or 'none'}; name some of 0 to {n_heads - 1} as (layer, head)")
+        part = self.at(sorted({layer for layer, _ in wanted}))
+        keep = torch.zeros(len(part.layers), n_heads, dtype=torch.bool)
+        for layer, head in wanted:
+            keep[part.layers.index(layer), head] = True
+        mask = keep.repeat_interleave(width // n_heads, dim=1).to(part.directions.device)
+        info = {**self.info, "heads": [list(pair) for pair in wanted]}
+        return part._with_raw(part.raw * mask, torch.zeros_like(part.magnitudes), info)
 
     def __getitem__(self: Own, layers: int | Sequence[int]) -> Own:
         """``vectors[20]`` or ``vectors[[12, 20]]``: as ``at``, by layer and not by row."""
@@ -182,6 +223,8 @@ class LayerDirections:
             raise ValueError(
                 f"expected SteeringVectors, got {other!r}; vectors can be added to vectors and multiplied by numbers"
             )
+        if self.site != other.site:
+            raise ValueError(f"vectors of different sites, {self.site!r} and {other.site!r}, have nothing in common")
         if self.layers != other.layers or self.directions.shape != other.directions.shape:
             raise ValueError(
                 f"vectors of different layers or widths: layers {list(self.layers)} x d_model "

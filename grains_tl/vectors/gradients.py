@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,6 @@ from grains_tl.models.precision import autocast_dtype
 from grains_tl.models.state import autograd, require_gradient, require_ready
 from grains_tl.records.balance import unequal_answers
 from grains_tl.tokens.pairs import TokenizedPair
-from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.differences import Differences
 from grains_tl.vectors.grains import Grains
@@ -47,10 +46,11 @@ GradientReduce = Literal["mean", "median", "svd"]
 class MarginGradient(Recipe):
     """The gradient of log p(chosen) - log p(rejected) with respect to a vector added to the residual stream.
 
-    For each record, a vector v is added after block l (``blocks.{l}.hook_resid_post``) at the positions in ``scope``; the
-    recipe takes the gradient with respect to v at v = 0 and reduces it over the records. One forward and one backward pass
-    per record serve all layers. Of all vectors of one (small) length, the mean gradient raises the mean margin of the
-    building records most; it says nothing about what else changes (``KLOptimal`` weighs that).
+    For each record, a vector v is added after block l (``blocks.{l}.hook_resid_post``, or another ``site`` of
+    ``build_vectors``) at the positions in ``scope``; the recipe takes the gradient with respect to v at v = 0 and reduces it
+    over the records. One forward and one backward pass per record serve all layers. Of all vectors of one (small) length,
+    the mean gradient raises the mean margin of the building records most; it says nothing about what else changes
+    (``KLOptimal`` weighs that).
 
     Attributes:
         scope: where the vector acts; choose what the vector will be steered with: ``"all"`` (every token, responses
@@ -72,6 +72,7 @@ class MarginGradient(Recipe):
         >>> build_vectors(model, pairs, recipe="margin_gradient", layers=[12, 18])      # doctest: +SKIP
     """
 
+    any_site: ClassVar[bool] = True
     scope: Positions = "all"
     reduce: GradientReduce = "mean"
     normalize: bool = False
@@ -133,13 +134,13 @@ class MarginGradient(Recipe):
         mine = [records.tokenized[i] for i in records.processes.share(len(records.tokenized))]
         chosen = self._selected(records)
         store = TensorRows.open(records.checkpoint, records.processes)
-        keys = [self._key(model, t, own) for t, own in zip(mine, chosen, strict=True)]
+        keys = [self._key(records, t, own) for t, own in zip(mine, chosen, strict=True)]
         kept = [store.of_layers(key, layers) for key in keys]
         todo = [i for i, row in enumerate(kept) if row is None]
         # everything is made inside, because autograd refuses tensors made in the caller's inference mode
         with autograd(model), progress_bar(total=len(mine), desc="gradient", unit="record") as bar:
             bar.update(len(mine) - len(todo))
-            for part, gradients in self._batches(model, [mine[i] for i in todo], layers, [chosen[i] for i in todo]):
+            for part, gradients in self._batches(records, [mine[i] for i in todo], [chosen[i] for i in todo]):
                 for place, gradient in zip(part, gradients, strict=True):
                     store.keep_layers(keys[todo[place]], gradient, layers)
                     kept[todo[place]] = gradient
@@ -156,24 +157,23 @@ class MarginGradient(Recipe):
 
     def _batches(
         self,
-        model: HookedModel,
-        records: Sequence[TokenizedPair],
-        layers: Sequence[int],
+        records: BuildingRecords,
+        todo: Sequence[TokenizedPair],
         selected: Sequence[tuple[int, ...] | None],
-    ) -> Iterator[tuple[list[int], Float[Tensor, "record layer d_model"]]]:
+    ) -> Iterator[tuple[list[int], Float[Tensor, "record layer width"]]]:
         """Places of the records of a batch, and their gradients."""
-        if not records:
+        if not todo:
             return
-        batches = prompt_batches if shares_prompts(model, records, self.objective) else run_batches
-        for part, batch in batches(model, records, range(len(records)), self.objective, current().max_tokens // GRAPH):
+        model = records.model
+        batches = prompt_batches if shares_prompts(model, todo, self.objective) else run_batches
+        for part, batch in batches(model, todo, range(len(todo)), self.objective, current().max_tokens // GRAPH):
             only = None
             if self.tokens is not None:
                 only = batch.scatter_prompt(
-                    [[p in (selected[i] or ()) for p in range(len(records[i].prompt))] for i in part]
+                    [[p in (selected[i] or ()) for p in range(len(todo[i].prompt))] for i in part]
                 )
-            leaves, hooks = zero_steps(
-                batch, layers, int(model.cfg.d_model), scope=self.scope, operator=self.operator, only=only
-            )
+            how: dict[str, Any] = {"scope": self.scope, "operator": self.operator, "only": only, "site": records.site}
+            leaves, hooks = zero_steps(batch, records.layers, records.width, **how)
             logprobs = batch_logprobs(model, batch, hooks)
             require_gradient(logprobs)
             grads = torch.autograd.grad((logprobs[:, 0] - logprobs[:, 1]).sum(), leaves)
@@ -181,12 +181,13 @@ class MarginGradient(Recipe):
             require_finite(found, "the gradient")
             yield part, found
 
-    def _key(self, model: HookedModel, pair: TokenizedPair, selected: tuple[int, ...] | None) -> str:
+    def _key(self, records: BuildingRecords, pair: TokenizedPair, selected: tuple[int, ...] | None) -> str:
         """What a record's gradient depends on, besides the layers."""
-        options: list[Any] = [self.scope, self.operator, self.objective, autocast_dtype(model)]
+        options: list[Any] = [self.scope, self.operator, self.objective, autocast_dtype(records.model)]
         options += [] if selected is None else [list(selected)]
+        options += [] if records.site == "resid_post" else [records.site]
         ids = [pair.prompt, pair.chosen, pair.rejected, *image_key(pair)]
-        return short_hash(["gradient", model_identity(model), options, ids])
+        return short_hash(["gradient", model_identity(records.model), options, ids])
 
     def differences(self, records: BuildingRecords) -> Differences:
         """Each record's contribution to the vector, as ``bootstrap_vectors`` and ``shuffle_labels`` take it.
@@ -200,7 +201,7 @@ class MarginGradient(Recipe):
             ``toward_chosen``: the gradients, of length 1 with ``normalize``; ``toward_rejected``: zeros.
         """
         each = self.scaled(self.per_record(records)).float()
-        return Differences(each, torch.zeros_like(each), records.layers, records.resid_norms)
+        return Differences(each, torch.zeros_like(each), records.layers, records.resid_norms, records.site)
 
     def reduced(self, gradients: Float[Tensor, "record layer d_model"]) -> Float[Tensor, "layer d_model"]:
         """One vector per layer from the records' gradients.
@@ -229,7 +230,8 @@ class MarginGradient(Recipe):
     def build(self, records: BuildingRecords) -> SteeringVectors:
         gradients = self.per_record(records)
         info = manifest(records.model, records.tokenized, self.settings(records, gradients))
-        return SteeringVectors.from_raw(self.reduced(gradients), records.layers, records.resid_norms, info)
+        raw = self.reduced(gradients)
+        return SteeringVectors.from_raw(raw, records.layers, records.resid_norms, info, site=records.site)
 
     def settings(self, records: BuildingRecords, gradients: Float[Tensor, "record layer d_model"]) -> dict[str, Any]:
         """What the manifest says: the options, and how much the records' gradients agree at each layer."""

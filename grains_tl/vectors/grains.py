@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import override
@@ -29,6 +29,7 @@ from grains_tl.attribution.store import attribute_records, recorded_options
 from grains_tl.attribution.top_k import TopK
 from grains_tl.attribution.words import GroupBy
 from grains_tl.hooks.mask import Mask, Masker
+from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.precision import autocast_dtype
 from grains_tl.vectors.building import BuildingRecords
@@ -70,6 +71,7 @@ class Grains(Recipe):
         LeaveOneOut(group_by=None)
     """
 
+    any_site: ClassVar[bool] = True
     method: Method = LeaveOneOut()
     top_k: TopK = TopK()
     mask: Mask = Mask()
@@ -127,6 +129,8 @@ class Grains(Recipe):
         check_method(records.model, self.method, self.objective, self.mask)
         check_reduction(self.reduce, self.side, len(records.tokenized))
         check_readout(self.readout)
+        if self.fisher is not None:
+            residual_stream_only("grains with fisher=", records.site)
         self.top_k.check(records.tokenized)
         self._samples(records)
 
@@ -186,6 +190,7 @@ class Grains(Recipe):
             layers=records.layers,
             mask=self.mask,
             readout=self.readout,
+            site=records.site,
         )
         return weighted_differences(found, selections, attributions) if self.weighted and attributions else found
 
@@ -220,7 +225,7 @@ class Grains(Recipe):
             raw = raw - (raw * unit).sum(-1, keepdim=True) * unit
         if samples is not None:
             raw = samples.solve(raw, self.shrinkage).float()
-        return SteeringVectors.from_raw(raw, vectors.layers, vectors.resid_norms, info)
+        return SteeringVectors.from_raw(raw, vectors.layers, vectors.resid_norms, info, site=vectors.site)
 
     def about_tokens(self) -> dict[str, Any]:
         """Which tokens are selected, for a manifest."""
@@ -263,7 +268,7 @@ def weighted_differences(
         weight = torch.tensor(sizes, dtype=torch.float32)
         weight = weight / weight.mean() if bool(weight.any()) else torch.ones_like(weight)
         sides.append(getattr(differences, side) * weight[:, None, None])
-    return Differences(sides[0], sides[1], differences.layers, differences.resid_norms)
+    return replace(differences, toward_chosen=sides[0], toward_rejected=sides[1])
 
 
 def _warn_of_gaps(attributions: Sequence[Attribution], method: str) -> None:

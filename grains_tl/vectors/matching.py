@@ -6,12 +6,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grains_tl.hooks.sites import Site, site_width
 from grains_tl.models.identity import model_identity, same_fingerprint
 from grains_tl.tokens.rules import token_rules
 from grains_tl.types import HookedModel
 
 
-def require_match(info: Mapping[str, Any], layers: Sequence[int], d_model: int, model: HookedModel) -> None:
+def require_match(
+    info: Mapping[str, Any], layers: Sequence[int], d_model: int, model: HookedModel, *, site: Site = "resid_post"
+) -> None:
     """Refuse a model that vectors were not made for (``SteeringVectors.require_match``).
 
     Args:
@@ -19,18 +22,22 @@ def require_match(info: Mapping[str, Any], layers: Sequence[int], d_model: int, 
         layers: the layers they are for.
         d_model: their width.
         model: the model to be steered.
+        site: the activation they are added to.
 
     Raises:
         ValueError: naming what differs.
     """
     made_for = info.get("model")
     have = model_identity(model, bare=True)
-    if made_for is None:
-        if d_model != have["d_model"] or max(layers) >= have["n_layers"]:
+    if made_for is None or site != "resid_post":
+        width = site_width(model, site)
+        if d_model != width or max(layers) >= have["n_layers"]:
+            at = "" if site == "resid_post" else f" at {site} (width {width} here)"
             raise ValueError(
-                f"vectors of d_model {d_model} up to layer {max(layers)} do not fit "
+                f"vectors of d_model {d_model}{at} up to layer {max(layers)} do not fit "
                 f"{have['name']} (d_model {have['d_model']}, {have['n_layers']} layers)"
             )
+    if made_for is None:
         return
     keys = ("d_model", "n_layers", "n_heads", "d_vocab")
     different = [f"{k}: {made_for.get(k)} -> {have[k]}" for k in keys if made_for.get(k) != have[k]]

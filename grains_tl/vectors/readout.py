@@ -16,6 +16,7 @@ from grains_tl.attribution.field import run_batches
 from grains_tl.attribution.sharing import can_share, prompt_batches
 from grains_tl.hooks.cache import _norm_hooks, cache_hook, place_hook
 from grains_tl.hooks.mask import Mask, Masker
+from grains_tl.hooks.sites import Site, site_width
 from grains_tl.hooks.stand_ins import Replacements, hide, replacements
 from grains_tl.inference.batches import Batch, by_token_budget, image_inputs, pad_rows
 from grains_tl.models.precision import residual_exactness
@@ -39,7 +40,8 @@ def read_out(
     readout: Readout = "prompt_end",
     norms: list[Float[Tensor, "layer _"]] | None = None,
     places: Sequence[Sequence[int]] | None = None,
-) -> Float[Tensor, "record layer d_model"]:
+    site: Site = "resid_post",
+) -> Float[Tensor, "record layer width"]:
     """Residuals of every record at the read-out position, with some of its prompt tokens taken out.
 
     Args:
@@ -51,9 +53,10 @@ def read_out(
         readout: where to read.
         norms: a list that receives the residual norms of the content tokens, ``[layer, token]`` per batch.
         places: for ``readout="attributed"``, each record's prompt positions to read at; zeros come from a record without.
+        site: what is read: the residual stream after the block, or another activation of it.
 
     Returns:
-        ``[record, layer, d_model]``, residual units.
+        ``[record, layer, d_model]``, residual units (``"z"``: ``[record, layer, n_heads * d_head]``).
 
     Raises:
         ValueError: layers that do not exist, an unknown read-out, not one list of positions per record, or a position
@@ -89,6 +92,7 @@ def read_out(
         stand_ins=stand_ins,
         layers=existing_layers(model, layers),
         norms=norms,
+        site=site,
     )
     share = 1.0 if readout in ("prompt_end", "attributed") else 0.5
     out = torch.zeros(len(tokenized), *found.shape[1:])
@@ -101,7 +105,8 @@ def read_out_responses(
     *,
     layers: Sequence[int],
     norms: list[Float[Tensor, "layer _"]] | None = None,
-) -> Float[Tensor, "record 2 layer d_model"]:
+    site: Site = "resid_post",
+) -> Float[Tensor, "record 2 layer width"]:
     """Residuals at the last token of prompt + chosen (0) and prompt + rejected (1), as CAA reads them.
 
     Where the model takes a mask for every pair of tokens, both responses follow one run of their prompt. A plain run of the
@@ -112,6 +117,7 @@ def read_out_responses(
         tokenized: the records, tokenized.
         layers: which layers to keep; the result has them in this order.
         norms: a list that receives the residual norms of the prompts' content tokens, ``[layer, token]`` per batch.
+        site: what is read.
 
     Returns:
         ``[record, 2, layer, d_model]``, residual units.
@@ -121,27 +127,28 @@ def read_out_responses(
     longer = [replace(t, chosen=(*t.chosen, 0), rejected=(*t.rejected, 0)) for t in tokenized]
     everything = range(len(longer))
     if can_share(model, tokenized):
-        found = _shared_ends(model, longer, layers)
+        found = _shared_ends(model, longer, layers, site)
         if found is not None:
             ends, own_norms = found
             if norms is not None:
                 norms += own_norms
             return ends
     own_norms = []
-    ends = _read_ends(model, longer, run_batches(model, longer, everything, "sum"), layers, own_norms)
+    ends = _read_ends(model, longer, run_batches(model, longer, everything, "sum"), layers, own_norms, site)
     if norms is not None:
         norms += own_norms
     return ends
 
 
 def _shared_ends(
-    model: HookedModel, longer: Sequence[TokenizedPair], layers: list[int]
+    model: HookedModel, longer: Sequence[TokenizedPair], layers: list[int], site: Site
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Read-outs and norms from rows that share their prompt; ``None`` where a plain run of one record differs."""
     norms: list[Tensor] = []
     index = max(range(len(longer)), key=lambda i: longer[i].longest)
     try:
-        found = _read_ends(model, longer, prompt_batches(model, longer, range(len(longer)), "sum"), layers, norms)
+        rows = prompt_batches(model, longer, range(len(longer)), "sum")
+        found = _read_ends(model, longer, rows, layers, norms, site)
     except MODEL_ERRORS as error:  # an architecture that takes no such mask or positions
         require_from_outside(error)
         return None
@@ -155,6 +162,7 @@ def _shared_ends(
         run_batches(model, [alone[s] for s in sides], range(len(sides)), "sum"),
         layers,
         [],
+        site,
     )
     difference = (found[index, list(sides)] - plain[:, 0]).abs().amax(-1)
     size = plain[:, 0].abs().amax(-1)
@@ -167,9 +175,10 @@ def _read_ends(
     batches: Iterable[tuple[list[int], Batch]],
     layers: list[int],
     norms: list[Tensor],
-) -> Float[Tensor, "record 2 layer d_model"]:
-    """Residuals where the last token of each response is predicted; the norms of content tokens go into ``norms``."""
-    out = torch.zeros(len(longer), 2, len(layers), int(model.cfg.d_model))
+    site: Site,
+) -> Float[Tensor, "record 2 layer width"]:
+    """Activations where the last token of each response is predicted; the norms of content tokens go into ``norms``."""
+    out = torch.zeros(len(longer), 2, len(layers), site_width(model, site))
     with torch.no_grad(), progress_bar(total=len(longer), desc="cache", unit="record") as bar:
         for part, batch in batches:
             # targets come in the order of their response: the last of each slot
@@ -181,7 +190,7 @@ def _read_ends(
             store = torch.zeros(len(last), *out.shape[2:])
             owners = batch.record.tolist()
             contents = [longer[part[o]].content if o not in owners[:row] else () for row, o in enumerate(owners)]
-            hooks = [*_norm_hooks(layers, contents, norms), *place_hook(layers, rows, positions, store)]
+            hooks = [*_norm_hooks(layers, contents, norms, site), *place_hook(layers, rows, positions, store, site)]
             with hooked(model, hooks):
                 run_blocks(model, batch.ids, batch.attention_mask, max(layers) + 1, batch.inputs)
             out[part] = store.unflatten(0, (-1, 2))
@@ -199,12 +208,13 @@ def _run_rows(
     stand_ins: Replacements | None,
     layers: list[int],
     norms: list[Float[Tensor, "layer _"]] | None,
-) -> Float[Tensor, "row layer d_model"]:
+    site: Site,
+) -> Float[Tensor, "row layer width"]:
     """Read-out of each row (ids, positions whose mean is read), with its masked positions taken out, in a few full batches.
 
     ``owner`` says which of ``stand_ins`` belongs to a row; without ``stand_ins`` masked tokens are knocked out of attention.
     """
-    out = torch.zeros(len(rows), len(layers), int(model.cfg.d_model))
+    out = torch.zeros(len(rows), len(layers), site_width(model, site))
     with torch.no_grad(), progress_bar(total=len(rows), desc="cache", unit="run") as bar:
         for group in by_token_budget([len(ids) for ids, _ in rows]):
             ids, mask, offset = pad_rows(model, [rows[g][0] for g in group])
@@ -216,9 +226,9 @@ def _run_rows(
             taken = [masked[g] for g in group]
             hooks = hide(model, stand_ins, [owner[g] for g in group], taken, offset=offset, like=ids)
             if norms is not None:
-                hooks = hooks + _norm_hooks(layers, [records[g].content for g in group], norms)
+                hooks = hooks + _norm_hooks(layers, [records[g].content for g in group], norms, site)
             inputs = image_inputs(model, [records[g].images for g in group], ids, offset)
-            with hooked(model, hooks + cache_hook(layers, weights, store)):
+            with hooked(model, hooks + cache_hook(layers, weights, store, site)):
                 run_blocks(model, ids, mask, max(layers) + 1, inputs)
             out[group] = store
             bar.update(len(group))

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from grains_tl._util.errors import OptionError
+from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.manifest import manifest
 from grains_tl.vectors.steering_vectors import SteeringVectors
@@ -44,6 +45,7 @@ class Recipe:
     Attributes:
         name: its short name, the key in ``RECIPES``.
         draws: it draws at random, so that one draw says little.
+        any_site: it can build at other sites than the residual stream after a block.
 
     Examples:
         >>> recipe_of("caa").name
@@ -52,6 +54,12 @@ class Recipe:
 
     name: ClassVar[str]
     draws: ClassVar[bool] = False
+    any_site: ClassVar[bool] = False
+
+    def check_site(self, records: BuildingRecords) -> None:
+        """Refuse another site than the residual stream after a block, if the recipe knows no other (OptionError)."""
+        if not self.any_site:
+            residual_stream_only(f"recipe {self.name!r}", records.site)
 
     def check(self, records: BuildingRecords) -> None:
         """Refuse records, layers or options that cannot work (ValueError), before anything long runs."""
@@ -73,6 +81,7 @@ class DirectRecipe(Recipe):
         seed: of the draws.
     """
 
+    any_site: ClassVar[bool] = True
     seed: int = 0
 
     def raw(self, records: BuildingRecords, generator: torch.Generator) -> Float[Tensor, "layer d_model"]:
@@ -85,7 +94,7 @@ class DirectRecipe(Recipe):
         settings = {"method": self.name, "seed": self.seed if self.draws else None}
         info = manifest(records.model, records.tokenized, settings)
         raw = self.raw(records, generator)
-        return SteeringVectors.from_raw(raw, records.layers, records.resid_norms, info)
+        return SteeringVectors.from_raw(raw, records.layers, records.resid_norms, info, site=records.site)
 
 
 #: A recipe as a function: one vector per layer, of any length, from building records and a generator.

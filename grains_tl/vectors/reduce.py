@@ -67,7 +67,8 @@ def reduce_vectors(
     # a decomposition of zeros gives an arbitrary axis: no difference must stay no direction
     raw = torch.where(mean.norm(dim=-1, keepdim=True) > 0, raw, torch.zeros_like(raw))
     sign = torch.where((raw * mean).sum(-1, keepdim=True) < 0, -1.0, 1.0)
-    vectors = SteeringVectors.from_raw(sign * raw, differences.layers, differences.resid_norms, info)
+    given = (differences.layers, differences.resid_norms, info)
+    vectors = SteeringVectors.from_raw(sign * raw, *given, site=differences.site)
     along = (vectors.directions * mean.float()).sum(-1)
     return replace(vectors, magnitudes=along.clamp(min=1e-12))
 

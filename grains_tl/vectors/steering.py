@@ -16,6 +16,7 @@ from grains_tl._util.errors import OptionError
 from grains_tl._util.files import hash_of, write_atomically
 from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.layer_gates import LayerGate
+from grains_tl.hooks.sites import residual_stream_only, site_point
 from grains_tl.hooks.steer import Gate, Operator, Positions, require_border, require_step, steer_hook
 from grains_tl.models.running import hooked, resid_post
 from grains_tl.types import FwdHooks, HookedModel
@@ -83,7 +84,8 @@ class Steering:
         object.__setattr__(self, "layers", tuple(layers))
         require_step(self.operator, self.positions, self.gate)
         if isinstance(self.gate, LayerGate):
-            self.gate.require_below(layers)
+            inside = self.vectors.site != "resid_post"
+            self.gate.require_below([layer - inside for layer in layers])
         unknown = [r for r in self._rows if self.vectors.resid_norms[r] == 0 and bool(self.vectors.directions[r].any())]
         if unknown and self.scale == "residual" and self.operator != "ablate" and self.alpha != 0:
             raise ValueError(
@@ -97,6 +99,7 @@ class Steering:
         layers = ", ".join(map(str, self.layers))
         parts = [str(self.vectors.info.get("method", "vector")), f"alpha {self.alpha:+g}"]
         parts += [f"layer{'s' if len(self.layers) > 1 else ''} {layers}"]
+        parts += [] if self.vectors.site == "resid_post" else [self.vectors.site]
         parts += [] if self.operator == "add_renorm" else [self.operator]
         if not isinstance(self.positions, str):
             parts.append("masked positions")
@@ -135,6 +138,7 @@ class Steering:
         more += (
             [] if self.scale == "residual" else [self.scale, [float(self.vectors.magnitudes[r]) for r in self._rows]]
         )
+        more += [] if self.vectors.site == "resid_post" else [["site", self.vectors.site]]
         keys = [
             hash_of(
                 [
@@ -179,7 +183,7 @@ class Steering:
         for layer, row in zip(self.layers, self._rows, strict=True):
             direction = self.vectors.directions[row]
             if not bool(direction.any()):
-                hooks.append((resid_post(layer), _unchanged))
+                hooks.append((site_point(self.vectors.site, layer), _unchanged))
                 continue
             unit = self.vectors.resid_norms[row] if self.scale == "residual" else self.vectors.magnitudes[row]
             amount = self.alpha if self.operator == "ablate" else self.alpha * float(unit)
@@ -191,6 +195,7 @@ class Steering:
                 positions=self.positions,
                 prompt_len=prompt_len,
                 gate=self.gate if run is None else run.opener(),
+                site=self.vectors.site,
             )
         return hooks
 
@@ -239,6 +244,7 @@ class Steering:
             >>> with vectors.steering(0.2, 12).torch_hooks(hf_model):         # doctest: +SKIP
             ...     hf_model.generate(**tokenizer("The film was", return_tensors="pt"))
         """
+        residual_stream_only("torch_hooks", self.vectors.site)
         return TorchHooks(self, hf_model, prompt_len)
 
     def save(self, path: str | Path) -> Path:

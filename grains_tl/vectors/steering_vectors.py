@@ -16,6 +16,7 @@ from grains_tl._util.checks import layer_numbers
 from grains_tl._util.files import write_atomically
 from grains_tl.hooks.layer_gates import LayerGate
 from grains_tl.hooks.reading_gates import CosineGate, ProbeGate, gate_from
+from grains_tl.hooks.sites import Site
 from grains_tl.hooks.steer import Gate, Operator, Positions
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.chosen import chosen_of
@@ -35,10 +36,11 @@ class SteeringVectors(LayerDirections, OnHub):
     Attributes:
         directions: ``[layer, d_model]``, unit length; +alpha pushes towards chosen. A row of zeros (with magnitude 0,
             as ``v * 0`` or ``v - v`` give it) has no direction, and steering there changes nothing.
-        layers: the layer each row belongs to, counted from 0 (``blocks.{l}.hook_resid_post``).
+        layers: the layer each row belongs to, counted from 0 (``blocks.{l}.hook_resid_post`` or another ``site``).
         magnitudes: ``[layer]``, length of the mean difference along the direction, in residual units.
-        resid_norms: ``[layer]``, typical residual norm: ``alpha=0.2`` is a step of 0.2 of it.
+        resid_norms: ``[layer]``, typical residual norm (norm of the site's activation): ``alpha=0.2`` is 0.2 of it.
         info: how the vectors were made (model, method, seeds, versions, ...); saved as the manifest.
+        site: which activation of the block they are added to (see ``build_vectors``).
 
     Raises:
         ValueError: shapes that do not fit each other, rows that are neither of unit length nor empty, bad sizes.
@@ -53,6 +55,7 @@ class SteeringVectors(LayerDirections, OnHub):
 
     def __repr__(self) -> str:
         what = f"layers {list(self.layers)}, d_model {self.directions.shape[1]}"
+        what += "" if self.site == "resid_post" else f", site {self.site}"
         return f"SteeringVectors({', '.join([what, *made_from(self.info)])})"
 
     def _repr_html_(self) -> str:
@@ -65,6 +68,8 @@ class SteeringVectors(LayerDirections, OnHub):
         layers: Sequence[int],
         resid_norms: Float[Tensor, "layer"],
         info: Mapping[str, Any] | None = None,
+        *,
+        site: Site = "resid_post",
     ) -> SteeringVectors:
         """Split vectors of any length into unit directions and magnitudes.
 
@@ -73,6 +78,7 @@ class SteeringVectors(LayerDirections, OnHub):
             layers: the layer of each row.
             resid_norms: ``[layer]`` typical residual norm of each layer, the unit of ``alpha``.
             info: what is to be stored with them.
+            site: which activation of the block they are added to.
 
         Returns:
             ``SteeringVectors`` with unit directions and the norms of ``raw``.
@@ -91,7 +97,7 @@ class SteeringVectors(LayerDirections, OnHub):
         bad = [layer for layer, s in zip(layers, size.tolist(), strict=True) if not (math.isfinite(s) and s > 0)]
         if bad:
             raise ValueError(f"the vector at layers {bad} is zero or not finite: there is no direction to steer along")
-        return cls(raw.float() / size[:, None], tuple(layers), size, resid_norms.float(), dict(info or {}))
+        return cls(raw.float() / size[:, None], tuple(layers), size, resid_norms.float(), dict(info or {}), site)
 
     # -- use --
 
@@ -281,4 +287,4 @@ class SteeringVectors(LayerDirections, OnHub):
         Warns:
             UserWarning: the same weights behind a tokenizer that treats BOS in another way.
         """
-        require_match(self.info, self.layers, self.directions.shape[1], model)
+        require_match(self.info, self.layers, self.directions.shape[1], model, site=self.site)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.errors import OptionError
+from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.hooks.steer import Operator
 from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
@@ -26,13 +27,15 @@ def steps(
         operator: what you steer with; anything but ``"add"`` is refused.
 
     Raises:
-        ValueError: another operator, several stored layers and none named, a layer that is not stored, a bad ``alpha``.
+        ValueError: another operator or site, several stored layers and none named, a layer that is not stored, a bad
+            ``alpha``.
 
     Examples:
         >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
         >>> steps(v, 0.2, [5])
         {5: tensor([ 0., 10.])}
     """
+    residual_stream_only("an export", vectors.site)
     if operator != "add":
         raise ValueError(
             f"operator={operator!r} cannot be exported: other engines only add a vector. Check that your effect "
@@ -65,6 +68,7 @@ def amounts(steering: Steering, operators: Sequence[Operator], engine: str) -> d
         raise OptionError(
             f"expected a Steering, got {type(steering).__name__}; make one with vectors.steering(alpha, layers)"
         )
+    residual_stream_only(engine, steering.vectors.site)
     if steering.operator not in operators:
         known = " or ".join(repr(one) for one in operators)
         hint = "; gr.finding.as_add finds the 'add' of the same KL" if steering.operator == "add_renorm" else ""

@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 
 from grains_tl._util.files import plain
+from grains_tl.hooks.sites import site_of_point, site_point
 from grains_tl.vectors.directions import LayerDirections
 
 FORMAT = "grains_tl.steering_vectors"
 
-#: 1: without a checksum; still read. 2: with ``sha256`` over manifest and tensors.
-FORMAT_VERSION = 2
+#: 1: without a checksum; still read. 2: with ``sha256`` over manifest and tensors. 3: of another site than the residual
+#: stream after the block, which readers of 2 would take them for; other vectors are written as 2.
+FORMAT_VERSION = 3
 
 
 def vectors_content(vectors: LayerDirections) -> bytes:
     """What ``SteeringVectors.save`` writes: tensors, and a header with the manifest and the checksum of both."""
     tensors = {name: getattr(vectors, name) for name in ("directions", "magnitudes", "resid_norms")}
-    about = {**vectors.info, "layers": list(vectors.layers), "hook_point": "blocks.{layer}.hook_resid_post"}
-    return with_checksum(FORMAT, FORMAT_VERSION, about, tensors)
+    about = {**vectors.info, "layers": list(vectors.layers), "hook_point": site_point(vectors.site, "{layer}")}
+    return with_checksum(FORMAT, 2 if vectors.site == "resid_post" else FORMAT_VERSION, about, tensors)
 
 
 def read_vectors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -55,9 +57,9 @@ def fields_of(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
     if not isinstance(info.get("model", {}), dict):
         raise ValueError("model is not a mapping")
     layers = tuple(int(layer) for layer in info.pop("layers"))
-    info.pop("hook_point", None)
+    site = site_of_point(str(info.pop("hook_point", site_point("resid_post", "{layer}"))))
     sizes = {k: v if k == "directions" and v.dtype.itemsize == 2 else v.float() for k, v in tensors.items()}
-    return {"layers": layers, "info": info, **sizes}
+    return {"layers": layers, "info": info, "site": site, **sizes}
 
 
 def with_checksum(kind: str, version: int, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:

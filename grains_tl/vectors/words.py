@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grains_tl._util.checks import whole
 from grains_tl._util.errors import OptionError
+from grains_tl.hooks.sites import residual_space_only
 from grains_tl.models.precision import full_precision
 from grains_tl.models.running import device_of, final_norm
 from grains_tl.records.pairs import PairLike
@@ -54,6 +55,7 @@ def without_words(
         [0.94]
     """
     whole("n_tokens", n_tokens, 1)
+    residual_space_only("without_words", vectors.site)
     vectors.require_match(model)
     counts = Counter(token for t in tokenize_pairs(model, pairs) for token in (*t.chosen, *t.rejected))
     n = min(n_tokens, max(1, vectors.directions.shape[1] // 4))

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from grains_tl._util.errors import OptionError
+from grains_tl.hooks.sites import Site, edit_hooks
 from grains_tl.hooks.steer import Positions
 from grains_tl.inference.batches import Batch
-from grains_tl.models.running import resid_post
 from grains_tl.types import FwdHooks
 
 #: How the step will be applied, to first order: ``"add"`` as it is; ``"add_renorm"`` without its part along the residual,
@@ -31,33 +31,35 @@ def check_step(scope: str, operator: str) -> None:
 def zero_steps(
     batch: Batch,
     layers: Sequence[int],
-    d_model: int,
+    width: int,
     *,
     scope: Positions,
     operator: StepOperator,
     only: Bool[Tensor, "batch pos"] | None = None,
-) -> tuple[list[Float[Tensor, "owner d_model"]], FwdHooks]:
+    site: Site = "resid_post",
+) -> tuple[list[Float[Tensor, "owner width"]], FwdHooks]:
     """Leaves to differentiate by, and the hooks that add them.
 
     The leaves are float32 whatever the model's precision, so that their gradients are summed over positions in float32.
 
     Args:
         batch: rows of a model; those with one ``record`` share a leaf.
-        layers: after which blocks.
-        d_model: width of the residual stream.
+        layers: after (or in) which blocks.
+        width: length of the step (``site_width``).
         scope: where the step acts, in the sense of ``steer_hook``; padding never counts.
         operator: see ``StepOperator``.
         only: of these positions, those where this is True.
+        site: which activation of the block the step is added to.
 
     Returns:
-        One ``[owner, d_model]`` leaf per layer, and one hook per layer.
+        One ``[owner, width]`` leaf per layer, and the hooks of every layer.
     """
     n_owners = int(batch.record.max()) + 1
-    leaves = [torch.zeros(n_owners, d_model, device=batch.ids.device, requires_grad=True) for _ in layers]
+    leaves = [torch.zeros(n_owners, width, device=batch.ids.device, requires_grad=True) for _ in layers]
     where = in_scope(batch, scope) if only is None else in_scope(batch, scope) & only
-    hooks = [
-        (resid_post(n), _adds(leaf, batch.record, where, operator)) for n, leaf in zip(layers, leaves, strict=True)
-    ]
+    hooks: FwdHooks = []
+    for layer, leaf in zip(layers, leaves, strict=True):
+        hooks += edit_hooks(site, layer, _adds(leaf, batch.record, where, operator))
     return leaves, hooks
 
 
@@ -75,13 +77,14 @@ def in_scope(batch: Batch, scope: Positions) -> Bool[Tensor, "batch pos"]:
 
 
 def _adds(
-    leaf: Float[Tensor, "owner d_model"],
+    leaf: Float[Tensor, "owner width"],
     owner: Int[Tensor, "batch"],
     where: Bool[Tensor, "batch pos"],
     operator: StepOperator,
 ) -> Any:
-    def hook_fn(act: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+    def hook_fn(act: Float[Tensor, "batch pos *shape"], hook: Any) -> Float[Tensor, "batch pos *shape"]:
         step = leaf.to(act.device)[owner.to(act.device)][:, None] * where.to(act.device)[..., None]
+        step = step.view(act.shape)  # of heads, each has a norm of its own
         if operator == "add_renorm":
             h = act.detach().float()  # squares of half-precision residuals overflow
             size = (h * h).sum(-1, keepdim=True).clamp(min=torch.finfo(h.dtype).tiny)

@@ -611,3 +611,17 @@ def test_all_baselines_on_smollm2(smollm2: SimpleNamespace) -> None:
     assert effect["lora"] > 0
     assert (kind - unkind).abs().max() > 0.1  # the instruction is read, whether or not it is heeded
     assert all(abs(effect[name]) < effect["caa"] for name in ("random_direction", "orthogonal_direction"))
+
+
+def test_heads_of_ones_own_choice(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    """Named heads are steered as if probes had chosen them, in the order given."""
+    all_heads = gr.baselines.head_vectors(bridge, pairs, layers=[1], n_heads=4)
+    named = gr.baselines.head_vectors(bridge, pairs, heads=[(1, 2), (1, 0)])
+    assert named.heads == ((1, 2), (1, 0))
+    rows = [all_heads.heads.index(head) for head in named.heads]
+    torch.testing.assert_close(named.directions, all_heads.directions[rows])
+    torch.testing.assert_close(named.accuracies, all_heads.accuracies[rows])
+    bad: list[dict[str, Any]] = [{"heads": []}, {"heads": [(1, 4)]}, {"heads": [(3, 0)]}, {"heads": [(1, 0), (1, 0)]}]
+    for options in [*bad, {"heads": [(1, 0)], "n_heads": 1}, {"heads": [(1, 0)], "layers": [1]}]:
+        with pytest.raises(ValueError, match="heads"):
+            gr.baselines.head_vectors(bridge, pairs, **options)
