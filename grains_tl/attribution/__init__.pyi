@@ -17,5 +17,6 @@ from .result import Attribution as Attribution
 from .selection import Selection as Selection
 from .selection import select_tokens as select_tokens
 from .top_k import TopK as TopK
+from .weights import prompt_weights as prompt_weights
 
 __all__: list[str]

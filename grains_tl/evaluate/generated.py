@@ -20,7 +20,7 @@ from grains_tl._util.settings import current
 from grains_tl.evaluate.measuring import about_setting
 from grains_tl.evaluate.settings import Setting
 from grains_tl.evaluate.store import Checkpoint
-from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows
+from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows, prompt_key
 from grains_tl.inference.continuations import Continuations
 from grains_tl.inference.generation import Continued, GenerationHooks, encode_prompts, hooks_at
 from grains_tl.inference.objectives import kl_divergence, token_logprobs
@@ -74,7 +74,7 @@ def _compared(
     inputs = image_inputs(model, [one.images for one in rows], ids, offset)
     keep = torch.arange(width - 1, ids.shape[1], device=ids.device)
     base = forward_logits(model, ids, mask, keep, None, inputs).float().log_softmax(-1)
-    hooks = hooks_at(fwd_hooks, width)
+    hooks = hooks_at(fwd_hooks, width, [prompt_key(one.prompt, one.images) for one in rows])
     steered = forward_logits(model, ids, mask, keep, hooks, inputs).float().log_softmax(-1) if hooks else base
     entropies = [-(x.exp() * x).sum(-1) for x in (steered, base)]
     nll = [-token_logprobs(x, new) for x in (steered, base)]
@@ -100,7 +100,9 @@ def require_same_hooks(model: HookedModel, continued: Sequence[Continued], fwd_h
         keep = torch.arange(len(one.prompt) - 1, ids.shape[1], device=ids.device)
         inputs = image_inputs(model, [one.images], ids, torch.zeros(1, dtype=torch.long, device=ids.device))
         with torch.no_grad():
-            logits = forward_logits(model, ids, torch.ones_like(ids), keep, hooks_at(fwd_hooks, 0), inputs)[0].float()
+            logits = forward_logits(model, ids, torch.ones_like(ids), keep, hooks_at(fwd_hooks, 0, []), inputs)[
+                0
+            ].float()
         drawn = logits.gather(-1, torch.tensor(one.new, device=logits.device)[:, None])[:, 0]
         behind += (logits.max(-1).values - drawn).tolist()
     if behind and float(np.mean(behind)) > FAR:

@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from grains_tl._util.checks import finite, listed
 from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.steer import Operator, Positions
+from grains_tl.hooks.weights import Weighted
 from grains_tl.inference.logprobs import HooksForBatch
 from grains_tl.models.running import listed_hooks, require_hook_names, stream_after
 from grains_tl.types import FwdHooks, HookedModel, PromptHooks
@@ -78,10 +80,16 @@ class Setting:
             [] if steering.idle else steering,
             vector=str(steering.vectors.info.get("method", "vector")) if vector is None else vector,
             alpha=steering.alpha,
-            positions=steering.positions if isinstance(steering.positions, str) else "mask",
+            positions=_scope_name(steering.positions),
             draw=draw,
             key=steering.key,
         )
+
+
+def _scope_name(positions: Any) -> str:
+    if isinstance(positions, Weighted):
+        return positions.name or "weighted"
+    return positions if isinstance(positions, str) else "mask"
 
 
 def require_settings(model: HookedModel, settings: Sequence[Setting | Steering]) -> list[Setting]:

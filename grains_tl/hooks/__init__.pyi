@@ -7,5 +7,6 @@ from .mask import mask_hook as mask_hook
 from .reading_gates import CosineGate as CosineGate
 from .reading_gates import ProbeGate as ProbeGate
 from .steer import steer_hook as steer_hook
+from .weights import Weighted as Weighted
 
 __all__: list[str]

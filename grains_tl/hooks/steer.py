@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +14,7 @@ from grains_tl._util.tensors import lasting
 from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.layer_gates import LayerGate
 from grains_tl.hooks.sites import Site, edit_hooks, flat, require_site
+from grains_tl.hooks.weights import PromptKey, Weighted
 from grains_tl.models.running import resid_post
 from grains_tl.types import FwdHooks
 
@@ -37,10 +38,11 @@ def steer_hook(
     amount: float,
     *,
     operator: Operator = "add_renorm",
-    positions: Positions | Bool[Tensor, "batch pos"] = "all",
+    positions: Positions | Bool[Tensor, "batch pos"] | Weighted = "all",
     prompt_len: int | Int[Tensor, "batch"] | None = None,
     gate: Gate | None = None,
     site: Site = "resid_post",
+    prompts: Sequence[PromptKey] | None = None,
 ) -> FwdHooks:
     """Steer the residual stream after one block, or another site of it.
 
@@ -53,7 +55,8 @@ def steer_hook(
             the component to take out (1 = all); for ``"clamp"`` the value of the component afterwards.
             ``SteeringVectors.hooks`` gives these from ``alpha``.
         operator: see ``Operator``. With ``"add"``, ``"add_renorm"`` and ``"ablate"`` an amount of 0 changes no bit.
-        positions: all, a named scope, or a ``[batch, pos]`` mask (positions decoded one by one are then left alone).
+        positions: all, a named scope, a ``[batch, pos]`` mask (positions decoded one by one are then left alone), or
+            ``Weighted``, which multiplies the amount at each position.
         prompt_len: where the prompt ends, an int or one per row, counted from the row's first position, padding
             included (rows padded on the left end their prompts at one place: an int). Named scopes use it in runs over
             whole sequences. Without it a run over several positions is taken as the prompt. Decoding with a key-value
@@ -65,6 +68,7 @@ def steer_hook(
             they decide at the prompt's end holds for the tokens decoded afterwards.
         site: which activation of the block is changed. At ``"z"`` the heads count as one vector; ``"add_renorm"``
             restores the norm of each head's own output, so heads without a part in the direction stay as they are.
+        prompts: token ids of each row's prompt, for weights that belong to prompts.
 
     Returns:
         ``[(name, fn)]`` for ``run_with_hooks`` or ``model.hooks``, next to any other hooks; three at ``"resid_mid"``.
@@ -83,6 +87,7 @@ def steer_hook(
         raise ValueError(f"layer={layer}; layers count from 0")
     require_step(operator, positions, gate)
     require_site(site)
+    weights = positions.of_batch(require_border(prompt_len), prompts) if isinstance(positions, Weighted) else None
     prompt_len = require_border(prompt_len)
     size = direction.float().norm()
     if not torch.isfinite(size) or size == 0:
@@ -103,15 +108,21 @@ def steer_hook(
             )
         if amount == 0 and operator != "clamp":
             return act
-        scope = _scope(flat(act), positions, prompt_len)
+        # of heads, the renormalising step keeps each one's norm; a component is along all of them together
+        inner = act.shape[2:] if operator == "add_renorm" else unit.shape
+        step: float | Tensor = amount
+        if weights is None:
+            assert not isinstance(positions, Weighted)
+            scope = _scope(flat(act), positions, prompt_len)
+        else:
+            each = weights(flat(act))
+            scope, step = (each != 0).to(act.device), amount * each.view(*each.shape, *[1] * len(inner))
         if gate is not None:
             opened = _opened(flat(act), gate)
             scope = opened if scope is None else scope & opened
         if scope is not None and not bool(scope.any()):
             return act
-        # of heads, the renormalising step keeps each one's norm; a component is along all of them together
-        inner = act.shape[2:] if operator == "add_renorm" else unit.shape
-        new = _apply(act.reshape(*act.shape[:2], *inner), unit.to(act.device).view(inner), amount, operator)
+        new = _apply(act.reshape(*act.shape[:2], *inner), unit.to(act.device).view(inner), step, operator)
         new = new.view(act.shape)
         return new if scope is None else torch.where(scope.view(*scope.shape, *[1] * (act.ndim - 2)), new, act)
 
@@ -124,7 +135,11 @@ def require_step(operator: Any, positions: Any, gate: Any = None) -> None:
         raise ValueError(f"operator={operator!r}; expected one of {get_args(Operator)}")
     if isinstance(positions, str) and positions not in get_args(Positions):
         raise ValueError(f"positions={positions!r}; expected one of {get_args(Positions)} or a [batch, pos] mask")
-    if not isinstance(positions, (str, torch.Tensor)) or (
+    if isinstance(positions, Weighted) and operator == "clamp":
+        raise ValueError(
+            "operator='clamp' sets a value, which weights cannot multiply; use 'add', 'add_renorm' or 'ablate'"
+        )
+    if not isinstance(positions, (str, torch.Tensor, Weighted)) or (
         isinstance(positions, torch.Tensor) and (positions.ndim != 2 or positions.dtype != torch.bool)
     ):
         raise ValueError(
@@ -169,18 +184,24 @@ def require_border(prompt_len: Any) -> int | Int[Tensor, "batch"] | None:
 
 
 def _apply(
-    act: Float[Tensor, "*shape d_model"], unit: Float[Tensor, "*heads d_model"], amount: float, operator: Operator
+    act: Float[Tensor, "*shape d_model"],
+    unit: Float[Tensor, "*heads d_model"],
+    amount: float | Tensor,
+    operator: Operator,
 ) -> Float[Tensor, "*shape d_model"]:
+    def factor(x: Any) -> Any:
+        return x.to(act.device, torch.float32) if isinstance(x, Tensor) else x  # a weight of 1 gives the very number
+
     if operator == "add":
-        return act + (amount * unit).to(act.dtype)
+        return act + (factor(amount) * unit).to(act.dtype)
     h = act.float()  # norms and projections of half-precision residuals overflow or round too much
     if operator == "add_renorm":
-        moved = h + amount * unit
+        moved = h + factor(amount) * unit
         # where the step cancels h exactly there is no direction left to scale: keep h
         scale = h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
         return torch.where(torch.isfinite(scale), moved * scale, h).to(act.dtype)
     component = (h * unit).sum(-1, keepdim=True)  # not a matrix product: autocast would round it
-    target = component * (1 - amount) if operator == "ablate" else torch.full_like(component, amount)
+    target = component * factor(1 - amount) if operator == "ablate" else torch.full_like(component, float(amount))
     return (h + (target - component) * unit).to(act.dtype)
 
 

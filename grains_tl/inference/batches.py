@@ -56,11 +56,18 @@ class Batch:
     target_slot: Int[Tensor, "target"]
     n_records: int
     inputs: dict[str, Any] = field(default_factory=dict)
+    digests: tuple[str, ...] = ()
 
     def prompt_mask(self) -> Bool[Tensor, "batch pos"]:
         """True at the prompt's tokens."""
         position = torch.arange(self.ids.shape[1], device=self.ids.device)[None] - self.offset[:, None]
         return (position >= 0) & (position < self.prompt_len[:, None])
+
+    def prompt_keys(self) -> list[tuple[int | str, ...]]:
+        """Each row's prompt, as ``prompt_key`` names it."""
+        ends, digests = (self.offset + self.prompt_len).tolist(), self.digests or [""] * len(self.ids)
+        rows = zip(self.ids.tolist(), self.offset.tolist(), ends, digests, strict=True)
+        return [(*row[a:b], *([digest] if digest else [])) for row, a, b, digest in rows]
 
     def scatter_prompt(self, per_record: Sequence[Sequence[bool]]) -> Bool[Tensor, "batch pos"]:
         """Spread one boolean per prompt token of every record over the rows."""
@@ -146,7 +153,13 @@ def batch_of(
         target_slot=slot.to(device),
         n_records=n_records,
         inputs=image_inputs(model, [None] * len(rows) if images is None else images, ids, offset),
+        digests=() if images is None else tuple("" if one is None else one.digest for one in images),
     )
+
+
+def prompt_key(ids: Sequence[int], images: ImageInputs | None) -> tuple[int | str, ...]:
+    """What tells a prompt apart: its token ids, and behind them the digest of its images if it has some."""
+    return (*ids, *([] if images is None else [images.digest]))
 
 
 def text_batch(model: HookedModel, rows: Sequence[Sequence[int]]) -> Batch:

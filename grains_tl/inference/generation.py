@@ -11,7 +11,7 @@ import torch
 
 from grains_tl._util.checks import finite, whole
 from grains_tl._util.errors import OptionError, numbered
-from grains_tl.inference.batches import image_inputs, pad_rows
+from grains_tl.inference.batches import image_inputs, pad_rows, prompt_key
 from grains_tl.models.hugging_face import plain_decoding
 from grains_tl.models.plain_blocks import plain_blocks, runs_plain
 from grains_tl.models.precision import finite_hook
@@ -172,7 +172,10 @@ def _continue(
     ids, mask, offset = pad_rows(model, [row for row, _ in rows], padding_side="left", at_least=2)
     pictures = image_inputs(model, [images for _, images in rows], ids, offset)
     prompt_len = ids.shape[1]
-    hooks = [*hooks_at(fwd_hooks, prompt_len), *finite_hook(resid_post(int(model.cfg.n_layers) - 1))]
+    hooks = [
+        *hooks_at(fwd_hooks, prompt_len, [prompt_key(*row) for row in rows]),
+        *finite_hook(resid_post(int(model.cfg.n_layers) - 1)),
+    ]
     require_hook_names(model, hooks)
     rules = token_rules(model)
     sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
@@ -212,8 +215,8 @@ def _continue(
     return continued
 
 
-def hooks_at(fwd_hooks: GenerationHooks | None, prompt_len: int) -> FwdHooks:
+def hooks_at(fwd_hooks: GenerationHooks | None, prompt_len: int, prompts: Sequence[tuple[int | str, ...]]) -> FwdHooks:
     """The hooks of a batch whose prompts all end at one place, padding in front included."""
     if isinstance(fwd_hooks, PromptHooks):
-        return fwd_hooks.for_prompt(prompt_len)
+        return fwd_hooks.for_prompt(prompt_len, prompts)
     return listed_hooks(fwd_hooks(prompt_len) if callable(fwd_hooks) else fwd_hooks)

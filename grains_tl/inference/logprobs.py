@@ -44,7 +44,8 @@ HooksForBatch = FwdHooks | PromptHooks | Callable[[Batch], FwdHooks]
 def hooks_for(hooks: HooksForBatch | None, batch: Batch) -> FwdHooks:
     """The hooks of a batch: as given, or made for the places where its prompts end."""
     if isinstance(hooks, PromptHooks):
-        return hooks.for_prompt(batch.offset + batch.prompt_len)
+        ids = batch.prompt_keys() if getattr(hooks, "needs_ids", False) else None
+        return hooks.for_prompt(batch.offset + batch.prompt_len, ids)
     return listed_hooks(hooks(batch) if callable(hooks) else hooks)
 
 

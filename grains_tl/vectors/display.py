@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grains_tl._util import html
+from grains_tl.hooks.weights import Weighted
 from grains_tl.vectors.directions import LayerDirections
+
+#: What ``alpha`` is counted in.
+UNITS = {"residual": "layer's typical residual norm", "raw": "vector's own length"}
 
 
 def vectors_html(
@@ -39,20 +43,29 @@ def vectors_html(
     return html.frame(*parts, html.note(note))
 
 
-def steps_html(label: str, steps: Sequence[tuple[int, float | None, float]], about: Sequence[str]) -> str:
-    """The display of a step along steering vectors.
+def steering_html(steering: Any, places: Sequence[int]) -> str:
+    """The display of a ``Steering``: at each layer the length of its step, and what else it does.
 
     Args:
-        label: names the steering.
-        steps: layer, length of the step there (``None`` where something is taken out), and typical residual norm.
-        about: what else is to be said.
+        steering: the value.
+        places: the rows of its layers in its vectors.
     """
+    vectors, taken_out = steering.vectors, steering.operator == "ablate"
+    units = vectors.resid_norms if steering.scale == "residual" else vectors.magnitudes
     rows = [
-        [html.number(layer, "d"), html.DASH if step is None else html.signed(step), html.number(residual, ".1f")]
-        for layer, step, residual in steps
+        [
+            html.number(layer, "d"),
+            html.DASH if taken_out else html.signed(steering.alpha * float(units[row])),
+            html.number(float(vectors.resid_norms[row]), ".1f"),
+        ]
+        for layer, row in zip(steering.layers, places, strict=True)
     ]
+    other = "weighted" if isinstance(steering.positions, Weighted) else "masked"
+    scope = steering.positions if isinstance(steering.positions, str) else other
+    about = [f"operator {steering.operator}", f"positions {scope}", f"alpha in units of the {UNITS[steering.scale]}"]
+    about += [] if steering.gate is None else ["gated"]
     table = html.table(["layer", "step", "residual norm"], rows, numbers=range(3))
-    return html.frame(html.title("Steering", label), table, html.note(", ".join(about)))
+    return html.frame(html.title("Steering", steering.label), table, html.note(", ".join(about)))
 
 
 def made_from(info: Mapping[str, Any]) -> list[str]:

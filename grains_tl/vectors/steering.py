@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +18,16 @@ from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.layer_gates import LayerGate
 from grains_tl.hooks.sites import residual_stream_only, site_point
 from grains_tl.hooks.steer import Gate, Operator, Positions, require_border, require_step, steer_hook
+from grains_tl.hooks.weights import PromptKey, Weighted
 from grains_tl.models.running import hooked, resid_post
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.directions import LayerDirections
-from grains_tl.vectors.display import steps_html
+from grains_tl.vectors.display import steering_html
 from grains_tl.vectors.tensor_files import vectors_content
 from grains_tl.vectors.torch_hooks import TorchHooks
 
 #: The unit of ``alpha``: the layer's typical residual norm, or the vector's own length.
 Scale = Literal["residual", "raw"]
-
-
-_UNITS = {"residual": "layer's typical residual norm", "raw": "vector's own length"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,7 +41,7 @@ class Steering:
         alpha: the step, see ``SteeringVectors.hooks``.
         layers: the steered layers, counted from 0.
         operator: how the step is applied.
-        positions: where: a scope, or a boolean ``[batch, pos]`` mask.
+        positions: where: a scope, a boolean ``[batch, pos]`` mask, or ``Weighted`` for more at some positions.
         gate: steer only rows or positions where it is True, see ``steer_hook``; ``ProbeGate`` and its like read at a layer
             of their own, at most the lowest steered one.
         scale: the unit of ``alpha``.
@@ -66,7 +64,7 @@ class Steering:
     alpha: float | int
     layers: tuple[int, ...]
     operator: Operator = "add_renorm"
-    positions: Positions | Bool[Tensor, "batch pos"] = "all"
+    positions: Positions | Bool[Tensor, "batch pos"] | Weighted = "all"
     gate: Gate | None = None
     scale: Scale = "residual"
 
@@ -102,7 +100,7 @@ class Steering:
         parts += [] if self.vectors.site == "resid_post" else [self.vectors.site]
         parts += [] if self.operator == "add_renorm" else [self.operator]
         if not isinstance(self.positions, str):
-            parts.append("masked positions")
+            parts.append("weighted positions" if isinstance(self.positions, Weighted) else "masked positions")
         elif self.positions != "all":
             parts.append(self.positions)
         return ", ".join(parts + (["gated"] if self.gate is not None else []))
@@ -114,26 +112,14 @@ class Steering:
         return f"Steering({self.label})"
 
     def _repr_html_(self) -> str:
-        units = self.vectors.resid_norms if self.scale == "residual" else self.vectors.magnitudes
-        steps = [
-            (layer, None if self.operator == "ablate" else self.alpha * float(units[row]), float(residual))
-            for layer, row, residual in zip(
-                self.layers, self._rows, self.vectors.resid_norms[self._rows].tolist(), strict=True
-            )
-        ]
-        scope = self.positions if isinstance(self.positions, str) else "masked"
-        about = [f"operator {self.operator}", f"positions {scope}", f"alpha in units of the {_UNITS[self.scale]}"]
-        return steps_html(self.label, steps, about + ([] if self.gate is None else ["gated"]))
+        return steering_html(self, self._rows)
 
     @property
     def key(self) -> str:
-        """What the hooks do, for checkpoints; empty for a gate without a ``key``, whose results cannot be resumed."""
-        gate = (
-            None if self.gate is None else self.gate.tolist() if isinstance(self.gate, Tensor) else _key_of(self.gate)
-        )
-        if gate == "":
+        """What the hooks do, for checkpoints; empty for gates or weights without a ``key``, which cannot be resumed."""
+        gate, where = _key_part(self.gate), _key_part(self.positions)
+        if "" in (gate, where):
             return ""
-        where = self.positions if isinstance(self.positions, str) else self.positions.tolist()
         more: list[Any] = [] if gate is None else [["gate", gate]]
         more += (
             [] if self.scale == "residual" else [self.scale, [float(self.vectors.magnitudes[r]) for r in self._rows]]
@@ -164,7 +150,13 @@ class Steering:
     def needs_prompt(self) -> bool:
         """Whether it acts differently before and after the end of the prompt."""
         by_row = isinstance(self.gate, LayerGate) and self.gate.decide == "prompt_end"
-        return by_row or (isinstance(self.positions, str) and self.positions != "all")
+        weighted = isinstance(self.positions, Weighted) and not callable(self.positions.weights)
+        return by_row or weighted or (isinstance(self.positions, str) and self.positions != "all")
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether ``for_prompt`` has to be told the prompts' tokens."""
+        return isinstance(self.positions, Weighted) and self.positions.needs_ids
 
     def hooks(self) -> FwdHooks:
         """``[(hook name, fn)]``, one per layer, for ``run_with_hooks`` or ``model.hooks``.
@@ -174,8 +166,13 @@ class Steering:
         """
         return self.for_prompt(None)
 
-    def for_prompt(self, prompt_len: int | Int[Tensor, "batch"] | None) -> FwdHooks:
-        """The hooks for runs whose prompts end at ``prompt_len`` (padding in front included; one number, or one a row)."""
+    def for_prompt(
+        self, prompt_len: int | Int[Tensor, "batch"] | None, prompts: Sequence[PromptKey] | None = None
+    ) -> FwdHooks:
+        """The hooks for runs whose prompts end at ``prompt_len`` (padding in front included; one number, or one a row).
+
+        ``prompts``: a tuple of each row's token ids, for weights that belong to prompts.
+        """
         hooks: FwdHooks = []
         run = GateRun(self.gate, require_border(prompt_len)) if isinstance(self.gate, LayerGate) else None
         if run is not None and not self.idle:
@@ -196,6 +193,7 @@ class Steering:
                 prompt_len=prompt_len,
                 gate=self.gate if run is None else run.opener(),
                 site=self.vectors.site,
+                prompts=prompts,
             )
         return hooks
 
@@ -287,5 +285,8 @@ def _unchanged(act: Tensor, hook: Any) -> Tensor:
     return act
 
 
-def _key_of(gate: Any) -> str:
-    return str(getattr(gate, "key", ""))
+def _key_part(value: Any) -> Any:
+    """A name as it is, a tensor as a list, anything else by its key."""
+    if value is None or isinstance(value, str):
+        return value
+    return value.tolist() if isinstance(value, Tensor) else str(getattr(value, "key", ""))

@@ -18,6 +18,7 @@ from grains_tl.hooks.layer_gates import LayerGate
 from grains_tl.hooks.reading_gates import CosineGate, ProbeGate, gate_from
 from grains_tl.hooks.sites import Site
 from grains_tl.hooks.steer import Gate, Operator, Positions
+from grains_tl.hooks.weights import Weighted
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.chosen import chosen_of
 from grains_tl.vectors.directions import LayerDirections
@@ -107,7 +108,7 @@ class SteeringVectors(LayerDirections, OnHub):
         layers: int | Sequence[int] | None = None,
         *,
         operator: Operator = "add_renorm",
-        positions: Positions | Bool[Tensor, "batch pos"] = "all",
+        positions: Positions | Bool[Tensor, "batch pos"] | Weighted = "all",
         gate: Gate | None = None,
         scale: Scale = "residual",
     ) -> Steering:
@@ -118,7 +119,8 @@ class SteeringVectors(LayerDirections, OnHub):
                 vector's own length. For ``operator="ablate"`` the share of the component taken out.
             layers: one or several of the stored layers; may be left out if there is only one. -1 is the model's last.
             operator: ``"add_renorm"`` (the paper's), ``"add"``, ``"ablate"`` or ``"clamp"``.
-            positions: ``"all"``, ``"prompt"``, ``"generated"``, ``"last"`` or a ``[batch, pos]`` mask.
+            positions: ``"all"``, ``"prompt"``, ``"generated"``, ``"last"``, a ``[batch, pos]`` mask, or
+                ``hooks.Weighted`` for more at some positions than at others.
             gate: steer only rows or positions where it is True: ``hooks.ProbeGate``, ``CosineGate``, ``FunctionGate``,
                 ``ThresholdGate``, a function of the activation or a boolean tensor.
             scale: unit of ``alpha``.
@@ -143,7 +145,7 @@ class SteeringVectors(LayerDirections, OnHub):
         layers: int | Sequence[int] | None = None,
         *,
         operator: Operator = "add_renorm",
-        positions: Positions | Bool[Tensor, "batch pos"] = "all",
+        positions: Positions | Bool[Tensor, "batch pos"] | Weighted = "all",
         prompt_len: int | Int[Tensor, "batch"] | None = None,
         gate: Gate | None = None,
         scale: Scale = "residual",
@@ -175,7 +177,7 @@ class SteeringVectors(LayerDirections, OnHub):
         layers: int | Sequence[int] | None = None,
         *,
         operator: Operator = "add_renorm",
-        positions: Positions | Bool[Tensor, "batch pos"] = "all",
+        positions: Positions | Bool[Tensor, "batch pos"] | Weighted = "all",
         prompt_len: int | Int[Tensor, "batch"] | None = None,
         gate: Gate | None = None,
         scale: Scale = "residual",

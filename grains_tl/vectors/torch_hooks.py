@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from grains_tl.hooks.gate_run import decided_at
 from grains_tl.hooks.layer_gates import LayerGate
 from grains_tl.hooks.steer import require_border
+from grains_tl.hooks.weights import Weighted
 from grains_tl.models.hugging_face import decoder
 from grains_tl.types import HookFn
 
@@ -26,6 +27,11 @@ class TorchHooks:
     """
 
     def __init__(self, steering: Any, hf_model: Any, prompt_len: int | Int[Tensor, "batch"] | None) -> None:
+        if isinstance(steering.positions, Weighted):
+            raise ValueError(
+                "weights of positions need hooks on a TransformerLens model (gr.wrap_model(hf_model, tokenizer)); on a "
+                "plain Hugging Face model give a scope or a mask as positions"
+            )
         stack, layers = decoder(hf_model)
         _require_fit(steering, hf_model, len(layers))
         follow = _Follow(steering, require_border(prompt_len))
