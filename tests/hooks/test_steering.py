@@ -330,5 +330,5 @@ def test_refused(arguments: Any, options: dict[str, Any], message: str) -> None:
 
 
 def test_direction_of_another_model() -> None:
-    with pytest.raises(ValueError, match=r"d_model 8 does not fit activations \(1, 2, 32\)"):
+    with pytest.raises(ValueError, match=r"d_model 8 at resid_post does not fit activations \(1, 2, 32\)"):
         hook_of(0, direction(d_model=8), 1.0)(activations(1, 2))
