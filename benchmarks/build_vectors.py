@@ -127,7 +127,7 @@ def run(
         plain_loop(model.original_model, tokenized[:1], steps, top_k, eos)
     rate = matrix_rate(model)
     least = fewest(tokenized, steps, int(model.cfg.n_layers))
-    floor = floating_point_operations(model, least) / rate
+    floor = floating_point_operations(model.original_model, least) / rate
     # Hugging Face's last hidden state comes after the final norm: the residual stream ends one layer earlier
     cosine = torch.cosine_similarity(results["grains_tl"].raw[:-1], results["plain loop"][:-1], dim=-1)
     half = torch.cosine_similarity(results["grains_tl"].raw, results["grains_tl, autocast"].raw, dim=-1)

@@ -26,6 +26,7 @@ from grains_tl.cli.options import (
     load_records,
     number_list,
 )
+from grains_tl.cli.plan import add_plan_options, run_plan
 from grains_tl.cli.push import add_push, run_push
 from grains_tl.cli.steer import add_steer_options, run_steer
 from grains_tl.cli.sweep import add_sweep_options, sweep_checkpoint
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_push(commands)
     _add_attribute(commands)
+    _add_plan(commands)
     from grains_tl.cli.compare import add_parser
 
     add_parser(commands, add_model_options).set_defaults(run=_compare)
@@ -174,6 +176,12 @@ def _add_attribute(commands: Any) -> None:
     add_attribution_options(attribute)
     add_model_options(attribute)
     attribute.set_defaults(run=_attribute)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="what a build and a sweep take on a model, before its weights are loaded")
+    add_plan_options(plan)
+    plan.set_defaults(run=run_plan, autocast=False)
 
 
 def _sweep(args: argparse.Namespace) -> None:

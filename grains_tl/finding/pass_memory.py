@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grains_tl.inference.objectives import token_logprobs
-from grains_tl.models.running import attribution_point, hooked
-from grains_tl.types import BridgeModel
 
 
 class _Live(TorchDispatchMode):
@@ -51,83 +47,63 @@ class _Live(TorchDispatchMode):
         self.live -= size
 
 
-class _Fused(torch.autograd.Function):
-    """Attention as the fused kernels do it, which hold no scores: what goes in, what comes out, a number per query."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        per_query = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, per_query)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
-    if options.get("enable_gqa"):
-        n = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(n, 1), value.repeat_interleave(n, 1)
-    return _Fused.apply(query, key, value)
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    own = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = _attention
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = own
-
-
 def weight_bytes(model: Any) -> int:
     """Bytes of a model's parameters and buffers, those that are shared once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def pass_bytes(model: BridgeModel, rows: int, length: int, unembedded: int, *, gradient: bool) -> int:
+def pass_bytes(hf_model: Any, rows: int, length: int, unembedded: int, *, gradient: bool) -> int:
     """The most that one pass holds at a time besides the weights.
 
     Args:
-        model: a bridge on the meta device.
+        hf_model: a model of transformers on the meta device, with eager attention: the components of a bridge hold the
+            attention scores too.
         rows: rows of the batch.
         length: tokens of a row, padding included.
         unembedded: positions whose logits are computed.
         gradient: go back to the input of the blocks, too.
 
     Returns:
-        Bytes. Attention is taken to be fused where the model asks for ``sdpa``; the caching of an allocator and the
-        workspaces of kernels come on top.
+        Bytes. What an allocator keeps for later and the workspaces of kernels come on top.
     """
     held: list[Tensor] = []
-    meta = torch.device("meta")
-    config = model.original_model.config
 
-    def enter(act: Tensor, hook: Any) -> Tensor:
-        held.append(act.detach().clone().requires_grad_(gradient))
+    def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        held.append(output.detach().clone().requires_grad_(gradient))
         return held[0]
 
-    def pick(act: Tensor, hook: Any) -> Tensor:
-        return act.reshape(-1, act.shape[-1])[:unembedded][None]
+    def pick(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0].reshape(-1, args[0].shape[-1])[:unembedded][None],)
 
-    with _Live() as memory, _fused_attention(), torch.inference_mode(False), torch.set_grad_enabled(gradient):
-        ids = torch.zeros(rows, length, dtype=torch.long, device=meta)
-        mask = torch.zeros(rows, 1, length, length, dtype=next(model.parameters()).dtype, device=meta)
-        positions = torch.zeros(rows, length, dtype=torch.long, device=meta)
-        if "mrope_section" in str(getattr(config.get_text_config(), "rope_parameters", "")):
-            positions = positions.expand(3, -1, -1)
-        with hooked(model, [(attribution_point(model), enter), ("unembed.hook_in", pick)]):
-            logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        value = token_logprobs(logits[0], torch.zeros(unembedded, dtype=torch.long, device=meta)).sum()
-        del logits
-        if gradient:
-            torch.autograd.grad(value, held[0])
+    handles = [
+        hf_model.get_input_embeddings().register_forward_hook(enter),
+        hf_model.get_output_embeddings().register_forward_pre_hook(pick),
+    ]
+    try:
+        with _Live() as memory, torch.inference_mode(False), torch.set_grad_enabled(gradient):
+            logits = hf_model(**_inputs(hf_model, rows, length), use_cache=False).logits
+            value = token_logprobs(logits[0], torch.zeros(unembedded, dtype=torch.long, device="meta")).sum()
+            del logits
+            if gradient:
+                torch.autograd.grad(value, held[0])
+    finally:
+        for handle in handles:
+            handle.remove()
     return memory.peak
+
+
+def _inputs(hf_model: Any, rows: int, length: int) -> dict[str, Tensor]:
+    """Mask and positions from outside: a meta tensor cannot be looked at to make them."""
+    meta = torch.device("meta")
+    positions = torch.zeros(rows, length, dtype=torch.long, device=meta)
+    if "mrope_section" in str(getattr(hf_model.config.get_text_config(), "rope_parameters", "")):
+        positions = positions.expand(3, -1, -1)
+    return {
+        "input_ids": torch.zeros(rows, length, dtype=torch.long, device=meta),
+        "attention_mask": torch.zeros(rows, 1, length, length, dtype=hf_model.dtype, device=meta),
+        "position_ids": positions,
+    }
 
 
 def cache_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:

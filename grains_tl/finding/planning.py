@@ -24,9 +24,10 @@ from typing_extensions import override
 
 from grains_tl._util.errors import MODEL_ERRORS, OptionError, require_from_outside
 from grains_tl._util.settings import settings
+from grains_tl.attribution.methods import METHODS
 from grains_tl.finding.pass_memory import cache_bytes, pass_bytes, weight_bytes
 from grains_tl.finding.workload import ALL_JOBS, USUAL_JOBS, Workload
-from grains_tl.models.operations import Operations, block_parameters, count_operations
+from grains_tl.models.operations import Operations, count_operations, floating_point_operations
 from grains_tl.models.plain_blocks import runs_plain
 from grains_tl.models.shapes import random_bridge, random_hugging_face, shape_config
 from grains_tl.types import BridgeModel
@@ -113,19 +114,18 @@ def plan_run(
         raise OptionError(f"jobs={unknown or jobs!r} are not known; expected a list of some of {', '.join(ALL_JOBS)}")
     config = shape_config(shape)
     _require_context(config, work)
-    real = _wrapped(config, "meta", dtype)
+    real = _made(config, "meta", dtype)
     n_layers = int(config.get_text_config().num_hidden_layers)
     depths = DEPTHS if n_layers > max(DEPTHS) else (n_layers,)
-    stand_ins = [_wrapped(narrow(config, depth), "cpu", torch.float32) for depth in depths]
+    stand_ins = [random_bridge(_made(narrow(config, depth), "cpu", torch.float32)) for depth in depths]
     several = [count_jobs(stand_in, work, jobs, max_tokens) for stand_in in stand_ins]
     counted = {job: _at_depth(n_layers, depths, [counts[job] for counts in several]) for job in jobs}
-    rows = [{"job": job, **_figures(real, counts, job, dtype)} for job, counts in counted.items()]
-    inner = real.original_model
+    rows = [{"job": job, **_figures(real, counts, job, work)} for job, counts in counted.items()]
     return RunPlan(
         name=str(shape) if isinstance(shape, (str, Path)) else str(config.model_type),
-        n_layers=int(real.cfg.n_layers),
-        parameters=sum(p.numel() for p in inner.parameters()),
-        weights_gib=weight_bytes(inner) / GIB,
+        n_layers=n_layers,
+        parameters=sum(p.numel() for p in real.parameters()),
+        weights_gib=weight_bytes(real) / GIB,
         cache_bytes=cache_bytes(config, 1, dtype),
         workload=work,
         max_tokens=max_tokens,
@@ -214,12 +214,13 @@ def _narrow_tower(config: Any, tower: Any, d_model: int) -> None:
         setattr(config, name, 2047 - number)  # above the words of the prompts
 
 
-def _wrapped(config: Any, device: str, dtype: torch.dtype) -> BridgeModel:
+def _made(config: Any, device: str, dtype: torch.dtype) -> Any:
+    config._attn_implementation = "eager"
     try:
-        return random_bridge(random_hugging_face(config, device=device, dtype=dtype))
-    except (*MODEL_ERRORS, NotImplementedError) as error:
+        return random_hugging_face(config, device=device, dtype=dtype)
+    except MODEL_ERRORS as error:
         require_from_outside(error)
-        raise OptionError(f"{config.model_type} cannot be planned: {error}") from error
+        raise OptionError(f"{config.model_type} is no language model that transformers makes: {error}") from error
 
 
 def _require_context(config: Any, work: Workload) -> None:
@@ -228,31 +229,26 @@ def _require_context(config: Any, work: Workload) -> None:
         raise OptionError(f"records of {work.longest} tokens are longer than the model's context of {n_ctx}")
 
 
-def _figures(real: BridgeModel, counts: Operations, job: str, dtype: torch.dtype) -> dict[str, Any]:
-    n_layers, d_model = int(real.cfg.n_layers), int(real.cfg.d_model)
+def _figures(real: Any, counts: Operations, job: str, work: Workload) -> dict[str, Any]:
+    text, size = real.config.get_text_config(), real.dtype.itemsize
+    n_layers = int(text.num_hidden_layers)
     kinds = {back: shape for back, shape in counts.largest.items() if shape[0]}
     passes = []
     for back, (rows, length) in kinds.items():
         unembedded = min(max(1, counts.most_unembedded.get(back, 0)), rows * length)
         passes.append(pass_bytes(real, rows, length, unembedded, gradient=back))
     rows, length = max(kinds.values(), key=lambda shape: shape[0] * shape[1])
-    # a sweep keeps the residual stream of every layer, to go on from it
-    held = n_layers * d_model * dtype.itemsize * rows * length if job == "sweep" else 0
-    share_back = counts.backward / max(1, counts.forward)
-    tables = d_model * int(real.cfg.d_vocab) * counts.unembedded * (1 + share_back)
-    blocks = block_parameters(real) * (counts.forward + counts.backward)
-    tower = _tower_parameters(real) * counts.patches
+    held = 0
+    if job == "sweep":  # the residual stream of every layer, to go on from it
+        held = n_layers * int(text.hidden_size) * size * rows * length
+    elif METHODS[job].removes if job in METHODS else False:  # keys and values of the prompts that branches go on from
+        held = cache_bytes(real.config, rows * (length + work.prompt_tokens), real.dtype)
     return {
         "tokens": counts.forward / n_layers,
         "tokens_back": counts.backward / n_layers,
         "unembedded": counts.unembedded,
-        "teraflop": 2 * (blocks + tables + tower) / 1e12,
+        "teraflop": floating_point_operations(real, counts) / 1e12,
         "pass_rows": rows,
         "pass_length": length,
-        "peak_gib": (weight_bytes(real.original_model) + max(passes) + held) / GIB,
+        "peak_gib": (weight_bytes(real) + max(passes) + held) / GIB,
     }
-
-
-def _tower_parameters(real: BridgeModel) -> int:
-    tower = getattr(getattr(real.original_model, "model", None), "visual", None)
-    return 0 if tower is None else sum(p.numel() for p in tower.parameters() if p.ndim >= 2)

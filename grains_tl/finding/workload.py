@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from grains_tl._util.checks import whole
 from grains_tl._util.errors import OptionError
 from grains_tl.attribution.methods import METHODS
+from grains_tl.attribution.result import Attribution
+from grains_tl.attribution.selection import Selection
 from grains_tl.evaluate.measuring import measure
 from grains_tl.evaluate.settings import grid
 from grains_tl.models.shapes import N_WORDS
@@ -19,6 +22,7 @@ from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.tokens.patches import ImageSpan
 from grains_tl.types import BridgeModel
 from grains_tl.vectors.building import BuildingRecords
+from grains_tl.vectors.grains import Grains
 from grains_tl.vectors.recipes import recipe_of
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
@@ -30,6 +34,17 @@ USUAL_JOBS = ("leave_one_out", "integrated_gradients", "gradient_x_input", *RECI
 
 #: All that can be planned.
 ALL_JOBS = (*METHODS, *RECIPE_BUILDS, "sweep")
+
+
+@dataclass(frozen=True)
+class BothSides(Grains):
+    """The recipe with tokens on both sides in every record, whatever their scores: the usual case, and the most work."""
+
+    @override
+    def select(self, attributions: Sequence[Attribution]) -> list[Selection]:
+        k = self.top_k.k
+        content = [a.content.nonzero().flatten().tolist() for a in attributions]
+        return [Selection(tuple(own[:k]), tuple(own[k : 2 * k])) for own in content]
 
 
 @dataclass(frozen=True)
@@ -123,11 +138,14 @@ class Workload:
         tokenized = self.records_for(config)
 
         def build(recipe: str, **options: Any) -> Callable[[], Any]:
-            return lambda: recipe_of(recipe, **options).build(BuildingRecords(model, tokenized, tuple(range(n_layers))))
+            made = BothSides.of(**options) if recipe == "grains" else recipe_of(recipe, **options)
+            return lambda: made.build(BuildingRecords(model, tokenized, tuple(range(n_layers))))
 
         def sweep() -> Any:
+            vectors = random_vectors(model)
+            vectors.require_match(model)  # as a sweep does first, with a few tokens
             alphas = [0.1 * (i + 1) for i in range(self.alphas)]
-            return measure(model, tokenized, grid(random_vectors(model), alphas=alphas))
+            return measure(model, tokenized, grid(vectors, alphas=alphas))
 
         builds = {name: build("grains", method=name, **self._options(name)) for name in METHODS}
         return {**builds, **{name: build(name) for name in RECIPE_BUILDS}, "sweep": sweep}

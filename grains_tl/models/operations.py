@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from grains_tl.models.running import is_bridge
 from grains_tl.types import HookedModel
@@ -75,19 +75,23 @@ def _inner(module: Any) -> Any:
     return module._modules.get("_original_component") or module
 
 
-def block_parameters(model: HookedModel) -> int:
+def block_parameters(hf_model: Any) -> int:
     """Weights of one block's matrix products, the mean over the blocks; of a mixture of experts, all of them."""
-    inner = [_inner(b) for b in model.blocks]
-    seen = {id(p): p.numel() for b in inner for p in b.parameters() if p.ndim >= 2}
-    return sum(seen.values()) // len(inner)
+    n_layers = int(hf_model.config.get_text_config().num_hidden_layers)
+    lists = [m for m in hf_model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    seen = {id(p): p.numel() for p in lists[0].parameters() if p.ndim >= 2}
+    return sum(seen.values()) // n_layers
 
 
-def floating_point_operations(model: HookedModel, counts: Operations) -> float:
+def floating_point_operations(hf_model: Any, counts: Operations) -> float:
     """Multiplications and additions in the matrix products of these runs; attention's own products are left out."""
-    unembedding = int(model.cfg.d_model) * int(model.cfg.d_vocab)
+    table = hf_model.get_output_embeddings().weight.numel()
     # going back to the activations costs one product per weight, like going forward: weights get no gradient
     share_back = counts.backward / max(counts.forward, 1)
+    tower = getattr(getattr(hf_model, "model", None), "visual", None)
+    seeing = 0 if tower is None else sum(p.numel() for p in tower.parameters() if p.ndim >= 2)
     return 2 * (
-        block_parameters(model) * (counts.forward + counts.backward)
-        + unembedding * counts.unembedded * (1 + share_back)
+        block_parameters(hf_model) * (counts.forward + counts.backward)
+        + table * counts.unembedded * (1 + share_back)
+        + seeing * counts.patches
     )

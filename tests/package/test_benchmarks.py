@@ -48,7 +48,7 @@ def test_operations_of_one_forward_pass(small: Any) -> None:
     assert counts == Operations(forward=2 * 14 * 2, backward=0, unembedded=2 * 14)
     # 2 d^2 for each of q k v o, 2 * 3 * d * 3d for the MLP, per token-layer; 2 d vocab per unembedded position
     by_hand = 2 * (4 * 64**2 + 3 * 64 * 192) * counts.forward + 2 * 64 * 8192 * counts.unembedded
-    assert floating_point_operations(small, counts) == by_hand
+    assert floating_point_operations(small.original_model, counts) == by_hand
 
 
 def test_build_agrees_with_the_plain_loop(small: Any) -> None:
