@@ -54,6 +54,10 @@ class RunPlan:
             (token-layers divided by the number of blocks), ``unembedded`` positions, ``teraflop`` of the matrix products
             (attention's own scores left out), ``pass_rows`` and ``pass_length`` of the largest pass, and ``peak_gib``,
             weights included.
+
+    Examples:
+        >>> plan_run("tiny", Workload(records=1), jobs=["caa"]).n_layers     # doctest: +SKIP
+        2
     """
 
     name: str

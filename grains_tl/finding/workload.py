@@ -87,6 +87,9 @@ class Workload:
 
         Args:
             config: the model's, for the ids around a picture.
+
+        Returns:
+            One per record, as ``tokenize_pairs`` would make them.
         """
         draw = torch.Generator().manual_seed(0)
         size = min(N_WORDS, int(config.get_text_config().vocab_size))
@@ -133,7 +136,15 @@ class Workload:
         )
 
     def jobs(self, model: BridgeModel, config: Any) -> dict[str, Callable[[], Any]]:
-        """Everything that can be planned, by its name in ``ALL_JOBS``."""
+        """Everything that can be planned.
+
+        Args:
+            model: what it runs on.
+            config: the model's.
+
+        Returns:
+            Functions without arguments, by their names in ``ALL_JOBS``.
+        """
         n_layers = int(model.cfg.n_layers)
         tokenized = self.records_for(config)
 
