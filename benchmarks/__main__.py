@@ -1,90 +1,170 @@
 """All benchmarks, as one table and one JSON file: ``python -m benchmarks``.
 
-Everything that is compared is timed in one process with a fixed number of threads, taking turns; figures are medians, in
-CPU seconds (imports: seconds on the wall).
+Everything that is compared is timed in one process with a fixed number of threads, taking turns; figures are medians, in CPU
+seconds. Each part replaces its own figures in the file and leaves the others; ``python -m benchmarks.table`` writes the
+table of ``docs/speed.md`` from them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import grains_tl as gr
-from benchmarks import build_vectors, growth, memory, peers, steering
+from benchmarks import build_vectors, growth, memory, peers, probes, starting, steering
 from benchmarks.common import load
+from benchmarks.rows import Row, as_json, load_average
+from benchmarks.table import LAST, markdown
 from grains_tl._util.settings import RunSettings
 from grains_tl.attribution.reference import REFERENCES
 from grains_tl.vectors.manifest import package_versions
 
-PARTS = ("peers", "build", "steering", "growth", "memory")
+#: What a part gives: rows of the table, and further lines.
+Found = tuple[list[Row], list[tuple[str, str]]]
 
-#: Where the last figures are kept.
-LAST = Path(__file__).parent / "results" / "speed" / "last.json"
+#: Parts whose peers ask for packages that do not go with ours.
+WITH_PEERS = ("caa", "generation")
+#: Parts that take many minutes and are run only if named.
+LONG = ("build", "steering")
+
+
+def parts(args: argparse.Namespace) -> dict[str, Callable[[], Found]]:
+    """Each part by name; models are loaded when the first part asks for them."""
+    loaded: dict[str, Any] = {}
+
+    def model() -> Any:
+        if "model" not in loaded:
+            loaded["model"] = load(args.model)
+        return loaded["model"]
+
+    def plain() -> Any:
+        if "plain" not in loaded:
+            random = args.model.startswith("random:")
+            loaded["plain"] = load(args.model).original_model if random else gr.models.load_hugging_face(args.model)[0]
+        return loaded["plain"]
+
+    def sweep() -> Found:
+        found = steering.sweep(model(), records=args.sweep_records, repeats=args.repeats)
+        share = (
+            "sweep: token-layers against a run for each setting",
+            f"{found['share_of_naive_token_layers']:.2f}",
+        )
+        return [steering.sweep_row(found, int(model().cfg.n_layers))], [share]
+
+    def build() -> Found:
+        options = {name: getattr(args, name) for name in ("records", "steps", "baseline", "max_tokens", "repeats")}
+        return [], build_vectors.rows(build_vectors.run(model(), **options))
+
+    def steered() -> Found:
+        generated = steering.generation(model(), new_tokens=args.new_tokens, repeats=args.repeats)
+        return [], steering.rows(generated, steering.sweep(model(), records=1, repeats=args.repeats))
+
+    repeats = {"repeats": args.repeats}
+    return {
+        "caa": lambda: (peers.caa(model(), plain(), records=8, **repeats), []),
+        "generation": lambda: (peers.generation(model(), plain(), new_tokens=args.new_tokens, **repeats), []),
+        "integrated_gradients": lambda: (
+            peers.integrated_gradients(model(), plain(), records=8, steps=10, **repeats),
+            [],
+        ),
+        "leave_one_out": lambda: (peers.leave_one_out(model(), plain(), records=3, **repeats), []),
+        "sweep": sweep,
+        "probes": lambda: (probes.run(model(), shapes=((24, 30), (48, 30), (200, 3)), **repeats), []),
+        "tokenizing": lambda: (starting.tokenizing(model(), args.repeats), []),
+        "starting": lambda: ([*starting.imports(args.repeats), *starting.loading(args.repeats)], []),
+        "memory": lambda: (memory.rows(memory.memory(args.model)), []),
+        "growth": lambda: ([], growth.rows(growth.growth(load(args.growth_model)))),
+        "build": build,
+        "steering": steered,
+    }
 
 
 def main() -> None:
     """Run the parts and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="smollm2", help="smollm2, a Hugging Face name, or random:LAYERSxWIDTH[xVOCABULARY]"
-    )
-    parser.add_argument("--growth-model", default="random:4x256", help="operations grow alike in every model")
-    parser.add_argument("--only", action="append", choices=PARTS, help="only this part (repeatable)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--records", type=int, default=50, help="building records")
-    parser.add_argument("--steps", type=int, default=20, help="IG steps")
-    parser.add_argument("--baseline", default="zero", choices=REFERENCES, help="where the IG path begins")
-    parser.add_argument(
-        "--max-tokens", type=int, default=RunSettings().max_tokens, help="token budget of a pass, building"
-    )
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--sweep-records", type=int, default=8)
-    parser.add_argument("--json", default=str(LAST), help="file for the figures")
+    add = parser.add_argument
+    add("--model", default="smollm2", help="smollm2, a Hugging Face name, or random:LAYERSxWIDTH[xVOCABULARY]")
+    add("--growth-model", default="random:4x256", help="operations grow alike in every model")
+    add("--only", action="append", help="only this part (repeatable); build and steering run only if named")
+    add("--peers", metavar="PYTHON", help="Python of an environment that also has repeng and steering-vectors")
+    add("--threads", type=int, default=1)
+    add("--repeats", type=int, default=3)
+    add("--records", type=int, default=50, help="building records")
+    add("--steps", type=int, default=20, help="IG steps, building")
+    add("--baseline", default="zero", choices=REFERENCES, help="where the IG path begins, building")
+    add("--max-tokens", type=int, default=RunSettings().max_tokens, help="token budget of a pass, building")
+    add("--new-tokens", type=int, default=24)
+    add("--sweep-records", type=int, default=4)
+    add("--json", type=Path, default=LAST, help="file for the figures")
     args = parser.parse_args()
+    known = parts(args)
+    wanted = args.only or [name for name in known if name not in LONG]
+    wrong = [name for name in wanted if name not in known]
+    if wrong:
+        parser.error(f"--only {wrong[0]}: expected one of {', '.join(known)}")
+    if args.peers and (reason := peers.missing(args.peers)):
+        parser.error(reason)
     torch.set_num_threads(args.threads)
-    parts = args.only or PARTS
-    figures: dict[str, Any] = {
-        "model": args.model,
-        "threads": args.threads,
-        "repeats": args.repeats,
-        "python": platform.python_version(),
-        "versions": package_versions(),
-    }
-    table: list[tuple[str, str]] = []
-    if {"peers", "build", "steering"} & set(parts):
-        model = load(args.model)
-    if "peers" in parts and not args.model.startswith("random:"):
-        plain = gr.models.load_hugging_face(args.model)[0]
-        figures["peers"] = peers.run(model, plain, repeats=args.repeats)
-        table += peers.rows(figures["peers"])
-    if "build" in parts:
-        options = {name: getattr(args, name) for name in ("records", "steps", "baseline", "max_tokens", "repeats")}
-        figures["build"] = build_vectors.run(model, **options)
-        table += build_vectors.rows(figures["build"])
-    if "steering" in parts:
-        figures["generation"] = steering.generation(model, new_tokens=args.new_tokens, repeats=args.repeats)
-        figures["sweep"] = steering.sweep(model, records=args.sweep_records, repeats=args.repeats)
-        table += steering.rows(figures["generation"], figures["sweep"])
-    if "growth" in parts:
-        figures["growth"] = growth.growth(load(args.growth_model))
-        table += growth.rows(figures["growth"])
-    if "memory" in parts:
-        figures["memory"], figures["imports"] = memory.memory(args.model), memory.imports()
-        table += memory.rows(figures["memory"], figures["imports"])
-    print(f"{args.model}, {args.threads} threads, medians of {args.repeats}, CPU seconds\n")
-    print(markdown(table))
-    Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    for name in wanted:
+        if args.peers and name in WITH_PEERS:
+            figures = elsewhere(args, name)
+        else:
+            before = load_average()
+            rows, lines = known[name]()
+            figures = {
+                "threads": args.threads,
+                "repeats": args.repeats,
+                "load": [before, load_average()],
+                "rows": as_json(rows),
+                "lines": lines,
+            }
+        keep(args.json, args.model, name, figures)
+    found = json.loads(args.json.read_text(encoding="utf-8"))
+    found["parts"] = {name: part for name, part in found["parts"].items() if name in wanted}
+    print(f"{args.model}, medians of {args.repeats}, CPU seconds\n")
+    print(markdown(found))
 
 
-def markdown(table: list[tuple[str, str]]) -> str:
-    """Two columns."""
-    return "\n".join(["| what | figure |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in table)])
+def elsewhere(args: argparse.Namespace, part: str) -> dict[str, Any]:
+    """A part's figures from the peers' Python."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        command = [args.peers, "-m", "benchmarks", "--only", part, "--json", str(file), "--model", args.model]
+        for name in ("threads", "repeats", "new_tokens"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            sys.exit(f"{part} did not run in {args.peers}:\n{done.stderr[-2000:]}")
+        return json.loads(file.read_text(encoding="utf-8"))["parts"][part]
+
+
+def keep(file: Path, model: str, name: str, figures: dict[str, Any]) -> None:
+    """Replace one part's figures; those of another model go."""
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if found.get("model") != model:
+        found = {"model": model, "parts": {}}
+    order = [*found["parts"], name] if name not in found["parts"] else [*found["parts"]]
+    found["parts"][name] = figures
+    found["parts"] = {name: found["parts"][name] for name in order}
+    found |= {"python": platform.python_version(), "versions": package_versions()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Peak resident memory of building and sweeping, and the time of an import, each in a process of its own.
+"""Peak resident memory of building and sweeping, each in a process of its own.
 
 Reading a model's file needs more memory than running it, which would hide what runs need: the peak is reset (Linux) once the
 model is there, and again after one forward pass, whose peak is what the others are compared with.
@@ -12,9 +12,10 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.rows import Row
 
 #: Where Linux takes the order to reset a process's peak.
 CLEAR = Path("/proc/self/clear_refs")
@@ -80,27 +81,21 @@ def memory(model: str) -> dict[str, Any]:
     return found
 
 
-def imports() -> dict[str, float]:
-    """Seconds of an import in a fresh process, the faster of two."""
-    found = {}
-    for name in ("torch", "transformer_lens", "grains_tl", "grains_tl.cli"):
-        seconds = []
-        for _ in range(2):
-            started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", f"import {name}"], check=True)
-            seconds.append(time.perf_counter() - started)
-        found[name] = min(seconds)
-    return found
-
-
-def rows(found: dict[str, Any], imported: dict[str, float]) -> list[tuple[str, str]]:
-    """Lines of the table."""
-    alone = found["model"]
-    lines = [("peak memory, one forward pass", f"{alone['forward']:.0f} MiB (weights {alone['weights']:.0f})")]
-    for job in JOBS[1:]:
-        own = found[job]
-        lines.append((f"peak memory, {job}", f"{own['peak']:.0f} MiB ({own['peak'] / own['forward'] - 1:+.0%})"))
-    return lines + [(f"import {name}", f"{seconds:.1f} s") for name, seconds in imported.items()]
+def rows(found: dict[str, Any], records: int = 4) -> list[Row]:
+    """Each job's peak beside that of one forward pass."""
+    aims = {"build": "+10%", "build with gradients": "+25%", "sweep": "+10%"}
+    names = {"build": "build, leave-one-out", "build with gradients": "build, integrated gradients", "sweep": "sweep"}
+    return [
+        Row(
+            f"peak memory, {name}, {records} records",
+            found[job]["peak"],
+            f"one forward pass (weights {found[job]['weights']:.0f} MiB)",
+            found[job]["forward"],
+            aims[job],
+            "MiB",
+        )
+        for job, name in names.items()
+    ]
 
 
 if __name__ == "__main__":

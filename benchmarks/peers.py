@@ -1,12 +1,13 @@
-"""The same work by other packages, on a plain Hugging Face model: CAA vectors, leave-one-out, integrated gradients.
+"""The same work by other packages, on a plain Hugging Face model: CAA vectors, attribution, steered generation.
 
 captum is a dependency of the benchmarks. repeng and steering-vectors ask for versions of numpy and transformers that do
-not go with ours; ``pip install --no-deps repeng steering-vectors gguf`` into an environment of their own, and the rows of
-those that import appear.
+not go with ours: make an environment with everything that the benchmarks need, add ``pip install --no-deps repeng
+steering-vectors`` there, and name its Python (``python -m benchmarks --peers .../bin/python``).
 """
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Sequence
 from importlib import util
 from typing import Any
@@ -17,13 +18,15 @@ from torch import Tensor
 
 import grains_tl as gr
 from benchmarks.common import timed
+from benchmarks.rows import Row, torch_shares
+from benchmarks.steering import PROMPTS, random_vectors
 from grains_tl.attribution.api import attribute_all
 from grains_tl.attribution.reference import References
 from grains_tl.hooks.mask import replacement_embedding
+from grains_tl.inference.batches import pad_rows
 from grains_tl.tokens.pairs import TokenizedPair
-
-#: One job's figures: CPU seconds by package, and how far the results agree with ours.
-Figures = dict[str, Any]
+from grains_tl.tokens.prompts import prompt_ids
+from grains_tl.tokens.rules import token_rules
 
 
 def margin_of(hf_model: Any, pair: TokenizedPair) -> Callable[[Tensor], Tensor]:
@@ -39,7 +42,7 @@ def margin_of(hf_model: Any, pair: TokenizedPair) -> Callable[[Tensor], Tensor]:
     return lambda prompt: log_likelihood(prompt, pair.chosen) - log_likelihood(prompt, pair.rejected)
 
 
-def leave_one_out(model: Any, hf_model: Any, *, records: int, repeats: int) -> Figures:
+def leave_one_out(model: Any, hf_model: Any, *, records: int, repeats: int) -> list[Row]:
     """Leave-one-out against captum's ``FeatureAblation``, one token or eight at a time."""
     from captum.attr import FeatureAblation
 
@@ -62,23 +65,29 @@ def leave_one_out(model: Any, hf_model: Any, *, records: int, repeats: int) -> F
         return [a.scores for a in attribute_all(model, tokenized, method="leave_one_out", progress=False, **options)]
 
     jobs = {"grains_tl": ours, "captum, 8 at a time": lambda: captum(8), "captum, 1 at a time": lambda: captum(1)}
-    return _figures(jobs, repeats, f"leave-one-out, {records} records")
+    return _rows(jobs, repeats, f"leave-one-out, {records} records", aim="5")
 
 
-def integrated_gradients(model: Any, hf_model: Any, *, records: int, steps: int, repeats: int) -> Figures:
-    """Integrated gradients with given nodes and baseline against captum's, a record at a time."""
+def integrated_gradients(model: Any, hf_model: Any, *, records: int, steps: int, repeats: int) -> list[Row]:
+    """Integrated gradients with given nodes and baseline against captum's, a record at a time.
+
+    Ours come with f at both ends, which the completeness gap needs; captum gives the gap on demand.
+    """
     from captum.attr import IntegratedGradients
 
     tokenized = gr.tokens.tokenize_pairs(model, gr.load_bundled("sentiment", "build")[:records])
     embed, baselines = hf_model.get_input_embeddings(), References(model)
 
-    def captum() -> list[Tensor]:
+    def captum(gap: bool) -> list[Tensor]:
         scores = []
         for pair in tokenized:
             x = embed(torch.tensor([pair.prompt])).detach()
-            found = IntegratedGradients(margin_of(hf_model, pair)).attribute(
-                x, baselines=baselines.point("function_words", x[0])[None], n_steps=steps, method="gausslegendre"
+            start = baselines.point("function_words", x[0])[None]
+            method = IntegratedGradients(margin_of(hf_model, pair))
+            found = method.attribute(
+                x, baselines=start, n_steps=steps, method="gausslegendre", return_convergence_delta=gap
             )
+            found = found[0] if gap else found
             scores.append(found[0].sum(-1))
         return scores
 
@@ -94,12 +103,15 @@ def integrated_gradients(model: Any, hf_model: Any, *, records: int, steps: int,
         )
         return [a.scores for a in found]
 
-    return _figures(
-        {"grains_tl": ours, "captum": captum}, repeats, f"integrated gradients, {records} records, {steps} nodes"
-    )
+    jobs = {
+        "grains_tl": ours,
+        "captum with the gap, as ours": lambda: captum(True),
+        "captum, the integral alone": lambda: captum(False),
+    }
+    return _rows(jobs, repeats, f"integrated gradients, {records} records, {steps} nodes", aim="2.6")
 
 
-def caa(model: Any, hf_model: Any, *, records: int, repeats: int) -> Figures:
+def caa(model: Any, hf_model: Any, *, records: int, repeats: int) -> list[Row]:
     """CAA vectors at all layers against repeng and steering-vectors, where they can be imported."""
     pairs = gr.load_bundled("sentiment", "build")[:records]
     layers = list(range(int(model.cfg.n_layers)))
@@ -111,9 +123,7 @@ def caa(model: Any, hf_model: Any, *, records: int, repeats: int) -> Figures:
 
     jobs: dict[str, Callable[[], list[Tensor]]] = {"grains_tl": ours}
     if util.find_spec("repeng") is not None:
-        np.__dict__.setdefault("float_", np.float64)  # repeng 0.4 names it, numpy 2 does not
-        from repeng import ControlVector, DatasetEntry
-
+        ControlVector, DatasetEntry = _repeng().ControlVector, _repeng().DatasetEntry
         entries = [DatasetEntry(*both) for both in texts]
 
         def repeng() -> list[Tensor]:
@@ -129,37 +139,102 @@ def caa(model: Any, hf_model: Any, *, records: int, repeats: int) -> Figures:
             return [torch.stack([found.layer_activations[layer] for layer in layers[:-1]])]
 
         jobs["steering-vectors, batch 8"] = steering_vectors
-    return _figures(jobs, repeats, f"CAA vectors, {records} pairs, {len(layers)} layers")
+    return _rows(jobs, repeats, f"CAA vectors, {records} pairs, {len(layers)} layers", aim="1.5")
 
 
-def _figures(jobs: dict[str, Any], repeats: int, what: str) -> Figures:
-    seconds, results = timed(jobs, repeats)
-    own = results["grains_tl"]
-    cosine = {
-        name: min(
-            float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in zip(own, found, strict=True)
-        )
-        for name, found in results.items()
-        if name != "repeng"  # principal components, not means
+def generation(model: Any, hf_model: Any, *, new_tokens: int, repeats: int) -> list[Row]:
+    """Steered generation at one layer, four prompts, beside plain Hugging Face without steering and others with it."""
+    vectors, layer = random_vectors(model), int(model.cfg.n_layers) // 2
+    ids, mask, _ = pad_rows(model, [prompt_ids(model, p) for p in PROMPTS], padding_side="left", at_least=2)
+    step = 0.5 * vectors.directions[layer]
+
+    def plain() -> Tensor:
+        with torch.no_grad():
+            return hf_model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
+                pad_token_id=token_rules(model).pad,
+            )  # fmt: skip
+
+    jobs: dict[str, Callable[[], Any]] = {
+        "grains_tl": lambda: gr.generate(model, PROMPTS, vectors.hooks(0.01, [layer]), max_new_tokens=new_tokens),
+        "plain transformers, unsteered": plain,
     }
-    times = {name: s / seconds["grains_tl"] for name, s in seconds.items() if name != "grains_tl"}
-    return {"what": what, "seconds": seconds, "times": times, "cosine": cosine}
+    if util.find_spec("steering_vectors") is not None:
+        from steering_vectors import SteeringVector
+
+        def steering_vectors() -> Tensor:
+            names = {"decoder_block": "model.layers.{num}"}
+            with SteeringVector({layer: step}).apply(hf_model, layer_config=names):
+                return plain()
+
+        jobs["steering-vectors"] = steering_vectors
+    if util.find_spec("repeng") is not None:
+        ControlModel = _repeng().ControlModel
+
+        def repeng() -> Tensor:
+            controlled = ControlModel(hf_model, [layer])
+            try:
+                controlled.set_raw_control({layer: step})
+                return plain()
+            finally:
+                controlled.unwrap()
+
+        jobs["repeng"] = repeng
+    configs = [m.generation_config for m in (model.original_model, hf_model)]
+    before = [c.min_new_tokens for c in configs]
+    try:
+        for c in configs:  # every run is of the same length
+            c.min_new_tokens = new_tokens
+        what = f"generation, {new_tokens} tokens after {len(PROMPTS)} prompts, steered"
+        return _rows(jobs, repeats, what, aim="0.97", compared=False)
+    finally:
+        for c, own in zip(configs, before, strict=True):
+            c.min_new_tokens = own
 
 
-def run(model: Any, hf_model: Any, *, repeats: int, records: tuple[int, int, int] = (8, 3, 8)) -> list[Figures]:
-    """All three jobs, on so many records each: CAA, leave-one-out, integrated gradients with 10 nodes."""
-    return [
-        caa(model, hf_model, records=records[0], repeats=repeats),
-        leave_one_out(model, hf_model, records=records[1], repeats=repeats),
-        integrated_gradients(model, hf_model, records=records[2], steps=10, repeats=repeats),
-    ]
+def _repeng() -> Any:
+    np.__dict__.setdefault("float_", np.float64)  # repeng 0.4 names it, numpy 2 does not
+    import repeng
+
+    return repeng
 
 
-def rows(figures: Sequence[Figures]) -> list[tuple[str, str]]:
-    """Lines of the table."""
+def _rows(jobs: dict[str, Callable[[], Any]], repeats: int, what: str, *, aim: str, compared: bool = True) -> list[Row]:
+    for job in jobs.values():  # what is made once per model or process belongs to nobody
+        job()
+    seconds, results = timed(jobs, repeats)
+    rest = torch_shares(jobs["grains_tl"])
     found = []
-    for job in figures:
-        found.append((job["what"], f"{job['seconds']['grains_tl']:.2f} s"))
-        for name, times in job["times"].items():
-            found.append((f"the same, {name}", f"{job['seconds'][name]:.2f} s: {times:.2f} times ours"))
+    for name in [name for name in jobs if name != "grains_tl"]:
+        same = ""
+        if compared and name != "repeng":  # principal components, not means
+            pairs = zip(results["grains_tl"], results[name], strict=True)
+            same = (
+                f"cosine {min(float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in pairs):.4f}"
+            )
+        found.append(Row(what, seconds["grains_tl"], name, seconds[name], aim, agreement=same, rest=rest))
     return found
+
+
+def missing(python: str) -> str | None:
+    """Why this Python cannot run the comparison, or ``None``.
+
+    Args:
+        python: path of an interpreter.
+    """
+    needed = ["torch", "transformers", "transformer_lens", "captum", "repeng", "steering_vectors"]
+    code = f"from importlib.util import find_spec\nprint(*[name for name in {needed} if find_spec(name) is None])"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"--peers {python}: expected the path of a Python interpreter, but {error.strerror or error}"
+    if done.returncode:
+        reason = done.stderr.strip()[-200:] or done.returncode
+        return f"--peers {python}: expected a Python interpreter; it stopped with {reason}"
+    absent = done.stdout.split()
+    if absent:
+        return (
+            f"--peers {python}: expected an environment with {', '.join(needed)}; {', '.join(absent)} cannot be imported "
+            "there; install into it what is missing (pip install --no-deps for repeng and steering-vectors)"
+        )
+    return None

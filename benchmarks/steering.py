@@ -9,6 +9,7 @@ import torch
 
 import grains_tl as gr
 from benchmarks.common import timed
+from benchmarks.rows import Row, torch_shares
 from grains_tl.inference.batches import pad_rows
 from grains_tl.inference.objectives import margins
 from grains_tl.models.operations import count_operations
@@ -97,6 +98,7 @@ def sweep(model: Any, *, records: int, repeats: int) -> dict[str, Any]:
         naive()
     return {
         "records": len(pairs),
+        "profile": torch_shares(ours),
         "seconds": seconds,
         "share_of_naive_seconds": seconds["grains_tl"] / seconds["naive"],
         "share_of_naive_token_layers": few.forward / many.forward,
@@ -104,8 +106,21 @@ def sweep(model: Any, *, records: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def sweep_row(swept: dict[str, Any], n_layers: int) -> Row:
+    """The sweep's line in the table."""
+    return Row(
+        f"sweep, {n_layers} layers x 2 alphas, {swept['records']} records",
+        swept["seconds"]["grains_tl"],
+        "a run for each setting",
+        swept["seconds"]["naive"],
+        aim="5",
+        agreement=f"within {swept['largest_difference_nats']:.0e} nats",
+        rest=swept["profile"],
+    )
+
+
 def rows(generated: dict[str, Any], swept: dict[str, Any]) -> list[tuple[str, str]]:
-    """Lines of the table."""
+    """Both as lines."""
     found = []
     for batch in ("batch 4", "batch 1"):
         n = generated["new_tokens"] * int(batch[-1])

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.errors import MODEL_ERRORS, require_from_outside
-from grains_tl._util.memory import returned_memory
 from grains_tl._util.progress import progress_bar
 from grains_tl.attribution.field import require_finite, run_batches
 from grains_tl.attribution.sharing import WORTH, Branch, branch, can_share, row_length, rows_of, shared_batches
@@ -72,8 +71,7 @@ def values_without(
 
 
 def _margins(model: HookedModel, batch: Batch, hooks: FwdHooks, *, plain: bool = False) -> Float[Tensor, "run"]:
-    with returned_memory():
-        logprobs = batch_logprobs(model, batch, hooks, plain=plain)
+    logprobs = batch_logprobs(model, batch, hooks, plain=plain)
     return (logprobs[:, 0] - logprobs[:, 1]).float().cpu()
 
 

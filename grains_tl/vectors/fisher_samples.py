@@ -13,8 +13,7 @@ from torch import Tensor
 from grains_tl._util.files import hash_of
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.rows import TensorRows
-from grains_tl._util.settings import current
-from grains_tl.attribution.field import GRAPH
+from grains_tl.attribution.field import graph_tokens
 from grains_tl.hooks.steer import Positions
 from grains_tl.inference.batches import Batch, by_token_budget, text_batch
 from grains_tl.inference.logprobs import target_logits
@@ -80,7 +79,7 @@ def score_samples(
         kept = {i: row for i, key in enumerate(keys) if (row := store.of_layers(key, layers)) is not None}
         bar.update(n_samples * len(kept))
         todo = [i for i in range(len(rows)) if i not in kept]
-        budget = max(1, min(current().max_tokens // GRAPH, MAX_LOGITS // int(model.cfg.d_vocab)))
+        budget = max(1, min(graph_tokens(), MAX_LOGITS // int(model.cfg.d_vocab)))
         for places in by_token_budget([len(rows[i]) for i in todo], max_tokens=budget):
             group = [todo[place] for place in places]
             drawn = []

@@ -16,8 +16,7 @@ from grains_tl._util.errors import OptionError, numbered
 from grains_tl._util.files import short_hash
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.rows import TensorRows
-from grains_tl._util.settings import current
-from grains_tl.attribution.field import GRAPH, require_finite, run_batches
+from grains_tl.attribution.field import graph_tokens, require_finite, run_batches
 from grains_tl.attribution.sharing import prompt_batches, shares_prompts
 from grains_tl.attribution.store import image_key
 from grains_tl.hooks.steer import Positions
@@ -166,7 +165,7 @@ class MarginGradient(Recipe):
             return
         model = records.model
         batches = prompt_batches if shares_prompts(model, todo, self.objective) else run_batches
-        for part, batch in batches(model, todo, range(len(todo)), self.objective, current().max_tokens // GRAPH):
+        for part, batch in batches(model, todo, range(len(todo)), self.objective, graph_tokens()):
             only = None
             if self.tokens is not None:
                 only = batch.scatter_prompt(

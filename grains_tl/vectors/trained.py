@@ -19,8 +19,7 @@ from grains_tl._util.errors import OptionError
 from grains_tl._util.files import hash_of
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.rows import TensorRows
-from grains_tl._util.settings import current
-from grains_tl.attribution.field import GRAPH
+from grains_tl.attribution.field import graph_tokens
 from grains_tl.attribution.store import image_key
 from grains_tl.hooks.steer import Positions
 from grains_tl.inference.objectives import Objective
@@ -171,7 +170,7 @@ class Trained(Recipe):
         objective: Objective = "mean" if self.loss == "reps" else self.objective
 
         def of_records(indices: list[int]) -> Any:
-            groups = list(groups_of(indices, lengths, self.batch_size, max(1, current().max_tokens // GRAPH)))
+            groups = list(groups_of(indices, lengths, self.batch_size, graph_tokens()))
             options: dict[str, Any] = {"scope": self.scope, "operator": self.operator, "objective": objective}
             return record_passes(model, tokenized, [layer], groups, **options)
 

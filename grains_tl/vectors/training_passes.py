@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grains_tl._util.settings import current
-from grains_tl.attribution.field import GRAPH
+from grains_tl.attribution.field import graph_tokens
 from grains_tl.hooks.steer import Positions
 from grains_tl.inference.batches import by_token_budget, scoring_batch, text_batch
 from grains_tl.inference.logprobs import gather_logprobs
@@ -133,7 +132,7 @@ def text_passes(
     operator: StepOperator,
 ) -> list[Passes]:
     """Texts, given as token ids, in groups whose logits fit in memory; the first half of a text counts as its prompt."""
-    budget = max(1, min(current().max_tokens // GRAPH, MAX_LOGITS // int(model.cfg.d_vocab)))
+    budget = max(1, min(graph_tokens(), MAX_LOGITS // int(model.cfg.d_vocab)))
     with_last = [*layers, int(model.cfg.n_layers) - 1]  # where the unsteered logits are read again and again
     made = []
     for group in by_token_budget([len(row) for row in rows], max_tokens=budget):

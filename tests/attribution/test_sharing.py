@@ -225,7 +225,7 @@ def test_gradients_do_not_depend_on_sharing(
         assert a.gap is not None and b.gap is not None and abs(a.gap - b.gap) < 10 * VALUE_ATOL
 
 
-def test_a_pass_with_a_graph_takes_half_the_budget(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+def test_a_pass_with_a_graph_takes_a_part_of_the_budget(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
     tokenized = gr.tokens.tokenize_pairs(bridge, pairs) * 4
     sizes: list[int] = []
     for gradient in (False, True):
@@ -237,7 +237,7 @@ def test_a_pass_with_a_graph_takes_half_the_budget(bridge: Any, pairs: list[gr.P
 
         with gr.settings(max_tokens=100), bridge.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", size)]):
             assert len(list(field.sample(runs, gradient=gradient))) == len(runs)
-        assert 0 < max(sizes) <= (50 if gradient else 100)
+        assert 0 < max(sizes) <= (37 if gradient else 100)
         sizes.clear()
 
 

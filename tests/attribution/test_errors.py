@@ -1,10 +1,7 @@
-"""Errors of single tokens, and memory that goes back to the system."""
+"""Errors of single tokens."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,6 @@ import pytest
 import torch
 
 import grains_tl as gr
-from grains_tl._util import memory
-from grains_tl._util.memory import returned_memory
 from grains_tl.attribution import paths
 from grains_tl.attribution.gradient_methods import IntegratedGradients
 from grains_tl.attribution.store import attribute_records
@@ -55,36 +50,3 @@ def test_errors_survive_a_checkpoint(bridge: Any, pairs: list[gr.PreferencePair]
         torch.testing.assert_close(a.errors, b.errors)
         assert a.errors.shape == a.scores.shape
     assert gr.attribute(bridge, pairs[0], method="leave_one_out").errors is None
-
-
-def test_memory_settings_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(memory, "_mallopt", lambda: lambda *args: calls.append(args))
-    with pytest.raises(RuntimeError), returned_memory():
-        raise RuntimeError
-    assert calls == [(-3, 64 * 1024), (-3, 32 * 1024 * 1024)]
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")  # the user's own
-    with returned_memory():
-        pass
-    assert len(calls) == 2
-
-
-PEAK = """
-import torch
-from grains_tl._util.memory import returned_memory
-def rss(): return int(open("/proc/self/statm").read().split()[1]) * 4096
-block = torch.ones(8 * 2**20)   # 32 MiB, freed: glibc now keeps blocks of this size in its heap
-del block
-before = rss()
-with returned_memory():
-    held = [torch.ones(2**18) for _ in range(100)]
-    small = [torch.ones(10) for _ in range(100)]
-    del held
-print((rss() - before) // 2**20)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
-def test_freed_blocks_go_back_to_the_system() -> None:
-    done = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 10
