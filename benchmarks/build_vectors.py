@@ -20,6 +20,7 @@ from grains_tl._util.settings import RunSettings
 from grains_tl.attribution.reference import References
 from grains_tl.attribution.sharing import branch_length
 from grains_tl.models.operations import Operations, count_operations, floating_point_operations
+from grains_tl.models.plain_blocks import runs_plain
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.tokens.rules import token_rules
 
@@ -97,6 +98,7 @@ def run(
     references = References(model)
     options |= {"reference": baseline, "nodes": "gauss_legendre"}  # as the plain loop
     options["max_tokens"] = max_tokens
+    runs_plain(model)  # compared once per model, not once per build
     counted: list[Operations] = []
 
     def ours_counted() -> gr.SteeringVectors:  # counting costs microseconds a pass

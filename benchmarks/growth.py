@@ -19,7 +19,7 @@ def growth(model: Any, *, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> dict[str, di
     records = gr.load_bundled("sentiment", "build")
     base = records[:4]
     # fixed nodes: adaptive ones stop where the gap is small, whatever the budget
-    ig: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 4, "method_options": {"nodes": "gauss_legendre"}}
+    ig: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 4, "nodes": "gauss_legendre"}
 
     def longer(times: int) -> list[gr.PreferencePair]:
         return [replace(p, prompt=" ".join([str(p.prompt)] * times)) for p in base]

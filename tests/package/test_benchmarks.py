@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import build_vectors, growth, peers, steering
+from benchmarks import build_vectors, growth, peers, probes, starting, steering, table
+from benchmarks.__main__ import keep
 from benchmarks.common import load, off_the_line, slope
 from benchmarks.gpu_shapes import JOBS, Machine, measure, predict, rows
+from benchmarks.rows import Row, as_json, python_shares, torch_shares
 from grains_tl.finding.workload import Workload
 from grains_tl.models.operations import Operations, count_operations, floating_point_operations
 
@@ -67,12 +72,94 @@ def test_steering_and_sweep(small: Any) -> None:
     assert len(steering.rows(generated, swept)) >= 11
 
 
-def test_peers_do_the_same_work(small: Any) -> None:
+def test_peers_do_the_same_work(small: object) -> None:
     plain = load("random:2x64").original_model
-    found = peers.run(small, plain, repeats=1, records=(2, 1, 2))
-    for job in found[1:]:  # captum is always there
-        assert min(job["cosine"].values()) > 0.9999 and len(job["times"]) >= 1
-    assert len(peers.rows(found)) >= 6
+    found = [
+        *peers.caa(small, plain, records=2, repeats=1),
+        *peers.leave_one_out(small, plain, records=1, repeats=1),
+        *peers.integrated_gradients(small, plain, records=2, steps=10, repeats=1),
+        *peers.generation(small, plain, new_tokens=3, repeats=1),
+    ]
+    captum = [row for row in found if row.peer.startswith("captum")]
+    assert len(captum) == 4  # it is always there
+    for row in captum:
+        assert row.agreement.startswith("cosine") and float(row.agreement.split()[1]) > 0.9999
+        assert row.rest.count("%") == 4 and row.ours > 0
+    assert found[-1].work.startswith("generation, 3 tokens after 4 prompts")
+
+
+@pytest.mark.parametrize(
+    ("python", "reason"),
+    [
+        ("/nowhere/python", "No such file"),
+        ("{folder}/not-python", "expected a Python interpreter; it stopped with"),
+        (sys.executable, "repeng"),
+    ],
+)
+def test_a_python_without_the_peers_is_refused(python: str, reason: str, tmp_path: Path) -> None:
+    if python == sys.executable and find_spec("repeng") is not None:
+        pytest.skip("repeng is here")
+    other = tmp_path / "not-python"
+    other.write_text("#!/bin/sh\nexit 3\n")
+    other.chmod(0o755)
+    found = peers.missing(python.format(folder=tmp_path))
+    assert found is not None and found.startswith("--peers ") and reason in found
+
+
+def test_probes_are_scikit_learns(small: object) -> None:
+    (row,) = probes.run(small, shapes=((12, 2),), repeats=1)
+    assert float(row.agreement.split()[-1]) <= 0.05  # one side of one record at the border
+
+
+def test_tokenizing(small: object) -> None:
+    (row,) = starting.tokenizing(small, 1, number=20)
+    assert row.work == "tokenizing 20 pairs" and row.ours > 0 < row.theirs
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+def figures() -> dict[str, Any]:
+    rows = [
+        Row("reading", 2.0, "a peer", 5.0, "2", agreement="cosine 1.0000", rest="matrix products 80%"),
+        Row("peak memory", 110.0, "one pass", 100.0, "+25%", "MiB"),
+    ]
+    part = {"threads": 1, "repeats": 3, "load": [0.5, 2.0], "rows": as_json(rows), "lines": [("growth", "size^1.00")]}
+    return {"model": "m", "parts": {"first": part}}
+
+
+def test_the_table_has_ratio_peer_threads_and_load() -> None:
+    text = table.markdown(figures())
+    assert "| reading | 2.00 s | a peer: 5.00 s (cosine 1.0000) | **2.50** | 2 | 1, 0.5 to 2.0 |" in text
+    assert "| peak memory | 110 MiB | one pass: 100 MiB | **+10%** | +25% | 1, 0.5 to 2.0 |" in text
+    assert "| reading | matrix products 80% |" in text and "| growth | size^1.00 |" in text
+    page = table.page_with(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n", text)
+    assert page.startswith("before\n") and page.endswith("after\n") and text in page and "old" not in page
+    assert table.page_with(page, text) == page
+
+
+def test_a_part_replaces_its_own_figures_only(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    for name, threads in (("a", 1), ("b", 1), ("a", 2)):
+        keep(file, "m", name, {"threads": threads})
+    found = json.loads(file.read_text())
+    assert {name: part["threads"] for name, part in found["parts"].items()} == {"a": 2, "b": 1}
+    keep(file, "other", "a", {"threads": 3})
+    assert list(json.loads(file.read_text())["parts"]) == ["a"]
+
+
+def test_shares_add_up() -> None:
+    x = torch.randn(300, 300)
+    shares = torch_shares(lambda: [x @ x for _ in range(30)])
+    assert shares.startswith("matrix products") and 90 <= sum(map(int, re.findall(r"(\d+)%", shares))) <= 110
+    assert "test_benchmarks.slow" in python_shares(slow)
+
+
+def slow() -> int:
+    total = 0
+    for i in range(10**6):
+        total += i
+    return total
 
 
 def test_growth(small: Any) -> None:
