@@ -14,6 +14,7 @@ from grains_tl.cli.build import add_build_options, build_checkpoint, run_build
 from grains_tl.cli.demo import add_demo_options, run_demo_command
 from grains_tl.cli.export import add_export, run_export
 from grains_tl.cli.find import add_find_options, run_find, search_checkpoint
+from grains_tl.cli.harness import run_lm_eval
 from grains_tl.cli.options import (
     add_attribution_options,
     add_model_options,
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep(commands)
     _add_export(commands)
     _add_push(commands)
+    _add_lm_eval(commands)
     _add_attribute(commands)
     _add_plan(commands)
     from grains_tl.cli.compare import add_parser
@@ -166,6 +168,13 @@ def _add_push(commands: Any) -> None:
     push = commands.add_parser("push", help="upload vectors to a Hugging Face hub, with a card that says what they do")
     add_push(push)
     push.set_defaults(run=run_push, autocast=None)
+
+
+def _add_lm_eval(commands: Any) -> None:
+    said = "lm-evaluation-harness, with --model grains_tl for a steered model (extra evals)"
+    harness = commands.add_parser("lm-eval", help=said, add_help=False)
+    harness.add_argument("arguments", nargs=argparse.REMAINDER, help="as for lm_eval itself")
+    harness.set_defaults(run=lambda args: run_lm_eval(args.arguments), autocast=None)
 
 
 def _add_attribute(commands: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grains_tl._util.progress import progress_bar
+from grains_tl.evaluate.model_args import steered_model
 from grains_tl.inference.batches import batch_of, by_token_budget
 from grains_tl.inference.generation import GenerationHooks, generate
 from grains_tl.inference.logprobs import HooksForBatch, hooks_for
@@ -23,13 +24,19 @@ from grains_tl.types import HookedModel
 #: Tokens generated where a task sets no limit, as in lm-evaluation-harness' own models.
 MAX_NEW_TOKENS = 256
 
+#: Prompts per batch of generation.
+BATCH_SIZE = 8
+
+#: What lm-evaluation-harness calls the adapter.
+NAME = "grains_tl"
+
 
 def adapter(
     model: HookedModel,
     fwd_hooks: HooksForBatch | None = None,
     *,
     generation_hooks: GenerationHooks | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
 ) -> Any:
     """The model as an ``lm_eval.api.model.LM``: every request runs with the hooks on.
 
@@ -115,6 +122,54 @@ def _adapter_class() -> Any:
             return _generated(self.model, [request.args for request in requests], hooks, self.batch_size)
 
     return HookedLM
+
+
+def register() -> str:
+    """Make the adapter known to lm-evaluation-harness as ``--model grains_tl``, in this process; its name is returned.
+
+    lm-evaluation-harness looks up models in a table of its own and finds no plugins, so from a shell
+    ``grains-tl lm-eval run --model grains_tl --model_args pretrained=smollm2,vectors=v.safetensors --tasks ...`` calls this
+    first and then is ``lm_eval`` itself.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+
+    Examples:
+        >>> register()                                                                          # doctest: +SKIP
+        >>> lm_eval.simple_evaluate(model="grains_tl", model_args="pretrained=smollm2", ...)    # doctest: +SKIP
+    """
+    try:
+        from lm_eval.api.registry import model_registry
+    except ImportError as error:
+        raise ImportError("this needs lm-evaluation-harness: pip install 'grains-tl[evals]'") from error
+    if NAME not in model_registry:
+        model_registry.register(NAME, target=f"{__name__}:RegisteredLM")
+    return NAME
+
+
+@functools.cache
+def _registered_class() -> Any:
+    class RegisteredLM(_adapter_class()):  # type: ignore[misc]
+        """Made by lm-evaluation-harness from ``--model_args``; see ``steered_model`` for what they may be."""
+
+        def __init__(
+            self, pretrained: Any = None, batch_size: Any = None, max_batch_size: Any = None, **given: Any
+        ) -> None:
+            device = str(given.pop("device", None) or "cpu")
+            # their command asks for cuda:0 by itself, and their own models go to the CPU where there is none
+            device = "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
+            name = None if pretrained is None else str(pretrained)
+            model, steering = steered_model(name, {**given, "device": device})
+            super().__init__(model, steering, None, int(batch_size) if str(batch_size).isdigit() else BATCH_SIZE)
+
+    return RegisteredLM
+
+
+def __getattr__(name: str) -> Any:
+    """``RegisteredLM``, for the registry, which imports it by name."""
+    if name == "RegisteredLM":
+        return _registered_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _split(model: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
