@@ -11,7 +11,7 @@ import torch
 import grains_tl as gr
 from tests.conftest import tiny_hf, tiny_tokenizer
 
-inspect_ai = pytest.importorskip("inspect_ai", reason="inspect-ai is not installed (pip install 'grains-tl[inspect]')")
+pytest.importorskip("inspect_ai", reason="inspect-ai is not installed (pip install 'grains-tl[inspect]')")
 
 
 @pytest.fixture
