@@ -63,9 +63,9 @@ def test_what_it_cannot_do_is_said(folder: Path) -> None:
     from inspect_ai.model import ChatMessageUser, ContentImage, ContentText, GenerateConfig
     from inspect_ai.tool import ToolInfo
 
-    from grains_tl.evaluate.inspect_provider import SteeredModelAPI
+    from grains_tl.evaluate.inspect_provider import register
 
-    provider: Any = SteeredModelAPI(str(folder))
+    provider: Any = register()(str(folder))
 
     def call(content: Any, tools: list[Any] | None = None, **config: Any) -> Any:
         asked = provider.generate([ChatMessageUser(content=content)], tools or [], "auto", GenerateConfig(**config))
