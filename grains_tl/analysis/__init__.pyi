@@ -6,6 +6,7 @@ from .circuit_checks import circuit_overlap as circuit_overlap
 from .circuits import steering_circuit as steering_circuit
 from .direct_writers import writers as writers
 from .freezing import mechanism as mechanism
+from .gating import gate_report as gate_report
 from .geometry import building_records as building_records
 from .geometry import building_tokens as building_tokens
 from .geometry import cosine_map as cosine_map

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -19,6 +19,9 @@ LAYERS, NORMS = [1, 2], torch.tensor([5.0, 6.0])
 #: Name -> a call with the model, the records, and what was made of them beforehand.
 CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "attribute_all": lambda m, r, _: gr.attribution.attribute_all(m, r),
+    "prompt_weights": lambda m, r, _: [
+        torch.tensor(w) for w in cast("Any", gr.attribution.prompt_weights(m, r).weights).values()
+    ],
     "score_pairs": lambda m, r, made: gr.score_pairs(m, r, made.vectors.hooks(0.2, [1])),
     "measure": lambda m, r, made: gr.evaluate.measure(m, r, [gr.evaluate.Setting(1, made.vectors.hooks(0.2, [1]))]),
     "next_token_kl": lambda m, r, made: gr.evaluate.next_token_kl(m, r, made.vectors.hooks(0.2, [1])),
