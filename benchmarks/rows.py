@@ -64,14 +64,14 @@ def as_json(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def torch_shares(job: Callable[[], Any]) -> str:
-    """Shares of a run's CPU time by kind of operation; what PyTorch does not count is Python.
+    """Shares of a run's time by kind of operation; what PyTorch does not count is Python.
 
-    The profiler itself costs time, most of it in Python: shares are rough.
+    The profiler counts seconds on the wall and costs some itself, most of it in Python: shares are rough.
     """
-    started = time.process_time()
     with profile(activities=[ProfilerActivity.CPU]) as found:
+        started = time.perf_counter()
         job()
-        total = time.process_time() - started
+        total = time.perf_counter() - started
     shares: dict[str, float] = defaultdict(float)
     for event in found.key_averages():
         kinds = [kind for kind, names in GROUPS.items() if event.key.startswith(names)]
@@ -90,7 +90,7 @@ def python_shares(job: Callable[[], Any], top: int = 3) -> str:
     own: dict[str, float] = defaultdict(float)
     for (file, _, name), (_, _, seconds, _, _) in stats.stats.items():  # type: ignore[attr-defined]
         # a name alone of what is built in, with its module of what is written in Python
-        own[f"{Path(file).stem}.{name}" if file != "~" else name.removeprefix("<").removesuffix(">")] += seconds
+        own[f"{Path(file).stem.strip('<>')}.{name}" if file != "~" else name.removeprefix("<").removesuffix(">")] += seconds
     return listed(
         {
             name.replace("built-in method ", ""): s / total
