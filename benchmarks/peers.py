@@ -200,8 +200,7 @@ def _repeng() -> Any:
 
 
 def _rows(jobs: dict[str, Callable[[], Any]], repeats: int, what: str, *, aim: str, compared: bool = True) -> list[Row]:
-    for job in jobs.values():  # what is made once per model or process belongs to nobody
-        job()
+    jobs["grains_tl"]()  # what is made once per model, such as the comparison with the model's own modules
     seconds, results = timed(jobs, repeats)
     rest = torch_shares(jobs["grains_tl"])
     found = []

@@ -90,7 +90,9 @@ def python_shares(job: Callable[[], Any], top: int = 3) -> str:
     own: dict[str, float] = defaultdict(float)
     for (file, _, name), (_, _, seconds, _, _) in stats.stats.items():  # type: ignore[attr-defined]
         # a name alone of what is built in, with its module of what is written in Python
-        own[f"{Path(file).stem.strip('<>')}.{name}" if file != "~" else name.removeprefix("<").removesuffix(">")] += seconds
+        own[f"{Path(file).stem.strip('<>')}.{name}" if file != "~" else name.removeprefix("<").removesuffix(">")] += (
+            seconds
+        )
     return listed(
         {
             name.replace("built-in method ", ""): s / total

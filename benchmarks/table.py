@@ -22,7 +22,7 @@ def rows_of(figures: dict[str, Any]) -> list[tuple[Row, dict[str, Any]]]:
 def markdown(figures: dict[str, Any]) -> str:
     """All rows, the circumstances of each, and where its time goes."""
     lines = [
-        "| work | grains_tl | peer | ratio | aim | threads, load |",
+        "| work | grains_tl | peer | ratio | aim | threads, runs, load |",
         "|---|---|---|---|---|---|",
     ]
     rests: dict[str, str] = {}
@@ -41,9 +41,9 @@ def markdown(figures: dict[str, Any]) -> str:
 
 
 def circumstances(part: dict[str, Any]) -> str:
-    """Threads, and the machine's load before and after."""
+    """Threads, runs of which a figure is the median, and the machine's load before and after."""
     before, after = part["load"]
-    return f"{part['threads']}, {before} to {after}"
+    return f"{part['threads']}, {part['repeats']}, {before} to {after}"
 
 
 def page_with(text: str, table: str) -> str:

@@ -207,6 +207,25 @@ def test_a_cache_without_the_whole_prompt_is_not_used(bridge: Any, pairs: list[g
     assert PromptCache.of(filled, {0: 0}, *shape) is None
 
 
+def test_rows_of_a_cache_are_those_of_transformers_and_keep_nothing() -> None:
+    from transformers import DynamicCache
+
+    generator = torch.Generator().manual_seed(0)
+    prompts = [(torch.randn(3, 2, 7, 4, generator=generator), torch.randn(3, 2, 7, 5, generator=generator))] * 2
+    found = PromptCache(tuple(prompts), {10: 0, 11: 1, 12: 2}).rows([12, 10, 12, 11], 4)
+    wanted = DynamicCache()
+    for layer, (keys, values) in enumerate(prompts):
+        wanted.update(keys[[2, 0, 2, 1], :, :4], values[[2, 0, 2, 1], :, :4], layer)
+    new = torch.randn(4, 2, 3, 4, generator=generator), torch.randn(4, 2, 3, 5, generator=generator)
+    for layer, (keys, values) in enumerate(prompts):
+        assert found.get_seq_length(layer) == wanted.get_seq_length(layer) == 4
+        for ours, theirs in zip(found.update(*new, layer), wanted.update(*new, layer), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        held = found.layers[layer]
+        assert held.keys.data_ptr() == keys.data_ptr() and held.values.data_ptr() == values.data_ptr()
+        assert held.keys.shape[-2] == 4
+
+
 @pytest.mark.parametrize("objective", ["sum", "mean"])
 def test_gradients_do_not_depend_on_sharing(
     bridge: Any, pairs: list[gr.PreferencePair], monkeypatch: pytest.MonkeyPatch, objective: Any
