@@ -1,9 +1,13 @@
 from .ablation import ablate_hooks as ablate_hooks
 from .ablation import ablation_table as ablation_table
+from .autoencoders import read_sae as read_sae
+from .autoencoders import sae_hooks as sae_hooks
 from .building_curves import learning_curve as learning_curve
 from .circuit_checks import circuit_faithfulness as circuit_faithfulness
 from .circuit_checks import circuit_overlap as circuit_overlap
 from .circuits import steering_circuit as steering_circuit
+from .coordinates import keep_coordinates as keep_coordinates
+from .coordinates import sparsity_curve as sparsity_curve
 from .direct_writers import writers as writers
 from .freezing import mechanism as mechanism
 from .gating import gate_report as gate_report
@@ -22,6 +26,8 @@ from .probes import Probes as Probes
 from .probes import fit_probes as fit_probes
 from .probes import residuals as residuals
 from .probes import separation as separation
+from .promoted import lens_agreement as lens_agreement
+from .promoted import promoted_tokens as promoted_tokens
 from .sparse import decoder_cosines as decoder_cosines
 from .sparse import feature_vectors as feature_vectors
 from .sparse import load_sae as load_sae

@@ -20,6 +20,7 @@ from grains_tl.records.pairs import PairLike
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.readout import read_out
+from grains_tl.vectors.steering_vectors import SteeringVectors
 
 #: The step of a head: from the mean of rejected to the mean of chosen response ends, or the probe's weights.
 HeadDirection = Literal["mean_shift", "probe"]
@@ -87,6 +88,26 @@ class HeadVectors:
             )
             for layer in layers
         ]
+
+    def vectors(self, n_heads: int) -> SteeringVectors:
+        """The same steps as vectors of ``site="z"``, to be swept, compared at equal KL and saved.
+
+        ``vectors(n_heads).steering(alpha, layers, operator="add", scale="raw")`` at all their layers is
+        ``hooks(alpha, scale="sigma")``.
+
+        Args:
+            n_heads: attention heads of a layer of the model.
+
+        Returns:
+            ``SteeringVectors``: of each layer the steered heads' directions times their sigmas, side by side; the residual
+            norms are unknown (0), so ``scale="raw"`` is the only unit of ``alpha``.
+        """
+        layers = sorted({layer for layer, _ in self.heads})
+        raw = torch.zeros(len(layers), n_heads, self.directions.shape[1])
+        for row, (layer, head) in enumerate(self.heads):
+            raw[layers.index(layer), head] = (self.directions[row] * self.sigmas[row]).float().cpu()
+        info = {"method": "heads", "heads": [list(pair) for pair in self.heads]}
+        return SteeringVectors.from_raw(raw.flatten(1), layers, torch.zeros(len(layers)), info, site="z")
 
 
 def _shift(steps: dict[int, Tensor]) -> Any:

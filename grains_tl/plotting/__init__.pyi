@@ -12,6 +12,8 @@ from .hallucination import plot_captions as plot_captions
 from .hallucination import plot_yes_no as plot_yes_no
 from .images import attribution_share as attribution_share
 from .images import plot_image_attribution as plot_image_attribution
+from .inside_vectors import plot_lenses as plot_lenses
+from .inside_vectors import plot_sparsity as plot_sparsity
 from .records import plot_records as plot_records
 from .records import plot_token_logprobs as plot_token_logprobs
 from .style import figure_png as figure_png

@@ -621,6 +621,12 @@ def test_heads_of_ones_own_choice(bridge: Any, pairs: list[gr.PreferencePair]) -
     rows = [all_heads.heads.index(head) for head in named.heads]
     torch.testing.assert_close(named.directions, all_heads.directions[rows])
     torch.testing.assert_close(named.accuracies, all_heads.accuracies[rows])
+    v = named.vectors(4)
+    ids = torch.tensor([gr.tokens.tokenize_pairs(bridge, pairs)[0].prompt])
+    step = v.steering(2.0, v.layers, operator="add", scale="raw")
+    with torch.no_grad():
+        wanted = bridge.run_with_hooks(ids, fwd_hooks=named.hooks(2.0, scale="sigma"))
+        torch.testing.assert_close(bridge.run_with_hooks(ids, fwd_hooks=step.hooks()), wanted, atol=1e-5, rtol=1e-5)
     bad: list[dict[str, Any]] = [{"heads": []}, {"heads": [(1, 4)]}, {"heads": [(3, 0)]}, {"heads": [(1, 0), (1, 0)]}]
     for options in [*bad, {"heads": [(1, 0)], "n_heads": 1}, {"heads": [(1, 0)], "layers": [1]}]:
         with pytest.raises(ValueError, match="heads"):

@@ -43,6 +43,9 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "circuit_faithfulness": lambda m, r, made: gr.analysis.circuit_faithfulness(
         m, made.single.steering(0.2, 1), r, made.circuit, sizes=[0, 2], n_random=0
     ),
+    "sparsity_curve": lambda m, r, made: gr.analysis.sparsity_curve(
+        m, made.single.steering(0.2, 1), r, shares=[0.5], n_random=0, texts=["the film was good and warm"]
+    ),
     "residuals": lambda m, r, _: gr.analysis.residuals(m, r, layers=LAYERS, readout="response_end"),
     "writers": lambda m, r, made: gr.analysis.writers(m, r, made.vectors, layer=2),
     "ablation_table": lambda m, r, made: gr.analysis.ablation_table(m, r, made.vectors, n_random=1),
