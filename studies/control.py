@@ -205,9 +205,12 @@ def strength(study: Study) -> None:
         },
     }
     tokenized = gr.tokens.tokenize_pairs(study.model, records)
+    methods = ("gradient_x_input", "leave_one_out")
+    scores = {method: gr.attribution.attribute_all(study.model, tokenized, method=method) for method in methods}
     settings = []
     for name, options in makers.items():
-        weights = prompt_weights(study.model, tokenized, after=0.0, **options)
+        found = scores[options.pop("method", "gradient_x_input")]
+        weights = prompt_weights(study.model, tokenized, after=0.0, attributions=found, **options)
         steps = [vectors.steering(alpha, study.layer, positions=weights) for alpha in study.alphas]
         settings += [Setting.of(step, vector=name) for step in steps]
     effects = gr.evaluate.record_effects(

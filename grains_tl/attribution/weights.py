@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def prompt_weights(
     after: float = 1.0,
     mask: Mask | Masker = "mean_embedding",
     shuffle_seed: int | None = None,
+    attributions: Sequence[Attribution] | None = None,
     **fields: Any,
 ) -> Weighted:
     """Weights that steer positions which push toward rejected more than others, by each record's own attribution.
@@ -45,6 +47,7 @@ def prompt_weights(
         mask: as in ``attribute``.
         shuffle_seed: permute the scores among the content tokens of each prompt first: weights of the same sum and sizes at
             random places, the control of the true ones.
+        attributions: of these records, where they are there already; ``method`` and ``mask`` are then left aside.
         fields: as in ``attribute``.
 
     Returns:
@@ -63,9 +66,19 @@ def prompt_weights(
     tokenized = as_tokenized(model, records)
     if not tokenized:
         raise ValueError("no records; give at least one")
-    found = attribute_all(model, tokenized, method=method, mask=mask, **fields)
+    if attributions is None:
+        attributions = attribute_all(model, tokenized, method=method, mask=mask, **fields)
+    wrong = [
+        n for n, (t, a) in enumerate(zip(tokenized, attributions, strict=False), 1) if len(t.prompt) != len(a.scores)
+    ]
+    if len(attributions) != len(tokenized) or wrong:
+        raise ValueError(
+            f"{len(attributions)} attributions for {len(tokenized)} records"
+            + (f", and that of record {wrong[0]} has another number of tokens" if wrong else "")
+            + "; give those of these records, in their order"
+        )
     by_prompt: dict[tuple[int | str, ...], list[Tensor]] = {}
-    for number, (record, attribution) in enumerate(zip(tokenized, found, strict=True)):
+    for number, (record, attribution) in enumerate(zip(tokenized, attributions, strict=True)):
         generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed * 100_003 + number)
         by_prompt.setdefault(prompt_key(record.prompt, record.images), []).append(
             _weights(attribution, floor, generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -159,6 +159,8 @@ def test_prompt_weights_are_shares_of_what_pushes_toward_rejected(model: Any, pa
         found: Any = prompt_weights(model, pairs, method=method, floor=0.25, after=0.0)
         for a, t in zip(gr.attribution.attribute_all(model, tokenized, method=method), tokenized, strict=True):
             own = torch.tensor(found.weights[tuple(t.prompt)])
+            (again,) = cast("Any", prompt_weights(model, [t], floor=0.25, after=0.0, attributions=[a]).weights).values()
+            assert again == pytest.approx(own.tolist(), rel=1e-4, abs=1e-5)
             pushes = np.maximum(-np.nan_to_num(a.scores.numpy().astype(float)), 0) * a.content.numpy()
             wanted = 0.25 + 0.75 * pushes * len(pushes) / pushes.sum() if pushes.sum() else np.ones(len(pushes))
             np.testing.assert_allclose(own, wanted, rtol=1e-4, atol=1e-5)
@@ -189,6 +191,8 @@ def test_prompt_weights_are_shares_of_what_pushes_toward_rejected(model: Any, pa
         (lambda m, p: gr.score_pairs(m, p, vectors().steering(0.2, 1, positions=Weighted({(1,): [1.0]}))), "no weights"),
         (lambda m, p: prompt_weights(m, p, floor=2.0), "floor"),
         (lambda m, p: prompt_weights(m, []), "no records"),
+        (lambda m, p: prompt_weights(m, p, attributions=[]), "0 attributions for 4"),
+        (lambda m, p: prompt_weights(m, p[:1], attributions=[gr.attribute(m, p[3])]), "record 1 has another"),
         (lambda m, p: vectors().steering(0.2, 1, positions=Weighted(torch.ones(1, 3))).torch_hooks(tiny_hf()), "plain"),
         (lambda m, p: m.run_with_hooks(torch.tensor([[3, 4]]), fwd_hooks=vectors().steering(
             0.2, 1, positions=Weighted({(3, 4): [1.0, 1.0]})).hooks()), "belong to prompts"),
