@@ -212,10 +212,13 @@ def _steered(entries: list[Mapping[str, Any]], name: str) -> FileContent:
                 "away, or use action 'add'"
             )
         actions.add(str(action))
-        if isinstance(entry.get("manifest"), str):  # of this package: what was exported, whatever the coefficient
-            about["manifest"] = _mapping(entry["manifest"])
+        own = _mapping(entry["manifest"]) if isinstance(entry.get("manifest"), str) else {}
+        if isinstance(own.get("sizes"), dict):  # of this package: what was exported, whatever the coefficient
+            about["manifest"] = own
         vector = dict(_tensors({entry.get("hookpoint"): entry["steering_vector"]}, name))
-        coefficient = float(entry.get("steering_coefficient", 1.0))
+        coefficient = entry.get("steering_coefficient", 1.0)
+        if not isinstance(coefficient, (int, float)):
+            raise ValueError(f"{name}: steering_coefficient is {coefficient!r}; expected a number")
         for key, row in vector.items():
             unit = row / row.norm() if action == "clamp" else row
             rows[key] = (coefficient or 1.0 if about else coefficient) * unit
