@@ -216,9 +216,11 @@ def _steered(entries: list[Mapping[str, Any]], name: str) -> FileContent:
         if isinstance(own.get("sizes"), dict):  # of this package: what was exported, whatever the coefficient
             about["manifest"] = own
         vector = dict(_tensors({entry.get("hookpoint"): entry["steering_vector"]}, name))
-        coefficient = entry.get("steering_coefficient", 1.0)
-        if not isinstance(coefficient, (int, float)):
-            raise ValueError(f"{name}: steering_coefficient is {coefficient!r}; expected a number")
+        try:
+            coefficient = float(entry.get("steering_coefficient", 1.0))
+        except (TypeError, ValueError, RuntimeError):
+            said = entry["steering_coefficient"]
+            raise ValueError(f"{name}: steering_coefficient is {said!r}; expected a number") from None
         for key, row in vector.items():
             unit = row / row.norm() if action == "clamp" else row
             rows[key] = (coefficient or 1.0 if about else coefficient) * unit
