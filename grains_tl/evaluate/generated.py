@@ -24,7 +24,7 @@ from grains_tl.inference.batches import by_token_budget, image_inputs, pad_rows,
 from grains_tl.inference.continuations import Continuations
 from grains_tl.inference.generation import Continued, GenerationHooks, encode_prompts, hooks_at
 from grains_tl.inference.objectives import kl_divergence, token_logprobs
-from grains_tl.models.running import forward_logits
+from grains_tl.models.running import device_of, forward_logits
 from grains_tl.types import HookedModel, PromptHooks
 
 #: What ``token_costs`` gives for every generated token, in this order; nats, and 0 or 1 for agreement.
@@ -96,7 +96,7 @@ def require_same_hooks(model: HookedModel, continued: Sequence[Continued], fwd_h
         return
     behind = []
     for one in continued[:4]:
-        ids = torch.tensor([[*one.prompt, *one.new[:-1]]], device=next(model.parameters()).device)
+        ids = torch.tensor([[*one.prompt, *one.new[:-1]]], device=device_of(model))
         keep = torch.arange(len(one.prompt) - 1, ids.shape[1], device=ids.device)
         inputs = image_inputs(model, [one.images], ids, torch.zeros(1, dtype=torch.long, device=ids.device))
         with torch.no_grad():

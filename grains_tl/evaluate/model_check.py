@@ -77,10 +77,14 @@ def check_model(model: HookedModel) -> pd.DataFrame:
 def _eval_mode(model: HookedModel) -> tuple[bool, str]:
     require_ready(model)
     bad = [name for name, p in model.named_parameters() if not _finite(p)]
-    return not bad, f"NaN or inf in {bad[:3]}" if bad else "no dropout, all weights finite"
+    absent = sum(p.device.type == "meta" for p in model.parameters())
+    said = f"no dropout, {'weights in memory' if absent else 'all weights'} finite"
+    return not bad, f"NaN or inf in {bad[:3]}" if bad else said + (f"; {absent} are offloaded" if absent else "")
 
 
 def _finite(parameter: Tensor) -> bool:
+    if parameter.device.type == "meta":  # offloaded: it comes for each pass
+        return True
     try:
         return bool(torch.isfinite(parameter).all())
     except NotImplementedError:  # quantised weights are whole numbers behind an interface that may lack this

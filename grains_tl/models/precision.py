@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grains_tl.models.placement import input_device
 from grains_tl.types import FwdHooks, HookedModel
 
 #: Largest difference of a fast path from the plain run, nats: float32 round-off of a reordered sum is some 1e-5; a missing
@@ -24,8 +25,7 @@ ROUGH = 0.5
 
 
 def _of(model: HookedModel) -> tuple[str, torch.dtype]:
-    parameter = next(model.parameters())
-    return parameter.device.type, parameter.dtype
+    return input_device(model).type, next(model.parameters()).dtype
 
 
 def autocast_dtype(model: HookedModel) -> str | None:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from grains_tl._util.checks import layer_numbers
+from grains_tl.models.placement import input_device
 from grains_tl.models.precision import exact_unembedding, full_precision
 from grains_tl.models.state import require_hooked_model, require_ready
 from grains_tl.types import BridgeModel, FwdHooks, HookedModel, PromptHooks
@@ -71,7 +72,7 @@ def stream_after(layer: int) -> str:
 
 def device_of(model: HookedModel) -> torch.device:
     """The device the model's embedding is on: inputs go there."""
-    return next(model.parameters()).device
+    return input_device(model)
 
 
 def existing_layers(model: HookedModel, layers: Sequence[int]) -> list[int]:
@@ -229,7 +230,8 @@ def embedding_table(model: HookedModel) -> Float[Tensor, "vocab d_model"] | None
     some = torch.linspace(0, size - 1, min(size, 16)).long().to(device)
     shown = embed_tokens(model, some[None])[0]
     for table in getattr(model.embed, "parameters", tuple)():
-        if table.shape == (size, shown.shape[-1]) and torch.equal(table.detach()[some], shown):
+        offloaded = table.device.type == "meta"
+        if not offloaded and table.shape == (size, shown.shape[-1]) and torch.equal(table.detach()[some], shown):
             return table.detach()
     return None
 
