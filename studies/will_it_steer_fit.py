@@ -29,7 +29,7 @@ def left_out(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     parts = []
     for _, own in frame.groupby(by):
         rest = frame[~frame.index.isin(own.index)]
-        calibration = Calibration.of(rest["linear"].to_numpy(float), rest["effect"].to_numpy(float))
+        calibration = Calibration.of(rest)
         predicted, low, high = calibration.predict(own["linear"].to_numpy(float))
         parts.append(own.assign(predicted=predicted, low=low, high=high))
     return pd.concat(parts)

@@ -7,10 +7,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from grains_tl.records.pairs import PairLike, PreferencePair
 from grains_tl.records.splits import record_id
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
-from grains_tl.vectors.building import BuildingRecords
+from grains_tl.vectors.building import BuildingRecords, record_file
 from grains_tl.vectors.recipes import Recipe, RecipeFunction, recipe_of
 from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
@@ -145,7 +143,7 @@ def learning_curve(
     chosen = recipe_of(recipe)
     numbers = _sizes(sizes, len(building), whole("n_draws", n_draws, 1))
     draws = _draws(numbers, len(building), n_draws, given["seed"])
-    with attribution_file(checkpoint) as file:
+    with record_file(beside(checkpoint)) as file:
         records = BuildingRecords(model, tokenize_pairs(model, building), (run.layer,), file)
         chosen.check(records)
         vectors = [built(chosen, records.part(places)) for _, places in draws]
@@ -203,14 +201,9 @@ def built(recipe: Recipe, records: BuildingRecords) -> SteeringVectors:
     return replace(recipe.build(records), resid_norms=records.resid_norms)
 
 
-@contextlib.contextmanager
-def attribution_file(checkpoint: str | Path | None) -> Iterator[Path]:
-    """Where recipes keep what they found on each record, so that no subset attributes a record again."""
-    if checkpoint is not None:
-        yield Path(f"{checkpoint}.attributions.jsonl")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder) / "attributions.jsonl"
+def beside(checkpoint: str | Path | None) -> Path | None:
+    """The file for attributions and gradients beside that of the measurements."""
+    return None if checkpoint is None else Path(f"{checkpoint}.attributions.jsonl")
 
 
 def _sizes(sizes: Sequence[int] | None, n: int, n_draws: int) -> list[int]:

@@ -15,13 +15,13 @@ from grains_tl._util.checks import finite
 from grains_tl._util.errors import OptionError, RecordError
 from grains_tl._util.files import hash_of
 from grains_tl._util.stats import crossed_interval, mean_interval
-from grains_tl.analysis.building_curves import RANDOM, EqualCost, attribution_file, built, curve_options, require_apart
+from grains_tl.analysis.building_curves import RANDOM, EqualCost, beside, built, curve_options, require_apart
 from grains_tl.records.loading import preference_pairs
 from grains_tl.records.pairs import PairLike, PreferencePair
 from grains_tl.tokens.images import template_owner
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
-from grains_tl.vectors.building import BuildingRecords
+from grains_tl.vectors.building import BuildingRecords, record_file
 from grains_tl.vectors.recipes import Recipe, RecipeFunction, recipe_of
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
@@ -79,7 +79,7 @@ def transfer(
     building, testing = _sides(sets, test, share, given["seed"])
     _require_messages(model, testing, templates)
     chosen = recipe_of(recipe)
-    with attribution_file(checkpoint) as file:
+    with record_file(beside(checkpoint)) as file:
         vectors = {}
         for name, own in building.items():
             records = BuildingRecords(model, tokenize_pairs(model, own), (run.layer,), file)

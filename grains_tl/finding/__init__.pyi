@@ -5,6 +5,7 @@ from .exportable import AsAdd as AsAdd
 from .exportable import as_add as as_add
 from .planning import RunPlan as RunPlan
 from .planning import plan_run as plan_run
+from .prediction import predict_effect as predict_effect
 from .result import Found as Found
 from .text_rules import praise as praise
 from .text_rules import refuses as refuses

@@ -38,9 +38,14 @@ class Halves:
 
 def record_gradients(records: BuildingRecords) -> Float[Tensor, "record layer d_model"]:
     """Each record's gradient of the margin at a vector added after each layer, as ``add_renorm`` lets it act."""
-    recipe = MarginGradient(operator="add_renorm")
-    recipe.check(records)
-    return recipe.per_record(records)
+    return MarginGradient(operator="add_renorm").per_record(records)
+
+
+def require_enough(records: BuildingRecords) -> None:
+    """Refuse records that cannot be halved (RecordError)."""
+    n = len(records.tokenized)
+    if n < FEWEST:
+        raise RecordError(f"{n} building records; expected at least {FEWEST} to set two halves against each other")
 
 
 def halves(
@@ -60,9 +65,8 @@ def halves(
         n_splits: random halvings.
         seed: of these.
     """
+    require_enough(records)
     n = len(records.tokenized)
-    if n < FEWEST:
-        raise RecordError(f"{n} building records; expected at least {FEWEST} to set two halves against each other")
     rng = np.random.default_rng(seed)
     cosines, along = [], []
     for _ in range(n_splits):

@@ -21,6 +21,7 @@ from grains_tl._util.settings import settings as run_with
 from grains_tl.evaluate.costs import cost_rows
 from grains_tl.evaluate.store import open_checkpoint
 from grains_tl.finding.measuring import Run, report, search
+from grains_tl.finding.prediction import promise
 from grains_tl.finding.records import split_for_search
 from grains_tl.finding.result import Found, examples_of
 from grains_tl.finding.verdict import with_verdicts
@@ -123,6 +124,9 @@ def find_vector(
         table, best, verdict = with_verdicts(table, effects, choices, run, parts)
         chosen = choices[best]
         steering = chosen.steering(run.positions)
+        texts = run.texts if not isinstance(run.texts, Continuations) else []
+        if texts and (run.objective, run.positions) == ("sum", "all"):  # what the calibration is of
+            verdict = "\n".join(filter(None, [verdict, promise(building, chosen.layer, run.kl, texts)]))
         examples = examples_of(model, parts.report, steering, run.n_examples, run.max_new_tokens)
     return Found(
         best=steering,

@@ -14,6 +14,7 @@ from .images import attribution_share as attribution_share
 from .images import plot_image_attribution as plot_image_attribution
 from .inside_vectors import plot_lenses as plot_lenses
 from .inside_vectors import plot_sparsity as plot_sparsity
+from .prediction import plot_prediction as plot_prediction
 from .records import plot_records as plot_records
 from .records import plot_token_logprobs as plot_token_logprobs
 from .style import figure_png as figure_png

@@ -86,4 +86,4 @@ def _curves(ax: Any, curve: pd.DataFrame) -> None:
     ax.minorticks_off()
     ax.set_xlabel("nodes")
     ax.set_ylabel("share of the effect")
-    ax.legend(loc="best", fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=8)

@@ -70,7 +70,7 @@ def plot_mechanism(frame: pd.DataFrame, *, title: str = "") -> Any:
         ax.invert_yaxis()
         ax.set_xlabel("part of the effect on the margin, nats")
         if len(vectors) > 1:
-            ax.legend(loc="lower right")
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=len(vectors))
         if title:
             ax.set_title(title, loc="left")
     return fig

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,6 +99,23 @@ class BuildingRecords:
     def margins(self) -> Float[Tensor, "record"]:
         """log p(chosen) - log p(rejected) of the unsteered model, nats."""
         return margins(score_pairs(self.model, self.tokenized))
+
+
+@contextlib.contextmanager
+def record_file(path: str | Path | None) -> Iterator[Path]:
+    """Where recipes keep what they found on each record, so that no part of the records is gone through twice.
+
+    Args:
+        path: the file; ``None`` for one that is removed at the end.
+
+    Yields:
+        The file.
+    """
+    if path is not None:
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "records.jsonl"
 
 
 @dataclass(frozen=True)
