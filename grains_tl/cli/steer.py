@@ -20,7 +20,7 @@ def add_steer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--operator",
         default="add_renorm",
-        choices=["add_renorm", "add", "ablate", "clamp"],
+        choices=["add_renorm", "add", "rotate", "clip", "ablate", "match", "clamp"],
         help="how the step is applied (default add_renorm)",
     )
     parser.add_argument(

@@ -18,7 +18,8 @@ from grains_tl.evaluate.costs import text_costs
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid
 from grains_tl.evaluate.summary import summarize
-from grains_tl.hooks.steer import Operator, Positions
+from grains_tl.hooks.operators import Operator
+from grains_tl.hooks.steer import Positions
 from grains_tl.inference.continuations import Continuations
 from grains_tl.inference.objectives import Objective
 from grains_tl.records.loading import neutral_texts

@@ -31,6 +31,7 @@ from grains_tl.inference.restart import prepare_restart, restart_logits
 from grains_tl.records.loading import COST_TEXTS, neutral_texts
 from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.types import HookedModel
+from grains_tl.vectors.combined import CombinedSteering
 from grains_tl.vectors.manifest import texts_used
 from grains_tl.vectors.steering import Steering
 
@@ -70,7 +71,7 @@ def kl_per_token(costs: pd.DataFrame, n_settings: int) -> NDArray[np.float64]:
 
 def text_costs(
     model: HookedModel,
-    settings: Sequence[Setting | Steering],
+    settings: Sequence[Setting | Steering | CombinedSteering],
     texts: CostTexts = None,
     *,
     checkpoint: str | Path | Checkpoint | None = None,
@@ -105,7 +106,8 @@ def text_costs(
         >>> costs.groupby("alpha")["kl"].mean()                                        # doctest: +SKIP
     """
     settings = require_settings(model, settings)
-    vectors = {s.vector: s.hooks.vectors.info for s in settings if isinstance(s.hooks, Steering)}
+    steered = [(s.vector, s.hooks) for s in settings if isinstance(s.hooks, (Steering, CombinedSteering))]
+    vectors = {f"{name}{n or ''}": p.vectors.info for name, one in steered for n, p in enumerate(one.parts)}
     warn_of_own_texts(vectors, cost_rows(model, texts))
     return cost_table(model, settings, texts, checkpoint=checkpoint)
 
@@ -134,7 +136,7 @@ def warn_of_own_texts(infos: Mapping[str, Mapping[str, Any]], rows: Sequence[Seq
 
 def cost_table(
     model: HookedModel,
-    settings: Sequence[Setting | Steering],
+    settings: Sequence[Setting | Steering | CombinedSteering],
     texts: CostTexts = None,
     *,
     checkpoint: str | Path | Checkpoint | None = None,

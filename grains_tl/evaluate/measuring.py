@@ -23,6 +23,7 @@ from grains_tl.inference.restart import Restart, prepare_restart, restart_many
 from grains_tl.models.running import forward_logits, stream_after
 from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
 from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.vectors.combined import CombinedSteering
 from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
@@ -41,7 +42,7 @@ Job = TypeVar("Job")
 def measure(
     model: HookedModel,
     tokenized: Records,
-    settings: Sequence[Setting | Steering],
+    settings: Sequence[Setting | Steering | CombinedSteering],
     *,
     objective: Objective = "sum",
 ) -> tuple[Float[Tensor, "record 2"], Float[Tensor, "setting record 2"]]:

@@ -13,13 +13,14 @@ from grains_tl.evaluate.settings import Setting
 from grains_tl.evaluate.store import Checkpoint
 from grains_tl.records.choices import MultipleChoice, letters
 from grains_tl.types import HookedModel
+from grains_tl.vectors.combined import CombinedSteering
 from grains_tl.vectors.steering import Steering
 
 
 def retention(
     model: HookedModel,
     items: Iterable[MultipleChoice],
-    settings: Sequence[Setting | Steering],
+    settings: Sequence[Setting | Steering | CombinedSteering],
     *,
     checkpoint: str | Path | Checkpoint | None = None,
 ) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from grains_tl.records.pairs import PreferencePair
 from grains_tl.records.splits import Record, record_id
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
+from grains_tl.vectors.combined import CombinedSteering
 from grains_tl.vectors.steering import Steering
 
 #: What to give where a summary came.
@@ -33,7 +34,7 @@ PER_RECORD = "the per-record table of record_effects or sweep_records"
 def record_effects(
     model: HookedModel,
     records: Iterable[Record],
-    settings: Sequence[Setting | Steering],
+    settings: Sequence[Setting | Steering | CombinedSteering],
     *,
     objective: Objective = "sum",
     checkpoint: str | Path | Checkpoint | None = None,

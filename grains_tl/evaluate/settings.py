@@ -10,11 +10,13 @@ from typing import Any
 
 from grains_tl._util.checks import finite, listed
 from grains_tl.hooks.gate_run import GateRun
-from grains_tl.hooks.steer import Operator, Positions
+from grains_tl.hooks.operators import Operator
+from grains_tl.hooks.steer import Positions
 from grains_tl.hooks.weights import Weighted
 from grains_tl.inference.logprobs import HooksForBatch
 from grains_tl.models.running import listed_hooks, require_hook_names, stream_after
 from grains_tl.types import FwdHooks, HookedModel, PromptHooks
+from grains_tl.vectors.combined import CombinedSteering
 from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
@@ -60,27 +62,30 @@ class Setting:
     @property
     def start(self) -> int:
         """The layer whose residual is taken from the unsteered run; -1: the stream before block 0."""
-        inside = isinstance(self.hooks, Steering) and self.hooks.vectors.site != "resid_post"
-        return self.layer - inside
+        if not isinstance(self.hooks, (Steering, CombinedSteering)):
+            return self.layer
+        return min(min(part.layers) - (part.vectors.site != "resid_post") for part in self.hooks.parts)
 
     @classmethod
-    def of(cls, steering: Steering, *, vector: str | None = None, draw: int = -1) -> Setting:
+    def of(cls, steering: Steering | CombinedSteering, *, vector: str | None = None, draw: int = -1) -> Setting:
         """A setting that applies some steering.
 
         Args:
-            steering: from ``vectors.steering(alpha, layers)``.
+            steering: from ``vectors.steering(alpha, layers)``, or a sum of such, which has no single alpha (NaN).
             vector: its name in a table; default the method that the vectors were built with.
             draw: number of a resampled or random vector.
 
         Returns:
             The setting, with the steering's resume key.
         """
+        methods = [str(part.vectors.info.get("method", "vector")) for part in steering.parts]
+        scopes = {_scope_name(part.positions) for part in steering.parts}
         return cls(
             min(steering.layers),
             [] if steering.idle else steering,
-            vector=str(steering.vectors.info.get("method", "vector")) if vector is None else vector,
-            alpha=steering.alpha,
-            positions=_scope_name(steering.positions),
+            vector=" + ".join(methods) if vector is None else vector,
+            alpha=steering.alpha if isinstance(steering, Steering) else math.nan,
+            positions=scopes.pop() if len(scopes) == 1 else "mixed",
             draw=draw,
             key=steering.key,
         )
@@ -92,7 +97,7 @@ def _scope_name(positions: Any) -> str:
     return positions if isinstance(positions, str) else "mask"
 
 
-def require_settings(model: HookedModel, settings: Sequence[Setting | Steering]) -> list[Setting]:
+def require_settings(model: HookedModel, settings: Sequence[Setting | Steering | CombinedSteering]) -> list[Setting]:
     """The settings as a list; a ``Steering`` among them becomes a ``Setting``.
 
     Hooks that are made for each batch are looked at when they are there.
@@ -104,11 +109,13 @@ def require_settings(model: HookedModel, settings: Sequence[Setting | Steering])
     wanted = (
         "a list is needed: grid(vectors, layers, alphas), [vectors.steering(alpha, layer)] or [Setting(layer, hooks)]"
     )
-    if isinstance(settings, (Setting, Steering, SteeringVectors)) or not hasattr(settings, "__iter__"):
+    if isinstance(settings, (Setting, Steering, CombinedSteering, SteeringVectors)) or not hasattr(
+        settings, "__iter__"
+    ):
         raise ValueError(f"settings are one {type(settings).__name__}; {wanted}")
     ready = []
     for number, given in enumerate(settings, start=1):
-        setting = Setting.of(given) if isinstance(given, Steering) else given
+        setting = Setting.of(given) if isinstance(given, (Steering, CombinedSteering)) else given
         if not isinstance(setting, Setting):
             raise ValueError(f"setting {number} is a {type(setting).__name__}; {wanted}")
         ready.append(setting)

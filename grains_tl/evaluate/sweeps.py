@@ -17,7 +17,8 @@ from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid, named_vectors
 from grains_tl.evaluate.store import open_checkpoint
 from grains_tl.evaluate.summary import summarize
-from grains_tl.hooks.steer import Operator, Positions
+from grains_tl.hooks.operators import Operator
+from grains_tl.hooks.steer import Positions
 from grains_tl.inference.continuations import Continuations
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import require_layers

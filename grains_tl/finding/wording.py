@@ -23,7 +23,8 @@ from grains_tl.evaluate.equal_cost import effect_at_kl
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import grid
 from grains_tl.finding.text_rules import praise
-from grains_tl.hooks.steer import Operator, Positions
+from grains_tl.hooks.operators import Operator
+from grains_tl.hooks.steer import Positions
 from grains_tl.inference.generation import generate
 from grains_tl.records.loading import COST_TEXTS, neutral_texts, preference_pairs
 from grains_tl.records.pairs import PairLike

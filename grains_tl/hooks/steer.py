@@ -13,14 +13,11 @@ from grains_tl._util.checks import finite, whole
 from grains_tl._util.tensors import lasting
 from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.layer_gates import LayerGate
+from grains_tl.hooks.operators import Operator, moved, require_operator
 from grains_tl.hooks.sites import Site, edit_hooks, flat, require_site
 from grains_tl.hooks.weights import PromptKey, Weighted
 from grains_tl.models.running import resid_post
 from grains_tl.types import FwdHooks
-
-#: ``"add_renorm"`` is the paper's h' = (h + s) |h| / |h + s|; ``"add"`` leaves out the second factor; ``"ablate"`` takes the
-#: direction's component out; ``"clamp"`` sets that component to a value.
-Operator = Literal["add_renorm", "add", "ablate", "clamp"]
 
 #: Which positions are steered. ``"generated"`` are the tokens after the prompt, ``"last"`` those that predict a token
 #: of the response: the prompt's last and all after it.
@@ -43,6 +40,7 @@ def steer_hook(
     gate: Gate | None = None,
     site: Site = "resid_post",
     prompts: Sequence[PromptKey] | None = None,
+    target: float | None = None,
 ) -> FwdHooks:
     """Steer the residual stream after one block, or another site of it.
 
@@ -51,10 +49,11 @@ def steer_hook(
     Args:
         layer: counted from 0; the hook point is ``blocks.{layer}.hook_resid_post`` unless ``site`` says otherwise.
         direction: ``[d_model]`` (``"z"``: ``[n_heads * d_head]``); only its direction counts, it is normalised here.
-        amount: for ``"add"`` and ``"add_renorm"`` the length of the step in residual units; for ``"ablate"`` the share of
-            the component to take out (1 = all); for ``"clamp"`` the value of the component afterwards.
-            ``SteeringVectors.hooks`` gives these from ``alpha``.
-        operator: see ``Operator``. With ``"add"``, ``"add_renorm"`` and ``"ablate"`` an amount of 0 changes no bit.
+        amount: for ``"add"`` and ``"add_renorm"`` the length of the step in residual units; for ``"clip"`` the same, and
+            the component that is not exceeded; for ``"rotate"`` an angle in radians; for ``"ablate"`` the share of the
+            component to take out (1 = all); for ``"match"`` the share of the way to ``target``; for ``"clamp"`` the value
+            of the component afterwards. ``SteeringVectors.hooks`` gives these from ``alpha``.
+        operator: see ``hooks.operators``. With all but ``"clamp"`` an amount of 0 changes no bit.
         positions: all, a named scope, a ``[batch, pos]`` mask (positions decoded one by one are then left alone), or
             ``Weighted``, which multiplies the amount at each position.
         prompt_len: where the prompt ends, an int or one per row, counted from the row's first position, padding
@@ -69,13 +68,14 @@ def steer_hook(
         site: which activation of the block is changed. At ``"z"`` the heads count as one vector; ``"add_renorm"``
             restores the norm of each head's own output, so heads without a part in the direction stay as they are.
         prompts: token ids of each row's prompt, for weights that belong to prompts.
+        target: the component that ``"match"`` moves to, in residual units; for no other operator.
 
     Returns:
         ``[(name, fn)]`` for ``run_with_hooks`` or ``model.hooks``, next to any other hooks; three at ``"resid_mid"``.
 
     Raises:
-        ValueError: zero or non-finite direction, non-finite amount, unknown operator or scope; during the run, a
-            ``d_model``, mask shape, ``prompt_len`` or gate that does not fit.
+        ValueError: zero or non-finite direction, non-finite amount, unknown operator or scope, ``"match"`` without a
+            target; during the run, a ``d_model``, mask shape, ``prompt_len`` or gate that does not fit.
 
     Examples:
         >>> hooks = steer_hook(0, torch.tensor([3.0, 4.0]), amount=5.0, operator="add")
@@ -86,6 +86,9 @@ def steer_hook(
     if layer < 0:
         raise ValueError(f"layer={layer}; layers count from 0")
     require_step(operator, positions, gate)
+    if (operator == "match") != (target is not None):
+        raise ValueError(f"operator={operator!r} with target={target}; 'match' needs a target, and no other has one")
+    level = 0.0 if target is None else finite("target", target)
     require_site(site)
     weights = positions.of_batch(require_border(prompt_len), prompts) if isinstance(positions, Weighted) else None
     prompt_len = require_border(prompt_len)
@@ -122,7 +125,7 @@ def steer_hook(
             scope = opened if scope is None else scope & opened
         if scope is not None and not bool(scope.any()):
             return act
-        new = _apply(act.reshape(*act.shape[:2], *inner), unit.to(act.device).view(inner), step, operator)
+        new = moved(act.reshape(*act.shape[:2], *inner), unit.to(act.device).view(inner), step, operator, level)
         new = new.view(act.shape)
         return new if scope is None else torch.where(scope.view(*scope.shape, *[1] * (act.ndim - 2)), new, act)
 
@@ -131,8 +134,7 @@ def steer_hook(
 
 def require_step(operator: Any, positions: Any, gate: Any = None) -> None:
     """Refuse an operator, scope or gate that cannot be meant (ValueError), without a model or a direction."""
-    if operator not in get_args(Operator):
-        raise ValueError(f"operator={operator!r}; expected one of {get_args(Operator)}")
+    require_operator(operator)
     if isinstance(positions, str) and positions not in get_args(Positions):
         raise ValueError(f"positions={positions!r}; expected one of {get_args(Positions)} or a [batch, pos] mask")
     if isinstance(positions, Weighted) and operator == "clamp":
@@ -181,28 +183,6 @@ def require_border(prompt_len: Any) -> int | Int[Tensor, "batch"] | None:
     if prompt_len.ndim != 1 or prompt_len.is_floating_point() or prompt_len.numel() == 0 or int(prompt_len.min()) < 1:
         raise ValueError(f"prompt_len={prompt_len.tolist()}; expected a whole number from 1 on, or one per row")
     return prompt_len
-
-
-def _apply(
-    act: Float[Tensor, "*shape d_model"],
-    unit: Float[Tensor, "*heads d_model"],
-    amount: float | Tensor,
-    operator: Operator,
-) -> Float[Tensor, "*shape d_model"]:
-    def factor(x: Any) -> Any:
-        return x.to(act.device, torch.float32) if isinstance(x, Tensor) else x  # a weight of 1 gives the very number
-
-    if operator == "add":
-        return act + (factor(amount) * unit).to(act.dtype)
-    h = act.float()  # norms and projections of half-precision residuals overflow or round too much
-    if operator == "add_renorm":
-        moved = h + factor(amount) * unit
-        # where the step cancels h exactly there is no direction left to scale: keep h
-        scale = h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
-        return torch.where(torch.isfinite(scale), moved * scale, h).to(act.dtype)
-    component = (h * unit).sum(-1, keepdim=True)  # not a matrix product: autocast would round it
-    target = component * factor(1 - amount) if operator == "ablate" else torch.full_like(component, float(amount))
-    return (h + (target - component) * unit).to(act.dtype)
 
 
 def _scope(

@@ -1,6 +1,7 @@
 from . import export as export
 from .build import build_vectors as build_vectors
 from .building import BuildingRecords as BuildingRecords
+from .combined import CombinedSteering as CombinedSteering
 from .differences import Differences as Differences
 from .differences import collect_differences as collect_differences
 from .files import load_vectors as load_vectors

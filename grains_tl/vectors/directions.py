@@ -238,5 +238,5 @@ def _combined(a: LayerDirections, sign: str, b: LayerDirections) -> dict[str, An
 
 
 def _without_choice(info: Mapping[str, Any]) -> dict[str, Any]:
-    """An alpha and its evidence were found for the vectors as they were, and say nothing of others made from them."""
-    return {key: value for key, value in info.items() if key not in ("chosen", "found", "evidence")}
+    """An alpha, its evidence and class means were found for the vectors as they were, and say nothing of others."""
+    return {key: value for key, value in info.items() if key not in ("chosen", "found", "evidence", "means")}

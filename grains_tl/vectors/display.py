@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grains_tl._util import html
+from grains_tl.hooks.operators import UNITLESS
 from grains_tl.hooks.weights import Weighted
 from grains_tl.vectors.directions import LayerDirections
 
@@ -50,7 +51,7 @@ def steering_html(steering: Any, places: Sequence[int]) -> str:
         steering: the value.
         places: the rows of its layers in its vectors.
     """
-    vectors, taken_out = steering.vectors, steering.operator == "ablate"
+    vectors, taken_out = steering.vectors, steering.operator in UNITLESS
     units = vectors.resid_norms if steering.scale == "residual" else vectors.magnitudes
     rows = [
         [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grains_tl._util.files import plain
-from grains_tl.hooks.steer import Operator
+from grains_tl.hooks.operators import Operator
 from grains_tl.models.hugging_face import load_causal_lm
 from grains_tl.models.running import device_of, forward_logits, hugging_face_model
 from grains_tl.types import FwdHooks, HookedModel

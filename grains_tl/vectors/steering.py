@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,23 +15,26 @@ from grains_tl._util.errors import OptionError
 from grains_tl._util.files import hash_of, write_atomically
 from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.layer_gates import LayerGate
-from grains_tl.hooks.sites import residual_stream_only, site_point
-from grains_tl.hooks.steer import Gate, Operator, Positions, require_border, require_step, steer_hook
+from grains_tl.hooks.operators import UNITLESS, Operator
+from grains_tl.hooks.row_gates import for_rows
+from grains_tl.hooks.sites import site_point
+from grains_tl.hooks.steer import Gate, Positions, require_border, require_step, steer_hook
 from grains_tl.hooks.weights import PromptKey, Weighted
-from grains_tl.models.running import hooked, resid_post
-from grains_tl.types import FwdHooks, HookedModel
+from grains_tl.models.running import resid_post
+from grains_tl.types import FwdHooks
+from grains_tl.vectors.combined import Steps
 from grains_tl.vectors.directions import LayerDirections
 from grains_tl.vectors.display import steering_html
+from grains_tl.vectors.means import target_of
 from grains_tl.vectors.tensor_files import vectors_content
-from grains_tl.vectors.torch_hooks import TorchHooks
 
 #: The unit of ``alpha``: the layer's typical residual norm, or the vector's own length.
 Scale = Literal["residual", "raw"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Steering:
-    """A step along steering vectors; whatever takes ``fwd_hooks`` takes it.
+class Steering(Steps):
+    """A step along steering vectors; whatever takes ``fwd_hooks`` takes it. ``a + b`` takes two at once.
 
     Scoring, generation and sweeps tell it where each prompt ends, so scopes such as ``"generated"`` need nothing else.
 
@@ -84,8 +86,10 @@ class Steering:
         if isinstance(self.gate, LayerGate):
             inside = self.vectors.site != "resid_post"
             self.gate.require_below([layer - inside for layer in layers])
+        if self.operator == "match" and self.alpha != 0:
+            self._targets()
         unknown = [r for r in self._rows if self.vectors.resid_norms[r] == 0 and bool(self.vectors.directions[r].any())]
-        if unknown and self.scale == "residual" and self.operator != "ablate" and self.alpha != 0:
+        if unknown and self.scale == "residual" and self.operator not in UNITLESS and self.alpha != 0:
             raise ValueError(
                 "alpha is a fraction of the residual norm, and these vectors do not say how large that is: read them with "
                 "load_vectors(path, model), which measures it, or steer by their own length with scale='raw'"
@@ -121,6 +125,7 @@ class Steering:
         if "" in (gate, where):
             return ""
         more: list[Any] = [] if gate is None else [["gate", gate]]
+        more += [["targets", self._targets()]] if self.operator == "match" and self.alpha != 0 else []
         more += (
             [] if self.scale == "residual" else [self.scale, [float(self.vectors.magnitudes[r]) for r in self._rows]]
         )
@@ -158,14 +163,6 @@ class Steering:
         """Whether ``for_prompt`` has to be told the prompts' tokens."""
         return isinstance(self.positions, Weighted) and self.positions.needs_ids
 
-    def hooks(self) -> FwdHooks:
-        """``[(hook name, fn)]``, one per layer, for ``run_with_hooks`` or ``model.hooks``.
-
-        A run over several positions is then taken as a prompt, and each position that is decoded alone as a generated
-        one; ``for_prompt`` is for runs over whole sequences. A gate with a layer of its own has its reading hook in front.
-        """
-        return self.for_prompt(None)
-
     def for_prompt(
         self, prompt_len: int | Int[Tensor, "batch"] | None, prompts: Sequence[PromptKey] | None = None
     ) -> FwdHooks:
@@ -183,67 +180,42 @@ class Steering:
                 hooks.append((site_point(self.vectors.site, layer), _unchanged))
                 continue
             unit = self.vectors.resid_norms[row] if self.scale == "residual" else self.vectors.magnitudes[row]
-            amount = self.alpha if self.operator == "ablate" else self.alpha * float(unit)
+            amount = self.alpha if self.operator in UNITLESS else self.alpha * float(unit)
             hooks += steer_hook(
                 layer,
                 direction,
-                amount,
+                abs(amount) if self.operator == "match" else amount,  # the target has the sign
                 operator=self.operator,
                 positions=self.positions,
                 prompt_len=prompt_len,
                 gate=self.gate if run is None else run.opener(),
                 site=self.vectors.site,
                 prompts=prompts,
+                target=self._targets()[layer] if self.operator == "match" else None,
             )
         return hooks
 
-    @contextmanager
-    def applied(
-        self, model: HookedModel, *, prompt_len: int | Int[Tensor, "batch"] | None = None
-    ) -> Iterator[HookedModel]:
-        """Steer everything that runs in the ``with`` block; the hooks are removed at its end, also after an error.
+    def scaled(self, factor: float | int) -> Steering:
+        """The same with alpha multiplied, rounded to six digits so that a resumed search asks for the very same step."""
+        return replace(self, alpha=float(f"{self.alpha * finite('factor', factor):.6g}"))
+
+    def at_rows(self, rows: Sequence[bool] | Bool[Tensor, "batch"]) -> Steering:
+        """The same for some rows of a batch alone, next to whatever gate it has.
 
         Args:
-            model: a ``TransformerBridge`` or ``HookedTransformer``.
-            prompt_len: where the prompts end, for runs over whole sequences; see ``hooks`` for runs without it.
-
-        Yields:
-            The model.
-
-        Examples:
-            >>> with vectors.steering(0.2, 12).applied(model):        # doctest: +SKIP
-            ...     logits = model(tokens)
-        """
-        with hooked(model, self.for_prompt(prompt_len)):
-            yield model
-
-    def torch_hooks(self, hf_model: Any, *, prompt_len: int | Int[Tensor, "batch"] | None = None) -> TorchHooks:
-        """Steer a plain Hugging Face model: the same step, by PyTorch forward hooks on its decoder layers.
-
-        For a model that stays outside TransformerLens: in a server, in a training loop, with ``generate`` of transformers.
-        Scopes need no ``prompt_len`` in generation with a key-value cache, as transformers does by default: the first run
-        over several positions is the prompt. Without a cache, with speculative decoding or a prompt in chunks it is needed.
-        A mask or a ``[batch, pos]`` gate counts positions from the beginning of the text, padding included; behind its end
-        nothing is steered.
-
-        Args:
-            hf_model: a decoder-only model of transformers: Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, OLMo, Phi, Mixtral,
-                LLaVA, Qwen-VL, ... with peft adapters or without.
-            prompt_len: where the prompts end, padding in front included; one number, or one a row.
+            rows: one boolean for each row; batches of other sizes are refused when they run.
 
         Returns:
-            The hooks, registered: ``remove()`` takes them off, as does the end of a ``with`` block, also after an error.
+            Steering with a gate on these rows; sums of such are several requests in one batch
+            (``CombinedSteering.per_row``).
 
         Raises:
-            ValueError: vectors that do not fit the model, a TransformerLens model, one whose layers are not found; during a
-                run, positions whose place in the text cannot be known.
+            ValueError: something else than booleans.
 
         Examples:
-            >>> with vectors.steering(0.2, 12).torch_hooks(hf_model):         # doctest: +SKIP
-            ...     hf_model.generate(**tokenizer("The film was", return_tensors="pt"))
+            >>> both = warm.at_rows([True, False]) + cold.at_rows([False, True])      # doctest: +SKIP
         """
-        residual_stream_only("torch_hooks", self.vectors.site)
-        return TorchHooks(self, hf_model, prompt_len)
+        return replace(self, gate=for_rows(self.gate, rows))
 
     def save(self, path: str | Path) -> Path:
         """Write the vectors of the steered layers with this choice in the manifest; ``load_vectors(path).chosen`` has it.
@@ -275,6 +247,10 @@ class Steering:
             )
         named = {name: getattr(self, name) for name in ("alpha", "operator", "positions", "scale")}
         return {"layers": list(self.layers), **named, **({} if self.gate is None else {"gated": True})}
+
+    def _targets(self) -> dict[int, float]:
+        """By layer, the component that ``"match"`` moves to; any number does where nothing moves."""
+        return {layer: target_of(self.vectors, layer, self.alpha) if self.alpha else 0.0 for layer in self.layers}
 
     @property
     def _rows(self) -> list[int]:

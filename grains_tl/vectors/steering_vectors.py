@@ -15,9 +15,10 @@ from torch import Tensor
 from grains_tl._util.checks import layer_numbers
 from grains_tl._util.files import write_atomically
 from grains_tl.hooks.layer_gates import LayerGate
+from grains_tl.hooks.operators import Operator
 from grains_tl.hooks.reading_gates import CosineGate, ProbeGate, gate_from
 from grains_tl.hooks.sites import Site
-from grains_tl.hooks.steer import Gate, Operator, Positions
+from grains_tl.hooks.steer import Gate, Positions
 from grains_tl.hooks.weights import Weighted
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.chosen import chosen_of
@@ -25,13 +26,14 @@ from grains_tl.vectors.directions import LayerDirections
 from grains_tl.vectors.display import made_from, vectors_html
 from grains_tl.vectors.hub import OnHub
 from grains_tl.vectors.matching import require_match
+from grains_tl.vectors.means import WithMeans
 from grains_tl.vectors.steering import Scale, Steering
 from grains_tl.vectors.tensor_files import fields_of, read_vectors, vectors_content
 from grains_tl.vectors.torch_hooks import TorchHooks
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SteeringVectors(LayerDirections, OnHub):
+class SteeringVectors(LayerDirections, WithMeans, OnHub):
     """One direction per layer, with its size and the scale that ``alpha`` is measured in.
 
     Attributes:
@@ -116,9 +118,11 @@ class SteeringVectors(LayerDirections, OnHub):
 
         Args:
             alpha: step as a fraction of the layer's typical residual norm; with ``scale="raw"`` a multiple of the
-                vector's own length. For ``operator="ablate"`` the share of the component taken out.
+                vector's own length. For ``"rotate"`` an angle in radians, for ``"ablate"`` the share of the component taken
+                out, for ``"match"`` the share of the way to the mean of chosen (negative: of rejected).
             layers: one or several of the stored layers; may be left out if there is only one. -1 is the model's last.
-            operator: ``"add_renorm"`` (the paper's), ``"add"``, ``"ablate"`` or ``"clamp"``.
+            operator: ``"add_renorm"`` (the paper's), ``"add"``, ``"rotate"``, ``"clip"``, ``"ablate"``, ``"match"`` (needs
+                ``with_means``) or ``"clamp"``; ``hooks.operators`` has the formulas.
             positions: ``"all"``, ``"prompt"``, ``"generated"``, ``"last"``, a ``[batch, pos]`` mask, or
                 ``hooks.Weighted`` for more at some positions than at others.
             gate: steer only rows or positions where it is True: ``hooks.ProbeGate``, ``CosineGate``, ``FunctionGate``,

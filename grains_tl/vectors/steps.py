@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.errors import OptionError
+from grains_tl.hooks.operators import UNITLESS, Operator
 from grains_tl.hooks.sites import residual_stream_only
-from grains_tl.hooks.steer import Operator
 from grains_tl.vectors.steering import Steering
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
@@ -81,7 +81,7 @@ def amounts(steering: Steering, operators: Sequence[Operator], engine: str) -> d
     units = vectors.resid_norms if steering.scale == "residual" else vectors.magnitudes
     for layer in steering.layers:
         row = vectors.layers.index(layer)
-        unit = 1.0 if steering.operator == "ablate" else float(units[row])
+        unit = 1.0 if steering.operator in UNITLESS else float(units[row])
         direction = vectors.directions[row].float().cpu()
         if bool(direction.any()):
             found[layer] = (direction / direction.norm(), steering.alpha * unit)

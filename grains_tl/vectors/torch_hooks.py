@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from grains_tl.hooks.gate_run import decided_at
 from grains_tl.hooks.layer_gates import LayerGate
+from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.hooks.steer import require_border
 from grains_tl.hooks.weights import Weighted
 from grains_tl.models.hugging_face import decoder
@@ -27,21 +28,25 @@ class TorchHooks:
     """
 
     def __init__(self, steering: Any, hf_model: Any, prompt_len: int | Int[Tensor, "batch"] | None) -> None:
-        if isinstance(steering.positions, Weighted):
-            raise ValueError(
-                "weights of positions need hooks on a TransformerLens model (gr.wrap_model(hf_model, tokenizer)); on a "
-                "plain Hugging Face model give a scope or a mask as positions"
-            )
         stack, layers = decoder(hf_model)
-        _require_fit(steering, hf_model, len(layers))
-        follow = _Follow(steering, require_border(prompt_len))
-        self._handles: list[Any] = (
-            [] if follow.alike else [stack.register_forward_pre_hook(follow.enter, with_kwargs=True)]
-        )
-        if isinstance(steering.gate, LayerGate):  # in front of the steering, which may be at the same layer
-            self._handles.append(layers[steering.gate.layer].register_forward_hook(follow.read))
-        for number, layer in enumerate(steering.layers):
-            self._handles.append(layers[layer].register_forward_hook(follow.hook_of(number)))
+        for part in steering.parts:
+            residual_stream_only("torch_hooks", part.vectors.site)
+            if isinstance(part.positions, Weighted):
+                raise ValueError(
+                    "weights of positions need hooks on a TransformerLens model (gr.wrap_model(hf_model, tokenizer)); on a "
+                    "plain Hugging Face model give a scope or a mask as positions"
+                )
+            _require_fit(part, hf_model, len(layers))
+        follows = [_Follow(part, require_border(prompt_len)) for part in steering.parts]
+        self._handles: list[Any] = [
+            stack.register_forward_pre_hook(follow.enter, with_kwargs=True) for follow in follows if not follow.alike
+        ]
+        for part, follow in zip(steering.parts, follows, strict=True):
+            if isinstance(part.gate, LayerGate):  # in front of all steering, which may be at the same layer
+                self._handles.append(layers[part.gate.layer].register_forward_hook(follow.read))
+        for part, follow in zip(steering.parts, follows, strict=True):
+            for number, layer in enumerate(part.layers):
+                self._handles.append(layers[layer].register_forward_hook(follow.hook_of(number)))
 
     def remove(self) -> None:
         """Take the hooks off the model; calling it again does nothing."""

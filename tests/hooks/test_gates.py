@@ -175,7 +175,7 @@ def test_a_sweep_shares_passes_and_costs_take_gates(model: Any, hf: Any, pairs: 
 
 @pytest.mark.parametrize("decide", ["prompt_end", "token"])
 @pytest.mark.parametrize("kind", [ProbeGate, CosineGate])
-@pytest.mark.parametrize("operator", ["add_renorm", "add", "ablate", "clamp"])
+@pytest.mark.parametrize("operator", ["add_renorm", "add", "rotate", "clip", "ablate", "clamp"])
 def test_always_is_no_gate_and_never_is_the_base_bit_for_bit(
     model: Any, pairs: Any, kind: Any, decide: Any, operator: Any
 ) -> None:

@@ -19,7 +19,7 @@ NORM_RTOL = 1e-5  # float32: one square root and one division per token
 PROJECTION_ATOL = 2e-5  # float32 dot products of 32 entries of size 5
 IDS = torch.tensor([[5, 8, 12, 18, 13], [6, 8, 13, 19, 10]])
 LAYERS = [0, 1, 2]
-OPERATORS: list[Any] = ["add_renorm", "add", "ablate", "clamp"]
+OPERATORS: list[Any] = ["add_renorm", "add", "rotate", "clip", "ablate", "clamp"]
 
 
 def direction(seed: int = 0, d_model: int = 32) -> Tensor:
@@ -107,7 +107,7 @@ def test_clamp_sets_the_component_and_nothing_else_changes(value: float) -> None
     torch.testing.assert_close(new - value * unit(), rest, atol=PROJECTION_ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("operator", ["add", "add_renorm", "ablate"])
+@pytest.mark.parametrize("operator", ["add", "add_renorm", "rotate", "clip", "ablate"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_zero_changes_no_bit(operator: Any, dtype: torch.dtype) -> None:
     act = activations(2, 5, dtype=dtype)
@@ -129,7 +129,7 @@ def test_precision_is_kept_and_the_input_is_not_written_to(operator: Any, positi
     torch.testing.assert_close(new.float(), wanted, rtol=2 * eps, atol=8 * eps)
 
 
-@pytest.mark.parametrize("operator", ["add_renorm", "ablate", "clamp"])
+@pytest.mark.parametrize("operator", ["add_renorm", "rotate", "clip", "ablate", "clamp"])
 def test_large_half_precision_activations_do_not_overflow(operator: Any) -> None:
     act = 200 * activations(1, 3).half()  # the sum of squares is beyond float16
     assert torch.isfinite(act).all() and torch.isinf(act.pow(2).sum(-1)).any()

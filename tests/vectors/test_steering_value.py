@@ -290,7 +290,7 @@ def test_division_sums_and_moves(tmp_path: Path) -> None:
     torch.testing.assert_close(*pair, atol=0.05, rtol=0)  # 20 residual units, rounded at the third digit
 
 
-@pytest.mark.parametrize("operator", ["add_renorm", "add", "ablate", "clamp"])
+@pytest.mark.parametrize("operator", ["add_renorm", "add", "rotate", "clip", "ablate", "clamp"])
 def test_no_direction_is_no_steering(model: Any, pairs: Any, operator: Any, tmp_path: Path) -> None:
     v = vectors()
     ids = torch.tensor([[5, 8, 12, 9]])

@@ -17,7 +17,7 @@ from tests.helpers.architectures import CONFIGS, architecture, plain
 from tests.helpers.oracles import edited, greedy, steered
 
 ATOL = 2e-5  # logits of size 1 to 10 in float32; the bridge may order its sums in another way
-OPERATORS: list[Any] = ["add_renorm", "add", "ablate", "clamp"]
+OPERATORS: list[Any] = ["add_renorm", "add", "rotate", "clip", "ablate", "clamp"]
 SCOPES: list[Any] = ["all", "prompt", "generated", "last"]
 PROMPT = [3, 5, 8, 12, 6]
 LEFT = torch.tensor([[0, 0, *PROMPT], [4, 7, 9, 10, 11, 12, 13]])  # padded on the left
