@@ -32,7 +32,7 @@ Gate = Callable[[Tensor], Tensor] | Tensor | LayerGate
 def steer_hook(
     layer: int,
     direction: Float[Tensor, "d_model"],
-    amount: float,
+    amount: float | tuple[float, float],
     *,
     operator: Operator = "add_renorm",
     positions: Positions | Bool[Tensor, "batch pos"] | Weighted = "all",
@@ -40,7 +40,6 @@ def steer_hook(
     gate: Gate | None = None,
     site: Site = "resid_post",
     prompts: Sequence[PromptKey] | None = None,
-    target: float | None = None,
 ) -> FwdHooks:
     """Steer the residual stream after one block, or another site of it.
 
@@ -51,8 +50,9 @@ def steer_hook(
         direction: ``[d_model]`` (``"z"``: ``[n_heads * d_head]``); only its direction counts, it is normalised here.
         amount: for ``"add"`` and ``"add_renorm"`` the length of the step in residual units; for ``"clip"`` the same, and
             the component that is not exceeded; for ``"rotate"`` an angle in radians; for ``"ablate"`` the share of the
-            component to take out (1 = all); for ``"match"`` the share of the way to ``target``; for ``"clamp"`` the value
-            of the component afterwards. ``SteeringVectors.hooks`` gives these from ``alpha``.
+            component to take out (1 = all); for ``"clamp"`` the value of the component afterwards; for ``"match"`` two
+            numbers, the share of the way and the component at its end. ``SteeringVectors.hooks`` gives these from
+            ``alpha``.
         operator: see ``hooks.operators``. With all but ``"clamp"`` an amount of 0 changes no bit.
         positions: all, a named scope, a ``[batch, pos]`` mask (positions decoded one by one are then left alone), or
             ``Weighted``, which multiplies the amount at each position.
@@ -68,27 +68,24 @@ def steer_hook(
         site: which activation of the block is changed. At ``"z"`` the heads count as one vector; ``"add_renorm"``
             restores the norm of each head's own output, so heads without a part in the direction stay as they are.
         prompts: token ids of each row's prompt, for weights that belong to prompts.
-        target: the component that ``"match"`` moves to, in residual units; for no other operator.
 
     Returns:
         ``[(name, fn)]`` for ``run_with_hooks`` or ``model.hooks``, next to any other hooks; three at ``"resid_mid"``.
 
     Raises:
-        ValueError: zero or non-finite direction, non-finite amount, unknown operator or scope, ``"match"`` without a
-            target; during the run, a ``d_model``, mask shape, ``prompt_len`` or gate that does not fit.
+        ValueError: zero or non-finite direction, non-finite amount, unknown operator or scope, ``"match"`` without its
+            two numbers; during the run, a ``d_model``, mask shape, ``prompt_len`` or gate that does not fit.
 
     Examples:
         >>> hooks = steer_hook(0, torch.tensor([3.0, 4.0]), amount=5.0, operator="add")
         >>> hooks[0][0], hooks[0][1](torch.zeros(1, 1, 2), hook=None)
         ('blocks.0.hook_resid_post', tensor([[[3., 4.]]]))
     """
-    layer, amount = whole("layer", layer), finite("amount", amount)
+    layer = whole("layer", layer)
+    amount, target = _amounts(amount, operator)
     if layer < 0:
         raise ValueError(f"layer={layer}; layers count from 0")
     require_step(operator, positions, gate)
-    if (operator == "match") != (target is not None):
-        raise ValueError(f"operator={operator!r} with target={target}; 'match' needs a target, and no other has one")
-    level = 0.0 if target is None else finite("target", target)
     require_site(site)
     weights = positions.of_batch(require_border(prompt_len), prompts) if isinstance(positions, Weighted) else None
     prompt_len = require_border(prompt_len)
@@ -125,11 +122,23 @@ def steer_hook(
             scope = opened if scope is None else scope & opened
         if scope is not None and not bool(scope.any()):
             return act
-        new = moved(act.reshape(*act.shape[:2], *inner), unit.to(act.device).view(inner), step, operator, level)
+        new = moved(act.reshape(*act.shape[:2], *inner), unit.to(act.device).view(inner), step, operator, target)
         new = new.view(act.shape)
         return new if scope is None else torch.where(scope.view(*scope.shape, *[1] * (act.ndim - 2)), new, act)
 
     return [*reading, *edit_hooks(site, layer, hook_fn)]
+
+
+def _amounts(amount: Any, operator: Any) -> tuple[float, float]:
+    """The amount, and where ``"match"`` ends (ValueError: not as many numbers as the operator needs)."""
+    pair = isinstance(amount, tuple)
+    if pair != (operator == "match") or (pair and len(amount) != 2):
+        raise ValueError(
+            f"operator={operator!r} with amount={amount!r}; 'match' needs two numbers, the share of the way and where it "
+            "ends, and any other operator one"
+        )
+    first, second = amount if pair else (amount, 0.0)
+    return finite("amount", first), finite("target", second)
 
 
 def require_step(operator: Any, positions: Any, gate: Any = None) -> None:

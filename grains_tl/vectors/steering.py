@@ -184,14 +184,14 @@ class Steering(Steps):
             hooks += steer_hook(
                 layer,
                 direction,
-                abs(amount) if self.operator == "match" else amount,  # the target has the sign
+                # the class mean has the sign
+                (abs(amount), self._targets()[layer]) if self.operator == "match" else amount,
                 operator=self.operator,
                 positions=self.positions,
                 prompt_len=prompt_len,
                 gate=self.gate if run is None else run.opener(),
                 site=self.vectors.site,
                 prompts=prompts,
-                target=self._targets()[layer] if self.operator == "match" else None,
             )
         return hooks
 

@@ -35,7 +35,8 @@ def activations(seed: int = 1, size: float = 3.0) -> Tensor:
 
 
 def step(operator: Any, amount: float, target: float | None = None) -> Any:
-    ((_, fn),) = gr.hooks.steer_hook(0, unit(), amount, operator=operator, target=target)
+    both = amount if target is None else (amount, target)
+    ((_, fn),) = gr.hooks.steer_hook(0, unit(), both, operator=operator)
     return lambda act: fn(act, hook=None)
 
 
@@ -144,13 +145,15 @@ def test_zero_is_the_activation_itself(operator: Any) -> None:
     assert step(operator, 0.0, 1.0 if operator == "match" else None)(act) is act
 
 
-def test_a_target_belongs_to_matching_alone() -> None:
-    with pytest.raises(ValueError, match="target"):
-        gr.hooks.steer_hook(0, unit(), 0.5, operator="match")
-    with pytest.raises(ValueError, match="target"):
-        gr.hooks.steer_hook(0, unit(), 0.5, operator="add", target=1.0)
-    with pytest.raises(ValueError, match="target"):
-        gr.hooks.steer_hook(0, unit(), 0.5, operator="match", target=math.nan)
+def test_matching_alone_takes_two_numbers() -> None:
+    for amount, operator in (
+        (0.5, "match"),
+        ((0.5, 1.0), "add"),
+        ((0.5, math.nan), "match"),
+        ((0.5, 1.0, 2.0), "match"),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            gr.hooks.steer_hook(0, unit(), amount, operator=operator)  # type: ignore[arg-type]
 
 
 # -- class means ------------------------------------------------------------------------------------------------------
@@ -185,7 +188,8 @@ def test_signs_choose_the_class_and_changed_vectors_are_refused(model: Any, pair
         wanted = torch.full((2, 5), v.info["means"]["1"][side])
         torch.testing.assert_close(fn(act, hook=None) @ v.directions[1], wanted, atol=ATOL, rtol=RTOL)
     chosen = v.steering(0.5, 1, operator="match")
-    assert gr.load_vectors(chosen.save(tmp_path / "c.safetensors")).chosen.key == chosen.key
+    read = gr.load_vectors(chosen.save(tmp_path / "c.safetensors")).chosen
+    assert read is not None and read.key == chosen.key
     other = replace(v, directions=v.directions.flip(-1))
     for changed in (other, -v, v + v, 2 * v):
         with pytest.raises(ValueError, match="with_means"):

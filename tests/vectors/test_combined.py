@@ -31,6 +31,11 @@ def vectors(seed: int = 0) -> gr.SteeringVectors:
     return gr.SteeringVectors.from_raw(raw, range(3), torch.full((3,), 5.0), {"method": f"v{seed}"})
 
 
+def total(steerings: list[Any]) -> Any:
+    """``sum`` begins with 0."""
+    return sum(steerings)
+
+
 def logits(model: Any, steering: Any, ids: Tensor = IDS, prompt_len: Any = None) -> Tensor:
     hooks = None if steering is None else steering.for_prompt(prompt_len)
     return forward_logits(model, ids, torch.ones_like(ids), torch.arange(ids.shape[1]), hooks)
@@ -73,7 +78,7 @@ def test_a_sum_is_both_hooks_in_order_on_a_bridge_and_on_the_torch_model(model: 
 @pytest.mark.usefixtures("unchecked")
 def test_sums_are_associative_and_sum_works() -> None:
     a, b, c = (vectors(seed).steering(0.3, 1) for seed in range(3))
-    assert ((a + b) + c).key == (a + (b + c)).key == sum([a, b, c]).key == CombinedSteering((a, b, c)).key
+    assert ((a + b) + c).key == (a + (b + c)).key == total([a, b, c]).key == CombinedSteering((a, b, c)).key
     assert (a + b).key != (b + a).key and (a + b).key != a.key
     assert (a + b).layers == (1,) and (a + vectors().steering(0.1, [0, 2])).layers == (0, 1, 2)
     assert not (a + b).idle and (a.scaled(0) + b.scaled(0)).idle
@@ -166,20 +171,20 @@ def test_orthogonal_steps_are_one_operation_on_the_subspace() -> None:
     basis = torch.linalg.qr(torch.stack([v.directions[0].double() for v in vs]).T).Q
     act = acts()
     inside = (act.double() @ basis) @ basis.T
-    taken = sum([v.steering(1.0, 1, operator="ablate") for v in vs]).orthogonal()
+    taken = total([v.steering(1.0, 1, operator="ablate") for v in vs]).orthogonal()
     once = through(taken, act, 1)
     torch.testing.assert_close(once, (act - inside).float(), atol=ATOL, rtol=ATOL)
     torch.testing.assert_close(through(taken, once, 1), once, atol=ATOL, rtol=ATOL)
     back = CombinedSteering(tuple(reversed(taken.parts)))
     torch.testing.assert_close(through(back, act, 1), once, atol=ATOL, rtol=ATOL)
-    plain = sum([v.steering(1.0, 1, operator="ablate") for v in vs])
+    plain = total([v.steering(1.0, 1, operator="ablate") for v in vs])
     assert (through(plain, act, 1) - once).abs().max() > 1e-2  # without it the projections disturb one another
 
 
 def test_matching_in_a_subspace_moves_the_class_mean_there(model: Any, pairs: Any) -> None:
-    start = sum([vectors(seed).steering(0.5, 1) for seed in range(3)]).orthogonal()
+    start = total([vectors(seed).steering(0.5, 1) for seed in range(3)]).orthogonal()
     parts = [part.vectors.with_means(model, pairs) for part in start.parts]
-    both = sum([v.steering(0.5, 1, operator="match") for v in parts])
+    both = total([v.steering(0.5, 1, operator="match") for v in parts])
     basis = torch.stack([v[1].directions[0] for v in parts], dim=1)
     target = basis @ torch.tensor([v.info["means"]["1"]["chosen"] for v in parts])
     act = acts()
