@@ -130,6 +130,23 @@ def strength_table(out: Path, label: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def strength_at_one_alpha(out: Path, label: str, alpha: float = 0.1) -> pd.DataFrame:
+    """Effects of all weights at one alpha (their prompts' weights have one sum), beside uniform and random places."""
+    files = sorted(out.glob(f"{label}_draw[0-9]_weighted_effects.csv"))
+    tables = [t[t["alpha"] == alpha] for t in map(pd.read_csv, files)]
+    change = {
+        str(name): np.stack([t[t["vector"] == name].sort_values("record")["change"].to_numpy() for t in tables])
+        for name in tables[0]["vector"].unique()
+    }
+    rows = []
+    for name, own in change.items():
+        kind = "random, half" if name.endswith("half") else "random"
+        chance = np.mean([x for other, x in change.items() if other.rpartition(" ")[0] == kind], axis=0)
+        row = {"weights": name, "effect, nats": said(own), "minus uniform": said(own - change["uniform"])}
+        rows.append(row if name == "uniform" or "random" in name else {**row, "minus random": said(own - chance)})
+    return pd.DataFrame(rows)
+
+
 def generated(out: Path, label: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tokens of the recipes at one effect, and the summary with intervals over prompts (of all draws)."""
     parts = []
@@ -149,6 +166,7 @@ def report(out: Path, label: str = "smollm2") -> None:
     """Write ``tables_*.csv`` and the picture, and print everything."""
     tables = gate_tables(out, label)
     tables["strength"] = strength_table(out, label)
+    tables["strength_at_alpha_0.1"] = strength_at_one_alpha(out, label)
     tokens, tables["generated"] = generated(out, label)
     for name, table in tables.items():
         write_atomically(out / f"table_{name}.csv", table.to_csv(index=False, float_format="%.4g").encode())
