@@ -131,6 +131,14 @@ def llama_cpp(job: Job) -> Found:
     return found
 
 
+def write_input(job: Job) -> None:
+    """The rows and token ids for engines that run elsewhere."""
+    rows = amounts(job.steering, ("add",), "another engine")
+    given: dict[str, Any] = {f"row_{layer}": (amount * row).numpy() for layer, (row, amount) in rows.items()}
+    given |= {f"ids_{number}": np.array([ids]) for number, ids in enumerate(job.ids)}
+    np.savez(job.folder / "in.npz", **given)
+
+
 HERE: dict[str, Callable[[Job], Found]] = {
     "torch_hooks": torch_hooks,
     "lm-eval steered": lm_eval_steered,
@@ -163,7 +171,6 @@ def compared(found: Found, reference: Found) -> dict[str, Any]:
 
 def run(model: Any, steering: gr.Steering, prompts: Sequence[str], peers: Mapping[str, str]) -> dict[str, Any]:
     """The figures of every engine that is there."""
-    rows = {layer: amount * direction for layer, (direction, amount) in amounts(steering, ("add",), "fidelity").items()}
     ids = tuple(text_ids(model, prompt) for prompt in prompts)
     engines: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -172,13 +179,11 @@ def run(model: Any, steering: gr.Steering, prompts: Sequence[str], peers: Mappin
         plain.save_pretrained(job.checkpoint)
         model.tokenizer.save_pretrained(job.checkpoint)
         del plain
-        given: dict[str, Any] = {f"row_{layer}": row.numpy() for layer, row in rows.items()}
-        given |= {f"ids_{i}": np.array([row]) for i, row in enumerate(ids)}
-        np.savez(job.folder / "in.npz", **given)
+        write_input(job)
         reference = ours(job)
         moved = max(float(np.abs(reference[f"steered_{i}"] - reference[f"base_{i}"]).max()) for i in range(len(ids)))
         for engine in [*HERE, *ENGINES]:
-            engines[engine] = _figures(engine, job, peers.get(engine), reference)
+            engines[engine] = figures_of(engine, job, peers.get(engine), reference)
             print(engine, engines[engine], file=sys.stderr)
     n_tokens = sum(map(len, ids))
     return {
@@ -190,7 +195,8 @@ def run(model: Any, steering: gr.Steering, prompts: Sequence[str], peers: Mappin
     }
 
 
-def _figures(engine: str, job: Job, python: str | None, reference: Found) -> dict[str, Any]:
+def figures_of(engine: str, job: Job, python: str | None, reference: Found) -> dict[str, Any]:
+    """One engine's row: package, version and differences, or why it was left out."""
     package = PACKAGES.get(engine, "transformers")
     module = package.replace("-", "_")
     if python is None and util.find_spec(module) is None:
