@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ N_RESAMPLES = 2000
 NEUTRAL_KL, GENERATED_KL = 0.05, 0.03
 
 Arrays = dict[str, dict[str, NDArray[np.float64]]]
-Statistic = Callable[[list[NDArray[np.int64]]], float]
 
 
 def arrays(effects: pd.DataFrame, costs: pd.DataFrame) -> Arrays:
