@@ -65,15 +65,14 @@ class Calibration:
     def of(cls, table: pd.DataFrame, level: float = LEVEL) -> Calibration:
         """From a table with ``linear``, ``effect`` and ``family``.
 
-        Least squares through the origin, weighted so that large effects do not decide alone. The interval is that of the
-        residuals of each family of sets from the factor of all the others: new records are another family.
+        Least squares through the origin. The interval is that of the residuals of each family of sets from the factor of all
+        the others: new records are another family.
         """
         linear, effect = (table[name].to_numpy(float) for name in ("linear", "effect"))
         unit = FLOOR + np.abs(linear)
 
         def factor(rows: NDArray[np.bool_]) -> float:
-            x, y, u = linear[rows], effect[rows], unit[rows]
-            return float((x * y / u**2).sum() / (x**2 / u**2).sum())
+            return float((linear[rows] * effect[rows]).sum() / (linear[rows] ** 2).sum())
 
         families = table["family"].to_numpy()
         residuals = np.zeros(len(table))
