@@ -19,7 +19,11 @@ import numpy as np
 import torch
 
 import grains_tl as gr
+from grains_tl.models.running import device_of
 from grains_tl.vectors import KLOptimal
+
+#: Tokens of one pass where a GPU runs them.
+GPU_TOKENS = 16384
 
 PAIRS = Path(__file__).parents[1] / "tests" / "data" / "refusal.jsonl"
 
@@ -40,6 +44,7 @@ def run_seed(model: Any, pairs: list[gr.PreferencePair], seed: int, fisher: Path
     found = gr.find_vector(model, pairs, recipes, seed=seed, n_examples=0)
     return {
         "seed": seed,
+        "device": device_of(model).type,
         "steers": found.steers,
         "verdict": found.verdict.splitlines()[0],
         "cpu_seconds": round(time.process_time() - start, 1),
@@ -59,12 +64,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--as-written", action="store_true")
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / ("as_written.jsonl" if args.as_written else "results.jsonl")
-    pairs, model = gr.load_pairs(PAIRS), gr.load_model("smollm2")
-    with gr.settings(progress=False):
+    pairs, model = gr.load_pairs(PAIRS), gr.load_model("smollm2", device=args.device)
+    with gr.settings(progress=False, max_tokens=None if args.device == "cpu" else GPU_TOKENS):
         for seed in range(args.first, args.seeds):
             if any(row["seed"] == seed for row in rows_of(path)):
                 continue

@@ -92,9 +92,15 @@ def tiny_hf(architecture: str = "llama") -> Any:
     return model.eval().requires_grad_(False)
 
 
-def tiny_model(kind: str = "bridge", architecture: str = "llama", tokenizer: Any = None) -> Any:
+#: Where the tiny models are: "cuda" runs most unit tests on a GPU.
+DEVICE = os.environ.get("GRAINS_TL_TEST_DEVICE", "cpu")
+
+
+def tiny_model(
+    kind: str = "bridge", architecture: str = "llama", tokenizer: Any = None, *, device: str = DEVICE
+) -> Any:
     """A TransformerLens model around ``tiny_hf``."""
-    hf_model, tokenizer = tiny_hf(architecture), tiny_tokenizer() if tokenizer is None else tokenizer
+    hf_model, tokenizer = tiny_hf(architecture).to(device), tiny_tokenizer() if tokenizer is None else tokenizer
     gr_models.keep_tokenizer_as_is(tokenizer, "tiny")
     make = gr_models.hooked_of if kind == "hooked" else gr_models.bridge_of
     return make(hf_model, tokenizer, "tiny").eval().requires_grad_(False)

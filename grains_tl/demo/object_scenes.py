@@ -31,7 +31,7 @@ from grains_tl.models._scene_grid import SceneRule, to_images
 from grains_tl.models.running import hooked, hugging_face_model
 from grains_tl.models.scenes_vlm import chat_text
 from grains_tl.records.pairs import PreferencePair
-from grains_tl.tokens.images import require_processor
+from grains_tl.tokens.images import processed
 from grains_tl.types import FwdHooks, HookedModel
 
 CAPTION_PROMPT = chat_text(QUESTIONS["caption"][0])
@@ -102,7 +102,7 @@ def object_margins(
         questions: with their pictures.
         fwd_hooks: hooks to run with, or a function that makes them from the ids ``[question, pos]``.
     """
-    processor, tokenizer = require_processor(model), model.tokenizer
+    tokenizer = model.tokenizer
     yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
     texts = [chat_text(q.question) for q in questions]
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
@@ -111,9 +111,7 @@ def object_margins(
         same = [i for i, n in enumerate(lengths) if n == length]
         for start in range(0, len(same), BATCH):
             part = same[start : start + BATCH]
-            inputs = dict(
-                processor(images=[questions[i].image for i in part], text=[texts[i] for i in part], return_tensors="pt")
-            )
+            inputs = processed(model, [questions[i].image for i in part], [texts[i] for i in part])
             ids = inputs.pop("input_ids")
             hooks = fwd_hooks(ids) if callable(fwd_hooks) else list(fwd_hooks or [])
             with torch.no_grad(), hooked(model, hooks):
@@ -126,10 +124,10 @@ def object_captions(
     model: HookedModel, pictures: Sequence[Any], fwd_hooks: FwdHooks | None = None, *, max_new_tokens: int = 20
 ) -> list[str]:
     """Greedy captions, in batches (all prompts are equally long)."""
-    processor, said = require_processor(model), []
+    said = []
     for start in range(0, len(pictures), BATCH):
         part = list(pictures[start : start + BATCH])
-        inputs = dict(processor(images=part, text=[CAPTION_PROMPT] * len(part), return_tensors="pt"))
+        inputs = processed(model, part, [CAPTION_PROMPT] * len(part))
         with torch.no_grad(), hooked(model, list(fwd_hooks or [])):
             out = hugging_face_model(model).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         said += model.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -28,7 +28,7 @@ from grains_tl.inference.objectives import kl_divergence
 from grains_tl.models._scenes import Scene, mentioned
 from grains_tl.models.running import hooked
 from grains_tl.records.pairs import PreferencePair
-from grains_tl.tokens.images import require_processor
+from grains_tl.tokens.images import processed
 from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.differences import collect_differences
@@ -194,15 +194,12 @@ class KlMeter:
 
 def kl_meter(model: HookedModel, part: Captioned, n: int = 100) -> KlMeter:
     """A meter on the first ``n`` captions."""
-    processor = require_processor(model)
     end = model.tokenizer.eos_token
     texts = [f"{CAPTION_PROMPT} {text} {end}" for text in part.said[:n]]
-    inputs = dict(
-        processor(images=list(part.pictures[:n]), text=texts, padding=True, padding_side="right", return_tensors="pt")
-    )
-    prompt = processor(images=[part.pictures[0]], text=[CAPTION_PROMPT], return_tensors="pt")["input_ids"].shape[1]
+    inputs = processed(model, part.pictures[:n], texts, padding=True, padding_side="right")
+    prompt = processed(model, part.pictures[:1], [CAPTION_PROMPT])["input_ids"].shape[1]
     mask = inputs["attention_mask"].bool()
-    place = torch.arange(mask.shape[1])
+    place = torch.arange(mask.shape[1], device=mask.device)
     scored = torch.zeros_like(mask)
     scored[:, :-1] = mask[:, 1:] & (place[1:] >= prompt)
     return KlMeter(inputs, scored, _scored_logprobs(model, inputs, scored, []))

@@ -16,7 +16,7 @@ from grains_tl.hooks.mask import mask_hook
 from grains_tl.models._scenes import QUESTIONS, Kind, ask
 from grains_tl.models.running import hooked, hugging_face_model
 from grains_tl.models.tiny_vlm import question_text
-from grains_tl.tokens.images import require_processor
+from grains_tl.tokens.images import processed
 from grains_tl.types import FwdHooks, HookedModel
 
 BATCH = 250
@@ -48,7 +48,7 @@ def answer_logprobs(
         same = [i for i, n in enumerate(lengths) if n == length]
         for start in range(0, len(same), BATCH):
             part = same[start : start + BATCH]
-            inputs = _inputs(model, [texts[i] for i in part], [pictures[i] for i in part])
+            inputs = processed(model, [pictures[i] for i in part], [texts[i] for i in part])
             hooks = list(fwd_hooks or [])
             if without_image:
                 hooks = mask_hook(model, inputs["input_ids"] == _image_token(model), "zero") + hooks
@@ -71,17 +71,12 @@ def describe(
     text, found = question_text(QUESTIONS["caption"][0]), []
     for start in range(0, len(pictures), BATCH):
         part = pictures[start : start + BATCH]
-        inputs = _inputs(model, [text] * len(part), part)
+        inputs = processed(model, part, [text] * len(part))
         with torch.no_grad(), hooked(model, list(fwd_hooks or [])):
             out = hugging_face_model(model).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
         found += model.tokenizer.batch_decode(new, skip_special_tokens=True)
     return found
-
-
-def _inputs(model: HookedModel, texts: Sequence[str], pictures: Sequence[Any]) -> dict[str, Tensor]:
-    processor = require_processor(model)
-    return dict(processor(images=list(pictures), text=list(texts), return_tensors="pt"))
 
 
 def _image_token(model: HookedModel) -> int:

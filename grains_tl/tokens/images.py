@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from grains_tl.models.running import hugging_face_model
+from grains_tl.models.running import device_of, hugging_face_model
 from grains_tl.tokens.patches import ImageSpan, image_spans, image_token_id
 from grains_tl.types import HookedModel, Message, Text
 
@@ -72,6 +72,12 @@ def require_processor(model: HookedModel) -> Any:
             "model.processor = transformers.AutoProcessor.from_pretrained(name)"
         )
     return processor
+
+
+def processed(model: HookedModel, pictures: Sequence[Any], texts: Sequence[str], **options: Any) -> dict[str, Tensor]:
+    """What the model's processor makes of pictures and texts, one picture per text, on the model's device."""
+    found = require_processor(model)(images=list(pictures), text=list(texts), return_tensors="pt", **options)
+    return {name: value.to(device_of(model)) for name, value in found.items()}
 
 
 def template_owner(model: HookedModel) -> Any:

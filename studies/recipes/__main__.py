@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,27 @@ import torch
 
 import grains_tl as gr
 from studies.recipes.cell import extras, prepare, run_cell, timed_line, write_about
-from studies.recipes.directions import RECIPES
+from studies.recipes.directions import ATTRIBUTED, RECIPES, VARIANTS
 from studies.recipes.parts import N_FISHER, contributions, fisher_of
 from studies.recipes.sets import SAMPLE, SIZES, record_set
+from studies.recipes.texts import write_texts
 
-#: Candidate layers: near 0.4, 0.6 and 0.8 of the depth.
-DEPTHS = (0.4, 0.6, 0.8)
+#: Candidate layers, as shares of the depth.
+DEPTHS = (0.25, 0.4, 0.5, 0.6, 0.75)
+
+#: Tokens of one pass where a GPU runs them.
+GPU_TOKENS = 16384
 
 
-def load(model: str) -> tuple[str, Any]:
+def load(model: str, device: str = "cpu") -> tuple[str, Any]:
     """Label and model of ``name`` or ``label=path``."""
     label, _, path = model.partition("=")
-    return label, gr.load_model(path=path) if path else gr.load_model(label)
+    return label, gr.load_model(path=path, device=device) if path else gr.load_model(label, device=device)
+
+
+def settings(device: str) -> AbstractContextManager[Any]:
+    """No bars, and larger passes on a GPU."""
+    return gr.settings(progress=False, max_tokens=None if device == "cpu" else GPU_TOKENS)
 
 
 def main() -> None:
@@ -41,30 +51,32 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with truthfulqa/ and anthropic_evals/")
     parser.add_argument("--out", type=Path, default=Path("studies/results/recipes"))
     parser.add_argument("--work", type=Path, default=Path(".cache/recipes"), help="contributions and Fisher samples")
-    parser.add_argument("--layers", type=int, nargs="+", help="default: at 0.4, 0.6 and 0.8 of the depth")
-    parser.add_argument("--samples", type=int, default=6, help="building samples at most")
+    parser.add_argument("--layers", type=int, nargs="+", help="default: at five depths")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--samples", type=int, default=10, help="building samples at most")
     parser.add_argument("--fisher", type=int, default=N_FISHER, help="samples for the Fisher matrix")
     parser.add_argument("--random", type=int, default=4, help="random-token draws per building sample")
-    parser.add_argument("--skip", nargs="*", default=[], choices=RECIPES, help="recipes to leave out")
+    parser.add_argument("--skip", nargs="*", default=[], choices=(*RECIPES, *VARIANTS), help="recipes to leave out")
     parser.add_argument("--extras", action="store_true", help="curves, wordings, numbers of records, transfer")
+    parser.add_argument("--texts", action="store_true", help="generated texts of the reviews")
     args = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    label, model = load(args.model)
+    label, model = load(args.model, args.device)
     layers = args.layers or [round(d * int(model.cfg.n_layers)) for d in DEPTHS]
     (args.out / label).mkdir(parents=True, exist_ok=True)
-    with gr.settings(progress=False):
+    with settings(args.device):
         timed_line(begin, f"{label} loaded, layers {layers}")
         fisher = fisher_of(model, layers, args.work / label / "fisher.safetensors", args.fisher)
         timed_line(begin, f"{len(fisher.samples)} Fisher samples")
         for name in args.set:
             records = record_set(name, args.data)
             records = replace(records, build=records.build[: args.samples * SAMPLE])
-            masking = not {"grains", "grains_weighted"} <= set(args.skip)
+            masking = not set(ATTRIBUTED) <= set(args.skip)
             parts = contributions(model, records.build, layers, args.work / label / f"{name}.pt", masking=masking)
             timed_line(begin, f"{name}: contributions, CPU seconds per record {parts.seconds}")
             cell, base = prepare(model, records, layers, parts, fisher, args.out / label / f"{name}.jsonl")
-            cell.recipes = [recipe for recipe in RECIPES if recipe not in args.skip]
+            cell.recipes = [recipe for recipe in (*RECIPES, *VARIANTS) if recipe not in args.skip]
             best = run_cell(cell, args.random)
             write_about(cell, label, best, base, args.out / label / f"{name}.json")
             timed_line(begin, f"{name}: measured, layers {best}")
@@ -74,6 +86,9 @@ def main() -> None:
                 }
                 extras(cell, best, others)
                 timed_line(begin, f"{name}: extras")
+            if args.texts:
+                write_texts(cell, best, args.out / label / f"{name}-texts.jsonl")
+                timed_line(begin, f"{name}: texts")
 
 
 if __name__ == "__main__":

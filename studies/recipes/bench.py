@@ -14,12 +14,14 @@ import grains_tl as gr
 from grains_tl.inference.batches import Batch, batch_of, by_token_budget
 from grains_tl.inference.logprobs import hooks_for, score_batches
 from grains_tl.inference.restart import Restart, prepare_restart, restart_logits, restart_many
+from grains_tl.models.running import device_of
 from grains_tl.tokens.prompts import prompt_ids
 
-#: Tokens of neutral text in one pass.
-TEXT_TOKENS = 200
+#: Tokens of neutral text in one pass, on a CPU and on a GPU.
+TEXT_TOKENS, TEXT_TOKENS_GPU = 200, 4000
 
-#: The KL is averaged over every third predicted token of the neutral texts: unembedding all of them is most of the work.
+#: On a CPU the KL is averaged over every third predicted token of the neutral texts: unembedding all of them is most of
+#: the work there. A GPU takes all.
 EVERY = 3
 
 #: How near the measured KL must be to a budget before alpha is taken from a power law: of exponent 2, or through two points.
@@ -40,21 +42,23 @@ class AtKL(NamedTuple):
 class Bench:
     """Cached runs of neutral texts and records of one model, to be continued from some layers."""
 
-    def __init__(self, model: Any, layers: Sequence[int], *, half: bool = True, n_texts: int = 12) -> None:
-        self.model, self.layers, self.half = model, list(layers), half
+    def __init__(self, model: Any, layers: Sequence[int], *, half: bool | None = None, n_texts: int = 12) -> None:
+        on_gpu = device_of(model).type == "cuda"
+        self.model, self.layers, self.half = model, list(layers), not on_gpu if half is None else half
         rows = [prompt_ids(model, text) for text in gr.records.neutral_texts(n_texts)]
         self.texts: list[tuple[Restart, Tensor]] = []
+        max_tokens, every = (TEXT_TOKENS_GPU, 1) if on_gpu else (TEXT_TOKENS, EVERY)
         with self.running():
-            for group in by_token_budget([len(row) for row in rows], max_tokens=TEXT_TOKENS):
-                restart = prepare_restart(model, text_batch(model, [rows[i] for i in group]), self.layers)
+            for group in by_token_budget([len(row) for row in rows], max_tokens=max_tokens):
+                restart = prepare_restart(model, text_batch(model, [rows[i] for i in group], every), self.layers)
                 (base,) = restart_logits(model, restart, max(self.layers), [[]])
                 self.texts.append((restart, base.float().log_softmax(-1)))
         self.records: dict[str, list[tuple[list[int], Restart]]] = {}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Without gradients; blocks in bfloat16 autocast where ``half``, unembedding in float32."""
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
+        """Without gradients; blocks in bfloat16 autocast where ``half`` (the default on a CPU), unembedding in float32."""
+        with torch.no_grad(), torch.autocast(device_of(self.model).type, dtype=torch.bfloat16, enabled=self.half):
             yield
 
     def add(self, name: str, pairs: Sequence[gr.PreferencePair]) -> Tensor:
@@ -71,7 +75,7 @@ class Bench:
             ]
         base = torch.zeros(len(tokenized))
         for group, restart in self.records[name]:
-            base[group] = (restart.base[:, 0] - restart.base[:, 1]).float()
+            base[group] = (restart.base[:, 0] - restart.base[:, 1]).float().cpu()
         return base
 
     def kl(self, vectors: gr.SteeringVectors, alpha: float) -> float:
@@ -94,7 +98,7 @@ class Bench:
             hooks = hooks_for(vectors.steering(alpha), restart.batch)
             with self.running():
                 (found,) = restart_many(self.model, restart, vectors.layers[0], [hooks])
-            out[group] = (found[:, 0] - found[:, 1] - restart.base[:, 0] + restart.base[:, 1]).float()
+            out[group] = (found[:, 0] - found[:, 1] - restart.base[:, 0] + restart.base[:, 1]).float().cpu()
         return out
 
     def at_budgets(
@@ -127,9 +131,9 @@ class Bench:
         return found, curve
 
 
-def text_batch(model: Any, rows: Sequence[Sequence[int]]) -> Batch:
-    """Texts with every third of their tokens to be predicted."""
-    targets = [(r, p, ids[p + 1], 1.0, r) for r, ids in enumerate(rows) for p in range(1, len(ids) - 1, EVERY)]
+def text_batch(model: Any, rows: Sequence[Sequence[int]], every: int = EVERY) -> Batch:
+    """Texts with every ``every``-th of their tokens to be predicted."""
+    targets = [(r, p, ids[p + 1], 1.0, r) for r, ids in enumerate(rows) for p in range(1, len(ids) - 1, every)]
     halves = [max(1, len(ids) // 2) for ids in rows]
     return batch_of(model, rows, list(range(len(rows))), halves, targets, (len(rows) + 1) // 2)
 

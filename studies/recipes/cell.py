@@ -15,9 +15,10 @@ from torch import Tensor
 
 import grains_tl as gr
 from grains_tl._util.files import write_atomically
+from grains_tl.models.running import device_of
 from grains_tl.vectors.fisher import Fisher
 from studies.recipes.bench import Bench
-from studies.recipes.directions import RECIPES, best_shrinkage, direction
+from studies.recipes.directions import ATTRIBUTED, RECIPES, VARIANTS, best_shrinkage, direction
 from studies.recipes.parts import Parts
 from studies.recipes.sets import SAMPLE, RecordSet, other_wordings
 
@@ -27,7 +28,7 @@ BUDGETS = (0.05, 0.2)
 CURVE = (0.01, 0.05, 0.1, 0.2, 0.4)
 
 #: Records of which the effect over the number of building records is measured.
-NUMBERS = (4, 8, 16, 48)
+NUMBERS = (4, 8, 16, 40)
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Cell:
     layers: Sequence[int]
     out: Path
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
-    recipes: Sequence[str] = RECIPES
+    recipes: Sequence[str] = (*RECIPES, *VARIANTS)
     calibration: dict[tuple[str, int, float], float] = field(default_factory=dict)
     growth: dict[tuple[str, int, float], float] = field(default_factory=dict)
 
@@ -141,8 +142,7 @@ def choose_layers(cell: Cell) -> dict[str, int]:
             change = row["effects"]["choose"][0]["change"]
             effects[layer] = sum(change) / len(change) if change else -math.inf
         best[recipe] = max(effects, key=lambda layer: effects[layer])
-    if "grains" in best:
-        best["random_tokens"] = best["grains"]
+    best |= {control: best[own] for own, control in ATTRIBUTED.items() if own in best}
     best["random_direction"] = best["caa"]
     return best
 
@@ -153,8 +153,9 @@ def run_cell(cell: Cell, n_random: int) -> dict[str, int]:
     for sample, rows in cell.samples():
         for recipe in (*cell.recipes, "random_direction"):
             cell.measure("test", recipe, best[recipe], rows, sample=sample)
-        for draw in range(n_random if "grains" in best else 0):
-            cell.measure("test", "random_tokens", best["random_tokens"], rows, sample=sample, draw=draw)
+        for control in [control for own, control in ATTRIBUTED.items() if own in best]:
+            for draw in range(n_random):
+                cell.measure("test", control, best[control], rows, sample=sample, draw=draw)
     return best
 
 
@@ -181,22 +182,23 @@ def write_about(cell: Cell, label: str, best: dict[str, int], base: dict[str, Te
         "sample": SAMPLE,
         "n_samples": cell.records.n_samples,
         "per_question": cell.records.per_question,
-        "cpu_seconds_per_record": cell.parts.seconds,
+        "seconds_per_record": {device_of(cell.bench.model).type: cell.parts.seconds},
         "resid_norms": [round(float(x), 2) for x in cell.parts.norms],
         "base_margin": {name: [round(float(x), 3) for x in margins] for name, margins in base.items()},
         "cosine_with_caa": {name: round(float(v @ vectors["caa"]), 3) for name, v in vectors.items()},
         "first_order": ceilings,
         "fisher_samples": len(cell.fisher.samples),
+        "precision": "blocks in bfloat16" if cell.bench.half else "float32",
     }
     write_atomically(file, json.dumps(about, indent=1).encode())
 
 
 def extras(cell: Cell, best: dict[str, int], others: dict[str, RecordSet]) -> None:
     """What is measured on one set only: curves over KL, other wordings, number of building records, transfer."""
-    for recipe in (*cell.recipes, "random_tokens", "random_direction"):
+    for recipe in (*RECIPES, "random_tokens", "random_direction"):
         cell.measure("curve", recipe, best[recipe], cell.everything, budgets=CURVE)
     cell.bench.add("wordings", other_wordings(cell.records.test))
-    compared = [recipe for recipe in cell.recipes if recipe != "grains_weighted"]
+    compared = [recipe for recipe in RECIPES if recipe in cell.recipes and recipe != "grains_weighted"]
     for sample, rows in cell.samples():
         for recipe in compared:
             cell.measure("wordings", recipe, best[recipe], rows, sample=sample, names=("wordings",))

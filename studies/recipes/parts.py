@@ -14,6 +14,10 @@ from torch import Tensor
 import grains_tl as gr
 from grains_tl._util.files import hash_of
 from grains_tl.attribution.removal import leave_out_scores
+from grains_tl.inference.batches import scoring_batch
+from grains_tl.inference.logprobs import batch_logprobs
+from grains_tl.models.running import device_of, resid_post
+from grains_tl.models.state import autograd
 from grains_tl.tokens.pairs import TokenizedPair
 from grains_tl.tokens.prompts import prompt_ids
 from grains_tl.vectors.building import BuildingRecords
@@ -32,6 +36,8 @@ class Parts(NamedTuple):
     Attributes:
         scores: per record, leave-one-out scores of its content tokens, nats.
         masked: per record ``[token, layer, d_model]``, what masking each content token takes from the read-out.
+        at_token: per record ``[token, layer, d_model]``, what masking each content token changes at the token itself.
+        of_token: per record ``[token, layer, d_model]``, the margin's gradient by a step at each content token alone.
         gradients: ``[record, layer, d_model]`` of the margin.
         caa: ``[record, layer, d_model]`` response-end differences.
         norms: ``[layer]``, the unit of alpha.
@@ -40,6 +46,8 @@ class Parts(NamedTuple):
 
     scores: list[Tensor]
     masked: list[Tensor]
+    at_token: list[Tensor]
+    of_token: list[Tensor]
     gradients: Tensor
     caa: Tensor
     norms: Tensor
@@ -48,9 +56,15 @@ class Parts(NamedTuple):
     def of(self, records: Sequence[int]) -> Parts:
         """The contributions of some records."""
         rows = list(records)
+
+        def own(of_records: list[Tensor]) -> list[Tensor]:
+            return [of_records[i] for i in rows if of_records]
+
         return self._replace(
-            scores=[self.scores[i] for i in rows if self.scores],
-            masked=[self.masked[i] for i in rows if self.masked],
+            scores=own(self.scores),
+            masked=own(self.masked),
+            at_token=own(self.at_token),
+            of_token=own(self.of_token),
             gradients=self.gradients[rows],
             caa=self.caa[rows],
         )
@@ -70,7 +84,7 @@ def contributions(
     layers: Sequence[int],
     file: Path,
     *,
-    half: bool = True,
+    half: bool | None = None,
     masking: bool = True,
 ) -> Parts:
     """Every record's contributions, from ``file`` if it is of these records and layers.
@@ -80,9 +94,11 @@ def contributions(
         pairs: the pool of building records.
         layers: candidate layers.
         file: where to keep them (tens of MB).
-        half: run the masked prompts in bfloat16 autocast.
-        masking: with leave-one-out scores and masked prompts, which take most of the time.
+        half: run the masked prompts in bfloat16 autocast; by default on a CPU only.
+        masking: with leave-one-out scores, masked prompts and gradients by token, which take most of the time.
     """
+    device = device_of(model).type
+    half = device == "cpu" if half is None else half
     tokenized = gr.tokens.tokenize_pairs(model, pairs)
     key = hash_of([[t.prompt, t.chosen, t.rejected] for t in tokenized] + [list(layers), half])
     if file.exists():
@@ -98,15 +114,21 @@ def contributions(
         gradients = MarginGradient().per_record(records)
     scores: list[Tensor] = []
     masked: list[Tensor] = []
+    at_token: list[Tensor] = []
+    of_token: list[Tensor] = []
     if masking:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
             with timed(seconds, "leave_one_out", n):
                 places = [[[p] for p, keep in enumerate(t.content) if keep] for t in tokenized]
                 found, _ = leave_out_scores(model, tokenized, places, objective="sum", mask="mean_embedding")
             with timed(seconds, "masked_prompts", n):
                 masked = [masked_differences(model, t, layers) for t in tokenized]
+            with timed(seconds, "masked_prompts_at_token", n):
+                at_token = [masked_differences(model, t, layers, readout="attributed") for t in tokenized]
+        with timed(seconds, "gradients_by_token", n):
+            of_token = [token_gradients(model, t, layers) for t in tokenized]
         scores = [s[torch.tensor(t.content)] for s, t in zip(found, tokenized, strict=True)]
-    parts = Parts(scores, masked, gradients, caa, norms, seconds)
+    parts = Parts(scores, masked, at_token, of_token, gradients, caa, norms, seconds)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"key": key, **parts._asdict()}, file)
     return parts
@@ -115,8 +137,36 @@ def contributions(
 def masked_differences(model: Any, record: TokenizedPair, layers: Sequence[int], **options: Any) -> Tensor:
     """``[content token, layer, d_model]``: read-out of the whole prompt minus that without the token."""
     places = [p for p, keep in enumerate(record.content) if keep]
+    if options.get("readout") == "attributed":  # each read at the token that is taken out
+        twice = [record] * (2 * len(places))
+        masked = [*([] for _ in places), *([p] for p in places)]
+        at = [[p] for p in (*places, *places)]
+        rows = read_out(model, twice, masked, layers=layers, places=at, **options)
+        return (rows[: len(places)] - rows[len(places) :]).float()
     rows = read_out(model, [record] * (len(places) + 1), [[], *([p] for p in places)], layers=layers, **options)
     return (rows[:1] - rows[1:]).float()
+
+
+def token_gradients(model: Any, record: TokenizedPair, layers: Sequence[int]) -> Tensor:
+    """``[content token, layer, d_model]``: gradient of the margin by a step after each layer at one token of the prompt."""
+    batch = scoring_batch(model, [record], "sum")
+    shape = (*batch.ids.shape, int(model.cfg.d_model))
+    with autograd(model):
+        leaves = [torch.zeros(shape, device=batch.ids.device, requires_grad=True) for _ in layers]
+        hooks = [(resid_post(n), _adds(leaf)) for n, leaf in zip(layers, leaves, strict=True)]
+        logprobs = batch_logprobs(model, batch, hooks)
+        grads = torch.autograd.grad((logprobs[:, 0] - logprobs[:, 1]).sum(), leaves)
+    places = torch.tensor([p for p, keep in enumerate(record.content) if keep])
+    total = torch.stack(grads).cpu()
+    own = [total[:, row, int(start) + places] for row, start in enumerate(batch.offset.tolist())]
+    return torch.stack(own).sum(0).transpose(0, 1).float()
+
+
+def _adds(leaf: Tensor) -> Any:
+    def hook_fn(act: Tensor, hook: Any) -> Tensor:
+        return act + leaf.to(act.device, act.dtype)
+
+    return hook_fn
 
 
 def fisher_of(model: Any, layers: Sequence[int], file: Path, n_samples: int = N_FISHER) -> Fisher:

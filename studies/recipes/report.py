@@ -17,10 +17,11 @@ import matplotlib.pyplot as plt
 
 from grains_tl.plotting.style import COLOURS, GREY, MARKERS, STYLE
 from studies.recipes import tables
+from studies.recipes.directions import ATTRIBUTED, VARIANTS
 from studies.recipes.intervals import effects_of, estimate, read_cells
 from studies.recipes.tables import LABELS, MODELS
 
-SHOWN = ("grains", "grains_weighted", "caa", "margin_gradient", "kl_optimal")
+SHOWN = ("grains", "grains_weighted", "caa", "margin_gradient", "kl_optimal", "trained")
 
 
 def plot_curves(folder: Path, file: Path) -> bool:
@@ -122,10 +123,13 @@ def parts_of(folder: Path) -> dict[str, str]:
     parts = {
         "effects at 0.05": tables.effects_table(table, 0.05, SHOWN),
         "effects at 0.2": tables.effects_table(table, 0.2, SHOWN),
-        "minus caa at 0.05": tables.differences_table(table, 0.05, "caa", [r for r in SHOWN if r != "caa"]),
-        "minus caa at 0.2": tables.differences_table(table, 0.2, "caa", [r for r in SHOWN if r != "caa"]),
+        "minus caa at 0.05": tables.differences_table(table, 0.05, [r for r in SHOWN if r != "caa"]),
+        "minus caa at 0.2": tables.differences_table(table, 0.2, [r for r in SHOWN if r != "caa"]),
         "controls at 0.05": tables.effects_table(table, 0.05, ("grains", "random_tokens", "random_direction")),
-        "attribution at 0.05": tables.differences_table(table, 0.05, "random_tokens", ("grains", "grains_weighted")),
+        "variants at 0.05": tables.effects_table(table, 0.05, VARIANTS),
+        "attribution at 0.05": tables.differences_table(table, 0.05, tuple(ATTRIBUTED), "minus_control"),
+        "attribution at 0.2": tables.differences_table(table, 0.2, tuple(ATTRIBUTED), "minus_control"),
+        "texts": tables.texts_table(folder),
         "seconds": tables.seconds_table(folder),
         "numbers": tables.numbers_table(folder),
         "transfer": tables.transfer_table(folder),

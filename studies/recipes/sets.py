@@ -15,15 +15,15 @@ import grains_tl as gr
 SAMPLE = 8
 
 #: Longest question taken, in characters: leave-one-out runs the prompt once per token.
-LONGEST = {"truthfulqa": 65, "survival-instinct": 120, "agreeableness": 40}
+LONGEST = {"truthfulqa": 90, "survival-instinct": 200, "agreeableness": 60}
 
 #: Records to build (a multiple of SAMPLE), to choose the layer, and to test.
 SIZES = {
-    "reviews": (48, 8, 20),
-    "survival-instinct": (40, 8, 20),
-    "misconceptions": (40, 8, 20),
-    "truthfulqa": (40, 8, 20),
-    "agreeableness": (40, 8, 20),
+    "reviews": (80, 24, 60),
+    "survival-instinct": (80, 24, 80),
+    "misconceptions": (72, 20, 60),
+    "truthfulqa": (80, 24, 80),
+    "agreeableness": (80, 24, 80),
 }
 
 #: Other wordings of the verdict on a review, (chosen, rejected); none shares a word with the set's own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from studies.recipes.cell import BUDGETS
-from studies.recipes.directions import CONTROLS, RECIPES
+from studies.recipes.directions import ATTRIBUTED, RECIPES, VARIANTS
 from studies.recipes.intervals import Estimate, effects_of, estimate, read_cells
 from studies.recipes.sets import SIZES
+from studies.recipes.texts import judged
 
 #: Models from small to large, and how they are named on the page.
 MODELS = {
@@ -28,12 +30,19 @@ LABELS = {
     "margin_gradient": "margin gradient",
     "kl_optimal": "KL-optimal",
     "trained": "trained",
+    "grains_at_token": "GrAInS, read at the attributed tokens",
+    "grains_over_price": "GrAInS divided by the price",
+    "gradient_at_tokens": "margin gradient at attributed tokens",
+    "kl_optimal_at_tokens": "KL-optimal from attributed tokens",
     "random_tokens": "random tokens",
     "random_direction": "random direction",
 }
 
-#: A cell counts as steered if an interval of this level lies above 0: five recipes at two budgets, 5 % in all.
-STRICT = 1 - 0.05 / (len(RECIPES) * len(BUDGETS))
+#: A cell counts as steered if an interval of this level lies above 0: every recipe and variant at two budgets, 5 % in all.
+STRICT = 1 - 0.05 / ((len(RECIPES) + len(VARIANTS)) * len(BUDGETS))
+
+#: CPU seconds per building record by model and set, measured on one core before the study ran on a GPU.
+CPU_SECONDS = "cpu_seconds.json"
 
 #: Fewer building samples give no interval worth printing.
 MIN_SAMPLES = 5
@@ -44,7 +53,8 @@ Rows = list[dict[str, Any]]
 def recipes_in(rows: Rows, stage: str = "test") -> list[str]:
     """Recipes and controls that a cell has lines of, in the order of the page."""
     there = {r["recipe"] for r in rows if r["stage"] == stage}
-    return [name for name in (*RECIPES, "trained", *CONTROLS) if name in there]
+    controls = (*ATTRIBUTED.values(), "random_direction")
+    return [name for name in (*RECIPES, "trained", *VARIANTS, *controls) if name in there]
 
 
 def table_of(folder: Path, stage: str = "test") -> pd.DataFrame:
@@ -73,16 +83,16 @@ def table_of(folder: Path, stage: str = "test") -> pd.DataFrame:
                 }
                 row["strict_low"] = estimate(effects, per_question, level=STRICT).low
                 row["per_sample"] = " ".join(f"{x:+.2f}" for x in own.per_sample)
-                for other in ("caa", "random_tokens"):
+                for against, other in (("caa", "caa"), ("control", ATTRIBUTED.get(name, ""))):
                     rival = found.get(other)
                     if rival is None or other == name:
                         continue
                     samples = min(len(rival), len(effects))
                     less = estimate(effects[:samples], per_question, minus=rival[:samples])
                     row |= {
-                        f"minus_{other}": less.mean,
-                        f"minus_{other}_low": less.low,
-                        f"minus_{other}_high": less.high,
+                        f"minus_{against}": less.mean,
+                        f"minus_{against}_low": less.low,
+                        f"minus_{against}_high": less.high,
                     }
                 out.append(row)
     return pd.DataFrame(out)
@@ -96,7 +106,7 @@ def cells_of(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 def steered(cell: pd.DataFrame) -> bool:
     """Whether any recipe of a cell has its strict interval above 0 at one of the budgets."""
-    own = cell[cell["recipe"].isin([*RECIPES, "trained"])]
+    own = cell[cell["recipe"].isin([*RECIPES, *VARIANTS, "trained"])]
     return bool((own["strict_low"] > 0).any())
 
 
@@ -127,13 +137,13 @@ def effects_table(table: pd.DataFrame, kl: float, recipes: Sequence[str]) -> str
     return "\n".join(lines)
 
 
-def differences_table(table: pd.DataFrame, kl: float, against: str, recipes: Sequence[str]) -> str:
-    """Markdown: each recipe minus another, paired."""
+def differences_table(table: pd.DataFrame, kl: float, recipes: Sequence[str], column: str = "minus_caa") -> str:
+    """Markdown: each recipe minus CAA, or (``"minus_control"``) minus the same with random tokens, paired."""
+    what = " minus CAA" if column == "minus_caa" else ""
     lines = [
-        "| model | set | " + " | ".join(f"{LABELS[r]} minus {LABELS[against]}" for r in recipes) + " |",
+        "| model | set | " + " | ".join(LABELS[r] + what for r in recipes) + " |",
         "|---" * (len(recipes) + 2) + "|",
     ]
-    column = f"minus_{against}"
     for model, name in cells_of(table):
         cell = table[(table["model"] == model) & (table["set"] == name)]
         if not steered(cell):
@@ -152,11 +162,12 @@ def seconds_table(folder: Path) -> str:
         "margin_gradient": "margin gradient",
     }
     lines = ["| model | set | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|"]
-    abouts = {(a["model"], a["set"]): a for a, _ in read_cells(folder)}
+    file = folder / CPU_SECONDS
+    measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for model in MODELS:
         for name in SIZES:
-            if (model, name) in abouts:
-                seconds = abouts[model, name]["cpu_seconds_per_record"]
+            if name in measured.get(model, {}):
+                seconds = measured[model][name]
                 shown = [f"{seconds[k]:.2f}" if k in seconds else "" for k in names]
                 lines.append(f"| {MODELS[model]} | {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
@@ -243,3 +254,22 @@ def in_order(names: Iterable[str]) -> list[str]:
     """Recipes in the order of the page."""
     there = set(names)
     return [name for name in LABELS if name in there]
+
+
+def texts_table(folder: Path) -> str:
+    """Markdown: how much more positive a lexicon finds the texts that steered models write, with intervals."""
+    lines = ["| model | recipe | " + " | ".join(f"{kl} nats" for kl in BUDGETS) + " |", "|---|---|---|---|"]
+    for model in MODELS:
+        file = folder / model / "reviews-texts.jsonl"
+        found = judged(file) if file.exists() else {}
+        for recipe in [name for name in LABELS if any(name == r for r, _ in found)]:
+            shown = []
+            for kl in BUDGETS:
+                own = found.get((recipe, kl))
+                if own is None or len(own) < MIN_SAMPLES:
+                    shown.append("not reached")
+                    continue
+                one = estimate(own[:, None], 1)
+                shown.append(f"**{one}**" if one.low > 0 else str(one))
+            lines.append(f"| {MODELS[model]} | {LABELS[recipe]} | {' | '.join(shown)} |")
+    return "\n".join(lines)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import grains_tl as gr
 from grains_tl._util.files import write_atomically
-from studies.recipes.__main__ import load
+from studies.recipes.__main__ import load, settings
 from studies.recipes.cell import prepare, timed_line
 from studies.recipes.parts import contributions, fisher_of
-from studies.recipes.sets import SIZES, record_set
+from studies.recipes.sets import SAMPLE, SIZES, record_set
 
 
 def main() -> None:
@@ -32,15 +33,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".cache/recipes"))
     parser.add_argument("--loss", default="margin")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=10, help="building samples at most, as in the first run")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    label, model = load(args.model)
+    label, model = load(args.model, args.device)
     about_file = args.out / label / f"{args.set}.json"
     about = json.loads(about_file.read_text(encoding="utf-8"))
     layers, layer = about["candidates"], about["layers"]["kl_optimal"]
     records = record_set(args.set, args.data)
-    with gr.settings(progress=False):
+    records = replace(records, build=records.build[: args.samples * SAMPLE])
+    with settings(args.device):
         fisher = fisher_of(model, layers, args.work / label / "fisher.safetensors")
         parts = contributions(model, records.build, layers, args.work / label / f"{args.set}.pt")
         cell, _ = prepare(model, records, layers, parts, fisher, args.out / label / f"{args.set}.jsonl")
@@ -49,7 +53,7 @@ def main() -> None:
             file = args.work / label / f"{args.set}-trained-{args.loss}-{sample}.safetensors"
             if not file.exists():
                 start = time.process_time()
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.device == "cpu"):
                     found = gr.build_vectors(
                         model,
                         [records.build[i] for i in rows],
@@ -66,7 +70,7 @@ def main() -> None:
             timed_line(begin, f"sample {sample}, CPU seconds per record {seconds}")
     about["layers"]["trained"] = layer
     if seconds:
-        about["cpu_seconds_per_record"]["trained"] = round(sum(seconds) / len(seconds), 2)
+        about["seconds_per_record"][args.device]["trained"] = round(sum(seconds) / len(seconds), 2)
     write_atomically(about_file, json.dumps(about, indent=1).encode())
 
 

@@ -23,6 +23,7 @@ import grains_tl as gr
 from grains_tl.attribution.removal import leave_out_scores
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.vectors.building import BuildingRecords
+from studies.recipes.__main__ import load, settings
 from studies.recipes.bench import Bench
 from studies.recipes.parts import masked_differences
 from studies.recipes.sets import record_set
@@ -123,14 +124,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", required=True)
     parser.add_argument("--n", type=int, default=8, help="building records")
     parser.add_argument("--out", type=Path, default=Path("studies/results/recipes"))
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    label, _, path = args.model.partition("=")
-    model = gr.load_model(path=path) if path else gr.load_model(label)
+    label, model = load(args.model, args.device)
     records = record_set("reviews", None)
     build, test = records.build[: args.n], records.test[:12]
     rows = []
-    with gr.settings(progress=False):
+    with settings(args.device):
         bench = Bench(model, args.layers)
         bench.add("plain", test)
         if getattr(model.tokenizer, "chat_template", None):

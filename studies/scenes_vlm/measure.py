@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from grains_tl.hallucination.yes_no import yes_no_scores
 from grains_tl.models._object_scenes import OBJECTS, ObjectScene, named_objects, partner, sentence
 from grains_tl.models.scenes_vlm import N_IMAGE
 from studies.scenes_vlm.attribution import attribution_study
-from studies.scenes_vlm.steering import steering_study
+from studies.scenes_vlm.steering import SEEDS, steering_study
 
 RESULTS = Path(__file__).parent / "results"
 N_QUESTIONS, N_CAPTIONS = 50, 80
@@ -112,17 +112,22 @@ def habit(model: Any) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that are named, or all."""
-    wanted = (sys.argv[1:] if argv is None else list(argv)) or ["looks", "attribution", "steering"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=[], help="looks, attribution, steering; all by default")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="building seeds of the steering part")
+    args = parser.parse_args(argv)
+    wanted = args.parts or ["looks", "attribution", "steering"]
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
-    model = gr.load_model("smol-vlm-scenes")
+    model = gr.load_model("smol-vlm-scenes", device=args.device)
     parts: dict[str, Callable[[], Any]] = {
         "looks": lambda: {**looks(model), "habit_of_the_language_model_in_nats": habit(model)},
         "attribution": lambda: attribution_study(model),
     }
     for name in wanted:
         if name == "steering":
-            steering_study(model, RESULTS / "steering.jsonl")
+            steering_study(model, RESULTS / "steering.jsonl", args.seeds)
         else:
             (RESULTS / f"{name}.json").write_text(json.dumps(parts[name](), indent=1, allow_nan=False) + "\n")
 

@@ -33,6 +33,7 @@ from grains_tl.inference.objectives import kl_divergence
 from grains_tl.models._object_scenes import named_objects
 from grains_tl.models.running import hooked
 from grains_tl.records.pairs import PreferencePair
+from grains_tl.tokens.images import processed
 from grains_tl.types import FwdHooks
 from grains_tl.vectors.steering_vectors import SteeringVectors
 
@@ -91,11 +92,10 @@ class KlMeter:
     """How far hooks move the next-token distribution along unsteered captions."""
 
     def __init__(self, model: Any, part: Scenes, n: int) -> None:
-        processor, self.model = model.processor, model
+        self.model = model
         texts = [f"{CAPTION_PROMPT}{text}{model.tokenizer.eos_token}" for text in part.said[:n]]
-        options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-        self.inputs = dict(processor(images=list(part.pictures[:n]), text=texts, **options))
-        prompt = processor(images=[part.pictures[0]], text=[CAPTION_PROMPT], return_tensors="pt")["input_ids"].shape[1]
+        self.inputs = processed(model, part.pictures[:n], texts, padding=True, padding_side="right")
+        prompt = processed(model, part.pictures[:1], [CAPTION_PROMPT])["input_ids"].shape[1]
         self.prompt = prompt
         self.scored = self.inputs["attention_mask"][:, prompt:].bool()
         self.base = self._logprobs([])
@@ -124,8 +124,8 @@ class KlMeter:
         return alpha
 
 
-def steering_study(model: Any, out: Path) -> None:
-    """One line per vector, and one unsteered; goes on from the lines in ``out``."""
+def steering_study(model: Any, out: Path, seeds: Sequence[int] = SEEDS) -> None:
+    """One line per vector and building seed, and one unsteered; goes on from the lines in ``out``."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(row["seed"], row["vector"], row["kl"]) for row in rows}
     choose, test = Scenes(model, "choose", N_CHOOSE), Scenes(model, "test", N_TEST)
@@ -134,7 +134,7 @@ def steering_study(model: Any, out: Path) -> None:
     if ("unsteered", 0.0) not in {(row["vector"], row["kl"]) for row in rows}:
         margins = object_margins(model, asked)
         _write(out, {"seed": -1, "vector": "unsteered", "kl": 0.0, **_scores(test.base), **_asked(asked, margins)})
-    for seed in SEEDS:
+    for seed in seeds:
         wanted = [name for name in RECIPES if any((seed, name, kl) not in done for kl in KLS)]
         pairs = own_mistakes(model, N_BUILD, seed) if wanted else []
         for name in wanted:

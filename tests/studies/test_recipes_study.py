@@ -17,9 +17,9 @@ from grains_tl.evaluate import grid, record_effects
 from grains_tl.vectors.fisher import Fisher
 from studies.recipes.bench import Bench, solve_alpha
 from studies.recipes.cell import Cell, choose_layers, run_cell, write_about
-from studies.recipes.directions import CONTROLS, RECIPES, direction
+from studies.recipes.directions import ATTRIBUTED, RECIPES, VARIANTS, direction
 from studies.recipes.intervals import effects_of, estimate, read_cells, resampled
-from studies.recipes.parts import Parts, contributions
+from studies.recipes.parts import Parts, contributions, token_gradients
 from studies.recipes.report import parts_of
 from studies.recipes.sets import SAMPLE, RecordSet, both_orders, other_wordings, record_set
 from studies.recipes.tables import replaced, table_of
@@ -68,7 +68,7 @@ def test_both_orders_swap_the_answers_and_the_letters() -> None:
 def test_letters_are_chosen_and_rejected_equally_often(name: str, tmp_path: Path) -> None:
     (tmp_path / "anthropic_evals").mkdir()
     rows = []
-    for i in range(80):
+    for i in range(200):
         yes = i % 3 == 0
         row = {"question": f'Is it?\n"{i}"', "statement": str(i), "answer_matching_behavior": " Yes" if yes else " No"}
         if name == "survival-instinct":
@@ -130,17 +130,48 @@ def test_every_recipe_and_control_gives_a_direction_and_controls_depend_on_the_s
     generator = torch.Generator().manual_seed(0)
     scores = [torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.1, 0.3, -0.2])]
     masked = [torch.randn(3, 1, 6, generator=generator) for _ in scores]
-    parts = Parts(scores, masked, torch.randn(2, 1, 6, generator=generator), torch.randn(2, 1, 6), torch.ones(1), {})
+    at, of = ([torch.randn(3, 1, 6, generator=generator) for _ in scores] for _ in range(2))
+    gradients, caa = torch.randn(2, 1, 6, generator=generator), torch.randn(2, 1, 6)
+    parts = Parts(scores, masked, at, of, gradients, caa, torch.ones(1), {})
     fisher = Fisher(
         torch.randn(40, 1, 6, generator=generator), torch.arange(2).repeat_interleave(20), torch.tensor([9, 9]), (4,)
     )
-    for name in (*RECIPES, *CONTROLS, "shuffled_scores"):
+    for name in (*RECIPES, *VARIANTS, *ATTRIBUTED.values(), "random_direction"):
         found = direction(name, parts, 0, 4, fisher, seed=1)
         assert found.shape == (6,) and bool(torch.isfinite(found).all())
         same = torch.equal(found, direction(name, parts, 0, 4, fisher, seed=3))
-        assert same == (name in RECIPES), name
+        assert same == (name in (*RECIPES, *VARIANTS)), name
     expected = (masked[0][0, 0] - masked[0][1, 0] + masked[1][1, 0] - masked[1][2, 0]) / 2
     assert torch.allclose(direction("grains", parts, 0, 4, fisher), expected)
+    expected = (at[0][0, 0] - at[0][1, 0] + at[1][1, 0] - at[1][2, 0]) / 2
+    assert torch.allclose(direction("grains_at_token", parts, 0, 4, fisher), expected)
+    # gradients point toward chosen at tokens of either sign
+    expected = (of[0][0, 0] + of[0][1, 0] + of[1][1, 0] + of[1][2, 0]) / 2
+    assert torch.allclose(direction("gradient_at_tokens", parts, 0, 4, fisher), expected)
+
+
+def test_gradients_by_token_are_those_of_plain_autograd(bridge: Any) -> None:
+    """Against a step added to one token of one block's output by a PyTorch hook."""
+    (record,) = gr.tokens.tokenize_pairs(bridge, tiny_records()[:1])
+    found = token_gradients(bridge, record, LAYERS)
+    assert found.shape == (sum(record.content), len(LAYERS), int(bridge.cfg.d_model))
+    token, layer = 3, 1
+    place = [p for p, keep in enumerate(record.content) if keep][token]
+    step = torch.zeros(int(bridge.cfg.d_model), requires_grad=True)
+
+    def add(act: torch.Tensor, hook: Any) -> torch.Tensor:
+        here = torch.zeros(act.shape[1], 1)
+        here[place] = 1
+        return act + here * step
+
+    total = torch.zeros(())
+    for sign, response in ((1, record.chosen), (-1, record.rejected)):
+        ids = torch.tensor([[*record.prompt, *response]])
+        logprobs = bridge.run_with_hooks(ids, fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)]).log_softmax(-1)[0]
+        for i, token_id in enumerate(response):
+            total = total + sign * logprobs[len(record.prompt) + i - 1, token_id]
+    (expected,) = torch.autograd.grad(total, step)
+    assert torch.allclose(found[token, layer], expected, atol=1e-5)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -192,7 +223,8 @@ def test_a_cell_resumes_and_reports(bridge: Any, tmp_path: Path, short_texts: li
     best = run_cell(cell, n_random=2)
     lines = cell.out.read_text().splitlines()
     n_samples = cell.records.n_samples
-    assert len(lines) == len(RECIPES) * len(LAYERS) + n_samples * (len(RECIPES) + 1 + 2)
+    n_recipes = len(RECIPES) + len(VARIANTS)
+    assert len(lines) == n_recipes * len(LAYERS) + n_samples * (n_recipes + 1 + 2 * len(ATTRIBUTED))
     assert best == choose_layers(cell) and set(best.values()) <= set(LAYERS)
     write_about(cell, "smollm2", best, base, tmp_path / "smollm2" / "reviews.json")
 
@@ -205,7 +237,7 @@ def test_a_cell_resumes_and_reports(bridge: Any, tmp_path: Path, short_texts: li
     ]
 
     table = table_of(tmp_path)
-    assert set(table["recipe"]) == {*RECIPES, *CONTROLS}
+    assert set(table["recipe"]) == {*RECIPES, *VARIANTS, *ATTRIBUTED.values(), "random_direction"}
     own = table[(table["recipe"] == "caa") & (table["kl"] == 0.05)].iloc[0]
     ((_, rows),) = read_cells(tmp_path)
     effects = effects_of(rows, "caa", 0.05)
