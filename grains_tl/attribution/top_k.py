@@ -20,7 +20,7 @@ class TopK:
 
     Attributes:
         k: tokens on each side (the paper: 10 for long prompts, 50 with an image; 1 and 2 measured best here).
-        image: patches on each side, chosen apart from ``k`` words; ``None`` lets both compete for ``k``.
+        image: patches on each side, chosen apart from ``k`` text tokens; ``None`` lets both compete for ``k``.
         group_by: count ``"word"``s, ``"sentence"``s or given spans (see ``group``) instead of tokens.
         spare_end: never choose the prompt's last token, where the residual is read by default.
 

@@ -161,4 +161,7 @@ def _recipes(names: Sequence[str | RecipeFunction], told: ControlOptions) -> dic
     if unknown:
         raise ValueError(f"no baselines called {unknown}; there are {list(BASELINES)}, or pass a function")
     made = [told.recipe(n) if isinstance(n, str) else FunctionRecipe(function=n) for n in names]
+    twice = sorted({r.name for r in made if sum(other.name == r.name for other in made) > 1})
+    if twice:
+        raise ValueError(f"two recipes are called {', '.join(twice)}; give each function a name of its own")
     return {recipe.name: recipe for recipe in made}

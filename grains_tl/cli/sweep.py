@@ -10,10 +10,7 @@ from typing import Any, get_args
 from grains_tl.hooks.steer import Positions
 
 #: What fits on a screen; the csv has all columns.
-SHOWN = ["vector", "positions", "layer", "alpha", "effect", "effect_se", "low", "high", "verdict", "wrong_way"]
-
-
-SHOWN += ["accuracy", "kl", "perplexity", "n"]
+SHOWN = "vector positions layer alpha effect effect_se low high verdict wrong_way accuracy kl perplexity n".split()
 
 
 def add_sweep_options(

@@ -117,7 +117,9 @@ class Grains(Recipe):
         chosen = TopK.of(top_k)
         if (top_k_image, group_by, spare_end) != (None, None, None):
             image_k = chosen.image if top_k_image is None else top_k_image
-            chosen = TopK(chosen.k, image_k, group_by or chosen.group_by, chosen.spare_end or bool(spare_end))
+            chosen = TopK(
+                chosen.k, image_k, group_by or chosen.group_by, chosen.spare_end if spare_end is None else spare_end
+            )
         way = method_of(method, **given)
         if chosen.group_by is not None and way.removes and getattr(way, "group_by", None) is None:
             way = replace(way, group_by=chosen.group_by)  # type: ignore[call-arg]  # whole groups go: fewer passes

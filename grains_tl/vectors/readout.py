@@ -69,13 +69,13 @@ def read_out(
     tokenized = as_tokenized(model, tokenized)
     check_readout(readout)
     masked = [()] * len(tokenized) if masked is None else masked
-    _require_places(tokenized, masked)
+    _require_places(tokenized, masked, "masked")
     if (readout == "attributed") != (places is not None):
         raise ValueError(
             f"readout={readout!r}, places={places!r}; 'attributed' needs places, and nothing else takes them"
         )
     if places is not None:
-        _require_places(tokenized, places)
+        _require_places(tokenized, places, "places")
         owner: Sequence[int] = range(len(tokenized))
         rows: Sequence[Any] = [(t.prompt, own) for t, own in zip(tokenized, places, strict=True)]
     else:
@@ -235,15 +235,17 @@ def _run_rows(
     return out
 
 
-def _require_places(tokenized: Sequence[TokenizedPair], masked: Sequence[Sequence[int]]) -> None:
-    """Refuse lists that are not those of the records: the wrong tokens would go, or none (ValueError)."""
-    if len(masked) != len(tokenized):
-        raise ValueError(f"{len(masked)} lists of masked positions for {len(tokenized)} records; give one per record")
-    for number, (pair, positions) in enumerate(zip(tokenized, masked, strict=True), start=1):
+def _require_places(tokenized: Sequence[TokenizedPair], given: Sequence[Sequence[int]], name: str) -> None:
+    """Refuse lists that are not those of the records: wrong tokens would be taken out or read, or none (ValueError)."""
+    if len(given) != len(tokenized):
+        raise ValueError(
+            f"{name} has {len(given)} lists of positions for {len(tokenized)} records; give one per record"
+        )
+    for number, (pair, positions) in enumerate(zip(tokenized, given, strict=True), start=1):
         bad = [p for p in positions if not 0 <= p < len(pair.prompt)]
         if bad:
             raise ValueError(
-                f"record {number}: masked positions {bad}; its prompt has positions 0 to {len(pair.prompt) - 1}"
+                f"record {number}: {name} has positions {bad}; its prompt has positions 0 to {len(pair.prompt) - 1}"
             )
 
 

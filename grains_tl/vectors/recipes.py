@@ -121,6 +121,15 @@ class FunctionRecipe(DirectRecipe):
         assert self.function is not None
         return self.function(records, generator)
 
+    @override
+    def build(self, records: BuildingRecords) -> SteeringVectors:
+        generator = torch.Generator().manual_seed(self.seed)
+        before = generator.get_state()
+        raw = self.raw(records, generator)
+        drew = not torch.equal(before, generator.get_state())  # only the function knows whether it draws
+        info = manifest(records.model, records.tokenized, {"method": self.name, "seed": self.seed if drew else None})
+        return SteeringVectors.from_raw(raw, records.layers, records.resid_norms, info)
+
 
 def recipe_of(recipe: Recipe | str | RecipeFunction, **given: Any) -> Recipe:
     """A recipe from its name and fields, or from a function.

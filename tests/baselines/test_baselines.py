@@ -631,3 +631,24 @@ def test_heads_of_ones_own_choice(bridge: Any, pairs: list[gr.PreferencePair]) -
     for options in [*bad, {"heads": [(1, 0)], "n_heads": 1}, {"heads": [(1, 0)], "layers": [1]}]:
         with pytest.raises(ValueError, match="heads"):
             gr.baselines.head_vectors(bridge, pairs, **options)
+
+
+# -- functions of one's own ---------------------------------------------------------------------------------------------
+def test_two_functions_of_one_name_are_refused(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    """They used to overwrite each other, so that one of them was never measured."""
+    functions = [lambda records, generator: records.response_differences[0] for _ in range(2)]
+    with pytest.raises(ValueError, match="two recipes are called <lambda>"):
+        gr.baselines.baseline_vectors(bridge, pairs, functions, layers=[1])
+    with pytest.raises(ValueError, match="two recipes are called caa"):
+        gr.baselines.baseline_vectors(bridge, pairs, ["caa", "caa"], layers=[1])
+
+
+def test_the_manifest_has_the_seed_of_a_function_that_draws(bridge: Any, pairs: list[gr.PreferencePair]) -> None:
+    def drawn(records: Any, generator: torch.Generator) -> torch.Tensor:
+        return records.response_differences[int(torch.randint(0, 4, (), generator=generator))]
+
+    def fixed(records: Any, generator: torch.Generator) -> torch.Tensor:
+        return records.response_differences[0]
+
+    found = [gr.build_vectors(bridge, pairs, recipe=f, layers=[1]).info["seed"] for f in (drawn, fixed)]
+    assert found == [0, None]

@@ -74,9 +74,9 @@ def test_masked_positions_are_those_of_the_records(bridge: Any, tokenized: list[
     some = [gr.attribution.Selection((0,), (1,))] * 2
     with pytest.raises(ValueError, match="2 selections for 4 records"):  # the others counted as nothing masked
         gr.vectors.collect_differences(bridge, tokenized, some, layers=[1])
-    with pytest.raises(ValueError, match="3 lists of masked positions for 4 records"):
+    with pytest.raises(ValueError, match="masked has 3 lists of positions for 4 records"):
         gr.vectors.read_out(bridge, tokenized, [[0]] * 3, layers=[1])
-    with pytest.raises(ValueError, match=r"record 2: masked positions \[9\]; its prompt has positions 0 to 3"):
+    with pytest.raises(ValueError, match=r"record 2: masked has positions \[9\]; its prompt has positions 0 to 3"):
         gr.vectors.read_out(
             bridge, tokenized, [[0], [9], [0], [0]], layers=[1], readout="response_end"
         )  # a response's token

@@ -147,3 +147,10 @@ def test_refusals(model: Any, pairs: list[gr.PreferencePair], tmp_path: Any) -> 
         gr.build_vectors(model, pairs, recipe=gr.vectors.MarginGradient(tokens=tokens))
     with pytest.raises(ValueError, match="places"):
         gr.vectors.read_out(model, pairs, layers=[0], readout="attributed")
+
+
+def test_an_option_of_its_own_overrides_the_budget_value() -> None:
+    budget = gr.attribution.TopK(2, spare_end=True)
+    Grains = gr.vectors.Grains
+    assert not Grains.of(top_k=budget, spare_end=False).top_k.spare_end
+    assert Grains.of(top_k=budget).top_k.spare_end and Grains.of(top_k=2, spare_end=True).top_k.spare_end
