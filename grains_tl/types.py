@@ -41,8 +41,20 @@ Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 
 
+class _HasMembers(type(Protocol)):  # type: ignore[misc]
+    """Lets ``isinstance`` ask for members as callers do.
+
+    From Python 3.12 on, ``isinstance`` with a protocol looks at classes and instance dictionaries alone, and the modules of
+    an ``nn.Module`` are in neither: no model would be a ``HookedModel``.
+    """
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        named = {name for base in cls.__mro__ for name in (*vars(base), *vars(base).get("__annotations__", {}))}
+        return all(hasattr(instance, name) for name in named if not name.startswith("_"))
+
+
 @runtime_checkable
-class HookedModel(Protocol):
+class HookedModel(Protocol, metaclass=_HasMembers):
     """What the package needs of a model: a ``TransformerBridge`` or a ``HookedTransformer`` has all of it.
 
     Attributes:

@@ -17,7 +17,7 @@ import grains_tl as gr
 from grains_tl._util.files import write_atomically
 from grains_tl.models.running import device_of
 from grains_tl.vectors.fisher import Fisher
-from studies.recipes.bench import Bench
+from studies.recipes.bench import AtKL, Bench
 from studies.recipes.directions import ATTRIBUTED, RECIPES, VARIANTS, best_shrinkage, direction
 from studies.recipes.parts import Parts
 from studies.recipes.sets import SAMPLE, RecordSet, other_wordings
@@ -88,6 +88,12 @@ class Cell:
             return self.done[key_of(row)]
         if vectors is None:
             vectors = self.vectors(recipe, layer, rows, seed=1000 * (sample + 1) + draw)
+        if vectors is None:  # nothing that points anywhere: no token has a score of the wanted sign
+            row["curve"], row["effects"] = (
+                [],
+                {name: [AtKL(kl, None, [])._asdict() for kl in budgets] for name in names},
+            )
+            return self.keep(row)
         guess = self.guess(recipe, layer, vectors, budgets[0])
         growth = [self.growth.get((recipe, layer, kl)) for kl in budgets]
         found, curve = self.bench.at_budgets(vectors, budgets, names, guess, growth)
@@ -100,15 +106,21 @@ class Cell:
                 self.growth[recipe, layer, kl] = b / a
         row["curve"] = [[round(a, 5), round(k, 5)] for a, k in curve]
         row["effects"] = {name: [p._asdict() for p in points] for name, points in found.items()}
+        return self.keep(row)
+
+    def keep(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write a line."""
         self.done[key_of(row)] = row
         with self.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return row
 
-    def vectors(self, recipe: str, layer: int, rows: Sequence[int], seed: int = 0) -> gr.SteeringVectors:
-        """The vector of some of the records at one layer."""
+    def vectors(self, recipe: str, layer: int, rows: Sequence[int], seed: int = 0) -> gr.SteeringVectors | None:
+        """The vector of some of the records at one layer; ``None`` where it is zero."""
         column = list(self.layers).index(layer)
         raw = direction(recipe, self.parts.of(rows), column, layer, self.fisher, seed)
+        if not raw.any():
+            return None
         return gr.SteeringVectors.from_raw(raw[None], [layer], self.parts.norms[[column]], {"method": recipe})
 
     def guess(self, recipe: str, layer: int, vectors: gr.SteeringVectors, kl: float) -> float:
@@ -173,7 +185,8 @@ def write_about(cell: Cell, label: str, best: dict[str, int], base: dict[str, Te
             "linear_ceiling": {str(kl): round(float(here.ceiling(mean, kl, shrinkage)[0]), 3) for kl in BUDGETS},
         }
     layer = best["caa"]
-    vectors = {name: cell.vectors(name, layer, cell.everything).directions[0] for name in cell.recipes}
+    built = {name: cell.vectors(name, layer, cell.everything) for name in cell.recipes}
+    vectors = {name: own.directions[0] for name, own in built.items() if own is not None}
     about = {
         "model": label,
         "set": cell.records.name,

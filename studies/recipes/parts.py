@@ -122,9 +122,9 @@ def contributions(
                 places = [[[p] for p, keep in enumerate(t.content) if keep] for t in tokenized]
                 found, _ = leave_out_scores(model, tokenized, places, objective="sum", mask="mean_embedding")
             with timed(seconds, "masked_prompts", n):
-                masked = [masked_differences(model, t, layers) for t in tokenized]
+                masked = masked_differences(model, tokenized, layers)
             with timed(seconds, "masked_prompts_at_token", n):
-                at_token = [masked_differences(model, t, layers, readout="attributed") for t in tokenized]
+                at_token = masked_differences(model, tokenized, layers, readout="attributed")
         with timed(seconds, "gradients_by_token", n):
             of_token = [token_gradients(model, t, layers) for t in tokenized]
         scores = [s[torch.tensor(t.content)] for s, t in zip(found, tokenized, strict=True)]
@@ -134,17 +134,24 @@ def contributions(
     return parts
 
 
-def masked_differences(model: Any, record: TokenizedPair, layers: Sequence[int], **options: Any) -> Tensor:
-    """``[content token, layer, d_model]``: read-out of the whole prompt minus that without the token."""
-    places = [p for p, keep in enumerate(record.content) if keep]
-    if options.get("readout") == "attributed":  # each read at the token that is taken out
-        twice = [record] * (2 * len(places))
-        masked = [*([] for _ in places), *([p] for p in places)]
-        at = [[p] for p in (*places, *places)]
-        rows = read_out(model, twice, masked, layers=layers, places=at, **options)
-        return (rows[: len(places)] - rows[len(places) :]).float()
-    rows = read_out(model, [record] * (len(places) + 1), [[], *([p] for p in places)], layers=layers, **options)
-    return (rows[:1] - rows[1:]).float()
+def masked_differences(
+    model: Any, records: Sequence[TokenizedPair], layers: Sequence[int], **options: Any
+) -> list[Tensor]:
+    """Per record ``[content token, layer, d_model]``: read-out of the whole prompt minus that without the token.
+
+    With ``readout="attributed"`` each is read at the token that is taken out.
+    """
+    places = [[p for p, keep in enumerate(t.content) if keep] for t in records]
+    repeated = [t for t, own in zip(records, places, strict=True) for _ in own]
+    gone = [[p] for own in places for p in own]
+    if options.get("readout") == "attributed":
+        whole = read_out(model, repeated, None, layers=layers, places=gone, **options)
+        options["places"] = gone
+    else:
+        once = read_out(model, records, None, layers=layers, **options)
+        whole = once.repeat_interleave(torch.tensor([len(own) for own in places]), 0)
+    rows = (whole - read_out(model, repeated, gone, layers=layers, **options)).float()
+    return list(rows.split([len(own) for own in places]))
 
 
 def token_gradients(model: Any, record: TokenizedPair, layers: Sequence[int]) -> Tensor:

@@ -41,6 +41,7 @@ def write_texts(cell: Cell, best: dict[str, int], out: Path) -> None:
             if alpha is None:
                 continue
             vectors = cell.vectors(recipe, best[recipe], rows, seed=1000 * (sample + 1))
+            assert vectors is not None  # it has an alpha
             steering = vectors.steering(alpha)
         row["texts"] = gr.generate(cell.bench.model, prompts, steering, max_new_tokens=N_TOKENS)
         with out.open("a", encoding="utf-8") as file:

@@ -34,20 +34,22 @@ def main() -> None:
     parser.add_argument("--loss", default="margin")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--samples", type=int, default=10, help="building samples at most, as in the first run")
+    parser.add_argument("--layer", type=int, help="instead of the KL-optimal direction's, while that is not known yet")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.perf_counter()
     label, model = load(args.model, args.device)
     about_file = args.out / label / f"{args.set}.json"
-    about = json.loads(about_file.read_text(encoding="utf-8"))
-    layers, layer = about["candidates"], about["layers"]["kl_optimal"]
+    about = json.loads(about_file.read_text(encoding="utf-8")) if args.layer is None else None
+    layer = about["layers"]["kl_optimal"] if about else args.layer
     records = record_set(args.set, args.data)
     records = replace(records, build=records.build[: args.samples * SAMPLE])
     with settings(args.device):
-        fisher = fisher_of(model, layers, args.work / label / "fisher.safetensors")
-        parts = contributions(model, records.build, layers, args.work / label / f"{args.set}.pt")
-        cell, _ = prepare(model, records, layers, parts, fisher, args.out / label / f"{args.set}.jsonl")
+        fisher = fisher_of(model, [layer], args.work / label / f"fisher-{layer}.safetensors")
+        file = args.work / label / f"{args.set}-{layer}.pt"
+        parts = contributions(model, records.build, [layer], file, masking=False)
+        cell, _ = prepare(model, records, [layer], parts, fisher, args.out / label / f"{args.set}.jsonl")
         seconds = []
         for sample, rows in cell.samples():
             file = args.work / label / f"{args.set}-trained-{args.loss}-{sample}.safetensors"
@@ -68,6 +70,8 @@ def main() -> None:
             vectors = gr.load_vectors(file)
             cell.measure("test", "trained", layer, rows, sample=sample, vectors=vectors)
             timed_line(begin, f"sample {sample}, CPU seconds per record {seconds}")
+    if about is None:
+        return
     about["layers"]["trained"] = layer
     if seconds:
         about["seconds_per_record"][args.device]["trained"] = round(sum(seconds) / len(seconds), 2)

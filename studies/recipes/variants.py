@@ -88,9 +88,7 @@ class Masked:
             self.scores[mask, chat] = leave_out_scores(self.model, records, groups, objective="sum", mask=mask)[0]
         if (mask, readout, chat) not in self.masked:
             options = {"mask": mask, "readout": readout}
-            self.masked[mask, readout, chat] = [
-                masked_differences(self.model, t, self.layers, **options) for t in records
-            ]
+            self.masked[mask, readout, chat] = masked_differences(self.model, records, self.layers, **options)
         return self.scores[mask, chat], self.masked[mask, readout, chat]
 
 
