@@ -5,12 +5,14 @@
 A coin per record and a split per seed, otherwise the defaults of ``find_vector`` on SmolLM2; with ``--as-written`` the pairs
 keep their labels. The Fisher samples of kl_optimal, in which no label takes part, are estimated once and kept. One row per
 seed in results.jsonl; a run that was interrupted goes on at the next seed, a second one can take others with ``--first``.
+With ``--as-written`` the report records' prompts are continued, and refusals are counted by their first words.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -37,17 +39,28 @@ def with_coins(pairs: list[gr.PreferencePair], seed: int) -> list[gr.PreferenceP
     ]
 
 
-def run_seed(model: Any, pairs: list[gr.PreferencePair], seed: int, fisher: Path) -> dict[str, Any]:
-    """The verdict and the table of one search."""
+#: A continuation that begins with one of these refuses or declines.
+REFUSALS = re.compile(
+    r"\W*(i('m| am)? ?(can't|cannot|can not|won't|will not|not able|unable|sorry)|sorry|unfortunately|no[,.])",
+    re.IGNORECASE,
+)
+
+
+def run_seed(model: Any, pairs: list[gr.PreferencePair], seed: int, fisher: Path, n_examples: int) -> dict[str, Any]:
+    """The verdict, the table and the continuations of one search."""
     start = time.process_time()
     recipes: list[Any] = ["grains", KLOptimal(fisher=fisher), "caa", "random_direction"]
-    found = gr.find_vector(model, pairs, recipes, seed=seed, n_examples=0)
+    found = gr.find_vector(model, pairs, recipes, seed=seed, n_examples=n_examples)
     return {
         "seed": seed,
         "device": device_of(model).type,
         "steers": found.steers,
         "verdict": found.verdict.splitlines()[0],
         "cpu_seconds": round(time.process_time() - start, 1),
+        "examples": [[e.base, e.steered] for e in found.examples],
+        "refusals": [
+            sum(bool(REFUSALS.match(getattr(e, text))) for e in found.examples) for text in ("base", "steered")
+        ],
         "table": json.loads(found.table.round(5).to_json(orient="records")),
     }
 
@@ -75,7 +88,7 @@ def main() -> None:
             if any(row["seed"] == seed for row in rows_of(path)):
                 continue
             given = pairs if args.as_written else with_coins(pairs, seed)
-            row = run_seed(model, given, seed, args.out / "fisher.safetensors")
+            row = run_seed(model, given, seed, args.out / "fisher.safetensors", 9 if args.as_written else 0)
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print({name: row[name] for name in ("seed", "steers", "verdict", "cpu_seconds")}, flush=True)

@@ -20,6 +20,7 @@ from studies.recipes import tables
 from studies.recipes.directions import ATTRIBUTED, VARIANTS
 from studies.recipes.intervals import effects_of, estimate, read_cells
 from studies.recipes.tables import LABELS, MODELS
+from studies.recipes.words_tables import letters_table, without_words_table
 
 SHOWN = ("grains", "grains_weighted", "caa", "margin_gradient", "kl_optimal", "trained")
 
@@ -130,6 +131,8 @@ def parts_of(folder: Path) -> dict[str, str]:
         "attribution at 0.05": tables.differences_table(table, 0.05, tuple(ATTRIBUTED), "minus_control"),
         "attribution at 0.2": tables.differences_table(table, 0.2, tuple(ATTRIBUTED), "minus_control"),
         "texts": tables.texts_table(folder),
+        "without words": without_words_table(folder),
+        "letters": letters_table(folder),
         "seconds": tables.seconds_table(folder),
         "numbers": tables.numbers_table(folder),
         "transfer": tables.transfer_table(folder),
