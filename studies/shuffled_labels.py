@@ -41,7 +41,9 @@ def with_coins(pairs: list[gr.PreferencePair], seed: int) -> list[gr.PreferenceP
 
 #: A continuation that begins with one of these refuses or declines.
 REFUSALS = re.compile(
-    r"\W*(i('m| am)? ?(can't|cannot|can not|won't|will not|not able|unable|sorry)|sorry|unfortunately|no[,.])",
+    r"\W*(i('m| am)? ?(really |very )?(can't|cannot|can not|won't|will not|unable|sorry|afraid)"
+    r"|i('m| am) not (able|capable|equipped|here to)"
+    r"|i (do not|don't) (have|think)|sorry|unfortunately|i apolog|no[,.])",
     re.IGNORECASE,
 )
 

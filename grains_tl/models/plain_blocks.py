@@ -31,7 +31,7 @@ def runs_plain(model: HookedModel) -> bool:
     Compared on a short run without hooks, the first time and whenever weights or modules have changed since. ``False``
     where they differ (folded weights, an adapter on a part that the bridge made itself), and for a ``HookedTransformer``.
     """
-    if not is_bridge(model):
+    if not is_bridge(model) or not isinstance(model, nn.Module):  # a stand-in without modules
         return False
     plan = _plan(model)
     state = plan.state()

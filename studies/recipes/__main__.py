@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--fisher", type=int, default=N_FISHER, help="samples for the Fisher matrix")
     parser.add_argument("--random", type=int, default=4, help="random-token draws per building sample")
     parser.add_argument("--skip", nargs="*", default=[], choices=(*RECIPES, *VARIANTS), help="recipes to leave out")
+    parser.add_argument("--small", action="store_true", help="fewer records, for a CPU")
     parser.add_argument("--extras", action="store_true", help="curves, wordings, numbers of records, transfer")
     parser.add_argument("--texts", action="store_true", help="generated texts of the reviews")
     args = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
         fisher = fisher_of(model, layers, args.work / label / "fisher.safetensors", args.fisher)
         timed_line(begin, f"{len(fisher.samples)} Fisher samples")
         for name in args.set:
-            records = record_set(name, args.data)
+            records = record_set(name, args.data, small=args.small)
             records = replace(records, build=records.build[: args.samples * SAMPLE])
             masking = not set(ATTRIBUTED) <= set(args.skip)
             parts = contributions(model, records.build, layers, args.work / label / f"{name}.pt", masking=masking)

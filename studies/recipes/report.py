@@ -22,7 +22,7 @@ from studies.recipes.intervals import effects_of, estimate, read_cells
 from studies.recipes.tables import LABELS, MODELS
 from studies.recipes.words_tables import letters_table, without_words_table
 
-SHOWN = ("grains", "grains_weighted", "caa", "margin_gradient", "kl_optimal", "trained")
+SHOWN = ("grains", "grains_weighted", "caa", "margin_gradient", "kl_optimal")
 
 
 def plot_curves(folder: Path, file: Path) -> bool:
@@ -73,9 +73,7 @@ def _curve(ax: Any, row: dict[str, Any]) -> None:
     ax.plot(kls, means, label=f"{LABELS[row['recipe']]}, layer {row['layer']}", **style)
 
 
-def plot_scale(
-    folder: Path, file: Path, sets: tuple[str, ...] = ("reviews", "survival-instinct"), kl: float = 0.05
-) -> bool:
+def plot_scale(folder: Path, file: Path, sets: tuple[str, ...] = ("reviews", "truthfulqa"), kl: float = 0.05) -> bool:
     """Attribution, random tokens and CAA over model size; ``False`` with fewer than two models."""
     cells = {(a["model"], a["set"]): (a, rows) for a, rows in read_cells(folder)}
     sizes = {"smollm2": 135, "gemma3-270m": 270, "qwen2.5-coder-0.5b": 494}
@@ -130,7 +128,7 @@ def parts_of(folder: Path) -> dict[str, str]:
         "variants at 0.05": tables.effects_table(table, 0.05, VARIANTS),
         "attribution at 0.05": tables.differences_table(table, 0.05, tuple(ATTRIBUTED), "minus_control"),
         "attribution at 0.2": tables.differences_table(table, 0.2, tuple(ATTRIBUTED), "minus_control"),
-        "texts": tables.texts_table(folder),
+        "texts": tables.texts_table(folder) if any(folder.glob("*/reviews-texts.jsonl")) else "",
         "without words": without_words_table(folder),
         "letters": letters_table(folder),
         "seconds": tables.seconds_table(folder),

@@ -26,6 +26,9 @@ SIZES = {
     "agreeableness": (80, 24, 80),
 }
 
+#: The same for a CPU.
+SMALL = {name: (48 if name == "reviews" else 40, 8, 20) for name in SIZES}
+
 #: Other wordings of the verdict on a review, (chosen, rejected); none shares a word with the set's own.
 OTHER_WORDINGS = (
     (" something I would recommend to anyone", " something I would warn everyone about"),
@@ -58,17 +61,18 @@ class RecordSet:
         return len(self.build) // SAMPLE
 
 
-def record_set(name: str, data: Path | None) -> RecordSet:
+def record_set(name: str, data: Path | None, *, small: bool = False) -> RecordSet:
     """The records of a set, the same for every model.
 
     Args:
         name: one of ``SIZES``.
         data: the folder with ``truthfulqa/`` and ``anthropic_evals/``; not needed for the bundled sets.
+        small: so many as ``SMALL`` says.
 
     Raises:
         ValueError: no ``data`` for a set that is not bundled, or too few questions.
     """
-    sizes = SIZES[name]
+    sizes = SMALL[name] if small else SIZES[name]
     rng = random.Random(17)
     if name in ("reviews", "misconceptions"):
         bundled = "sentiment" if name == "reviews" else name

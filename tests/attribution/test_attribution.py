@@ -56,7 +56,7 @@ class PolynomialModel(FakeModel):
         self.table = torch.randn(45, 6, generator=generator) * 0.3
         self.vector, self.matrix = torch.randn(6, generator=generator), torch.randn(6, 6, generator=generator) * 0.3
         self.power = power
-        self.original_model = self  # makes it a bridge
+        self.original_model, self.processor = self, None  # make it a bridge
         self.hook_dict: Any = {"hook_embed": None, "unembed.hook_in": None}
         self.running: dict[str, Callable[..., Any]] = {}
 
