@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-import grains_tl as gr
 from benchmarks import build_vectors, growth, memory, peers, probes, starting, steering
-from benchmarks.common import load
+from benchmarks.common import load, load_plain
 from benchmarks.rows import Row, as_json, load_average
 from benchmarks.table import LAST, markdown
 from grains_tl._util.settings import RunSettings
@@ -49,17 +48,8 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], Found]]:
 
     def plain() -> Any:
         if "plain" not in loaded:
-            random = args.model.startswith("random:")
-            loaded["plain"] = load(args.model).original_model if random else gr.models.load_hugging_face(args.model)[0]
+            loaded["plain"] = load_plain(args.model)
         return loaded["plain"]
-
-    def sweep() -> Found:
-        found = steering.sweep(model(), records=args.sweep_records, repeats=args.repeats)
-        share = (
-            "sweep: token-layers against a run for each setting",
-            f"{found['share_of_naive_token_layers']:.2f}",
-        )
-        return [steering.sweep_row(found, int(model().cfg.n_layers))], [share]
 
     def build() -> Found:
         options = {name: getattr(args, name) for name in ("records", "steps", "baseline", "max_tokens", "repeats")}
@@ -78,8 +68,9 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], Found]]:
             [],
         ),
         "leave_one_out": lambda: (peers.leave_one_out(model(), plain(), records=3, **repeats), []),
-        "sweep": sweep,
-        "probes": lambda: (probes.run(model(), shapes=((24, 30), (48, 30), (200, 3)), **repeats), []),
+        "sweep": lambda: (peers.sweep(model(), plain(), records=args.sweep_records, **repeats), []),
+        "probes": lambda: (probes.run(model(), shapes=((24, 30), (48, 30)), **repeats), []),
+        "probes_200": lambda: (probes.run(model(), shapes=((200, 3),), **repeats), []),
         "tokenizing": lambda: (starting.tokenizing(model(), args.repeats), []),
         "starting": lambda: ([*starting.imports(args.repeats), *starting.loading(args.repeats)], []),
         "memory": lambda: (memory.rows(memory.memory(args.model)), []),

@@ -64,8 +64,17 @@ def load(name: str) -> Any:
     Raises:
         ValueError: a shape that is none, before anything is built.
     """
-    if not name.startswith("random:"):
-        return gr.load_model(name)
+    return random_model(random_config(name)) if name.startswith("random:") else gr.load_model(name)
+
+
+def load_plain(name: str) -> Any:
+    """The same weights as a plain Hugging Face model, without TransformerLens around it."""
+    random = name.startswith("random:")
+    return random_weights(random_config(name)) if random else gr.models.load_hugging_face(name)[0]
+
+
+def random_config(name: str) -> Any:
+    """The configuration that ``random:...`` names."""
     from transformers import LlamaConfig
 
     shape = name.removeprefix("random:").split("x")
@@ -75,7 +84,7 @@ def load(name: str) -> Any:
     heads = max(1, d_model // 64)
     if d_model % (2 * heads):
         raise ValueError(f"width {d_model} in {name!r}; take a multiple of 64, or an even number below 128")
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=d_vocab,
         hidden_size=d_model,
         intermediate_size=3 * d_model,
@@ -87,19 +96,24 @@ def load(name: str) -> Any:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return random_model(config)
 
 
-def random_model(config: Any, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A bridge around random weights, made where they will stay."""
+def random_weights(config: Any, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A plain model with random weights, made where they will stay; every call gives the same."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         hf_model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return hf_model.eval().requires_grad_(False)
+
+
+def random_model(config: Any, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A bridge around random weights."""
     tokenizer = word_tokenizer(min(8192, config.vocab_size))
     gr_models.keep_tokenizer_as_is(tokenizer, "random")
-    return gr_models.bridge_of(hf_model.eval().requires_grad_(False), tokenizer, "random").eval().requires_grad_(False)
+    hf_model = random_weights(config, device=device, dtype=dtype)
+    return gr_models.bridge_of(hf_model, tokenizer, "random").eval().requires_grad_(False)
 
 
 def word_tokenizer(size: int) -> Any:

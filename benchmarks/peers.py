@@ -19,7 +19,7 @@ from torch import Tensor
 import grains_tl as gr
 from benchmarks.common import timed
 from benchmarks.rows import Row, torch_shares
-from benchmarks.steering import PROMPTS, random_vectors
+from benchmarks.steering import ALPHAS, PROMPTS, random_vectors, sweep_jobs
 from grains_tl.attribution.api import attribute_all
 from grains_tl.attribution.reference import References
 from grains_tl.hooks.mask import replacement_embedding
@@ -186,10 +186,43 @@ def generation(model: Any, hf_model: Any, *, new_tokens: int, repeats: int) -> l
         for c in configs:  # every run is of the same length
             c.min_new_tokens = new_tokens
         what = f"generation, {new_tokens} tokens after {len(PROMPTS)} prompts, steered"
-        return _rows(jobs, repeats, what, aim="0.97", compared=False)
+        return _rows(jobs, repeats, what, aim="0.97", agreement=lambda ours, theirs: "")
     finally:
         for c, own in zip(configs, before, strict=True):
             c.min_new_tokens = own
+
+
+def sweep(model: Any, hf_model: Any, *, records: int, repeats: int) -> list[Row]:
+    """All layers, two alphas, beside a run for each setting: with our batches, and as one writes it first."""
+    pairs, vectors = gr.load_bundled("sentiment", "choose")[:records], random_vectors(model)
+    tokenized, embed = gr.tokens.tokenize_pairs(model, pairs), hf_model.get_input_embeddings()
+    ours, batched = sweep_jobs(model, vectors, pairs)
+
+    def loop() -> Tensor:
+        found = []
+        for layer in vectors.layers:
+            for alpha in ALPHAS:
+                with torch.no_grad(), vectors.torch_hooks(hf_model, alpha, layer):
+                    own = [margin_of(hf_model, pair)(embed(torch.tensor([pair.prompt]))) for pair in tokenized]
+                found.append(torch.cat(own).mean())
+        return torch.stack(found)
+
+    jobs = {
+        "grains_tl": ours,
+        "a record and a response at a time, plain transformers": loop,
+        "a run for each setting, our batches": batched,
+    }
+    what = f"sweep, {len(vectors.layers)} layers x {len(ALPHAS)} alphas, {records} records"
+    return _rows(jobs, repeats, what, aim="5", agreement=_apart)
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> str:
+    return f"within {float((ours - theirs).abs().max()):.0e} nats"
+
+
+def _cosine(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> str:
+    pairs = zip(ours, theirs, strict=True)
+    return f"cosine {min(float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in pairs):.4f}"
 
 
 def _repeng() -> Any:
@@ -199,18 +232,21 @@ def _repeng() -> Any:
     return repeng
 
 
-def _rows(jobs: dict[str, Callable[[], Any]], repeats: int, what: str, *, aim: str, compared: bool = True) -> list[Row]:
+def _rows(
+    jobs: dict[str, Callable[[], Any]],
+    repeats: int,
+    what: str,
+    *,
+    aim: str,
+    agreement: Callable[[Any, Any], str] = _cosine,
+) -> list[Row]:
     jobs["grains_tl"]()  # what is made once per model, such as the comparison with the model's own modules
     seconds, results = timed(jobs, repeats)
     rest = torch_shares(jobs["grains_tl"])
     found = []
     for name in [name for name in jobs if name != "grains_tl"]:
-        same = ""
-        if compared and name != "repeng":  # principal components, not means
-            pairs = zip(results["grains_tl"], results[name], strict=True)
-            same = (
-                f"cosine {min(float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in pairs):.4f}"
-            )
+        # repeng gives principal components, not means
+        same = "" if name == "repeng" else agreement(results["grains_tl"], results[name])
         found.append(Row(what, seconds["grains_tl"], name, seconds[name], aim, agreement=same, rest=rest))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import util
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 
 import grains_tl as gr
 from benchmarks.common import timed
-from benchmarks.rows import Row, torch_shares
 from grains_tl.inference.batches import pad_rows
 from grains_tl.inference.objectives import margins
 from grains_tl.models.operations import count_operations
@@ -73,24 +73,31 @@ def _other_packages(model: Any, vectors: gr.SteeringVectors, layer: int, plain: 
     return {"steering-vectors, one layer": steered}
 
 
+#: The sweep's strengths, fractions of the residual norm.
+ALPHAS = (-0.2, 0.2)
+
+
+def sweep_jobs(
+    model: Any, vectors: gr.SteeringVectors, pairs: list[gr.PreferencePair]
+) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+    """``gr.sweep`` over all layers, and one full run per setting, in the same batches; mean margins, nats."""
+    tokenized = gr.tokens.tokenize_pairs(model, pairs)
+
+    def naive() -> torch.Tensor:
+        settings = [(layer, alpha) for layer in vectors.layers for alpha in ALPHAS]
+        runs = [gr.score_pairs(model, tokenized, vectors.hooks(alpha, [layer])) for layer, alpha in settings]
+        return torch.stack([margins(run).mean() for run in runs])
+
+    def ours() -> torch.Tensor:
+        return torch.tensor(gr.sweep(model, vectors, pairs, alphas=ALPHAS, progress=False)["margin"].to_numpy())
+
+    return ours, naive
+
+
 def sweep(model: Any, *, records: int, repeats: int) -> dict[str, Any]:
     """All layers, two alphas: ``gr.sweep`` against one full run per setting."""
     pairs = gr.load_bundled("sentiment", "choose")[:records]
-    tokenized, vectors = gr.tokens.tokenize_pairs(model, pairs), random_vectors(model)
-    alphas = (-0.2, 0.2)
-
-    def naive() -> torch.Tensor:
-        return torch.stack(
-            [
-                margins(gr.score_pairs(model, tokenized, vectors.hooks(a, [layer]))).mean()
-                for layer in vectors.layers
-                for a in alphas
-            ]
-        )
-
-    def ours() -> torch.Tensor:
-        return torch.tensor(gr.sweep(model, vectors, pairs, alphas=alphas, progress=False)["margin"].to_numpy())
-
+    ours, naive = sweep_jobs(model, random_vectors(model), pairs)
     seconds, results = timed({"grains_tl": ours, "naive": naive}, repeats)
     with count_operations(model) as few:
         ours()
@@ -98,25 +105,11 @@ def sweep(model: Any, *, records: int, repeats: int) -> dict[str, Any]:
         naive()
     return {
         "records": len(pairs),
-        "profile": torch_shares(ours),
         "seconds": seconds,
         "share_of_naive_seconds": seconds["grains_tl"] / seconds["naive"],
         "share_of_naive_token_layers": few.forward / many.forward,
         "largest_difference_nats": (results["grains_tl"] - results["naive"]).abs().max().item(),
     }
-
-
-def sweep_row(swept: dict[str, Any], n_layers: int) -> Row:
-    """The sweep's line in the table."""
-    return Row(
-        f"sweep, {n_layers} layers x 2 alphas, {swept['records']} records",
-        swept["seconds"]["grains_tl"],
-        "a run for each setting",
-        swept["seconds"]["naive"],
-        aim="5",
-        agreement=f"within {swept['largest_difference_nats']:.0e} nats",
-        rest=swept["profile"],
-    )
 
 
 def rows(generated: dict[str, Any], swept: dict[str, Any]) -> list[tuple[str, str]]:

@@ -74,6 +74,28 @@ def test_many_labels_at_once_are_scikit_learns_one_by_one(shape: tuple[int, int]
         np.testing.assert_allclose(logits, oracle.fit(x, label).decision_function(x), atol=2e-4, rtol=1e-4)
 
 
+def test_labels_far_apart_in_difficulty_are_fitted_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One label is told apart safely, the others are coins; features of real spread."""
+    import scipy.optimize
+
+    evaluations: list[int] = []
+    minimise = scipy.optimize.minimize
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        found = minimise(*args, **kwargs)
+        evaluations.append(found.nfev)
+        return found
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 200)) @ (rng.normal(size=(200, 200)) * np.logspace(1.5, -1.5, 200))
+    labels = np.concatenate([(x[:, :1] > 0).T, rng.random((4, 120)) < 0.5])
+    monkeypatch.setattr(scipy.optimize, "minimize", counted)
+    found = fit_logistic(x, labels, 1.0, tolerance=1e-4)
+    assert len(evaluations) == 2 and sum(evaluations) < 150
+    exact = fit_logistic(x, labels, 1.0)
+    np.testing.assert_allclose(found.logits(x), exact.logits(x), atol=0.02)
+
+
 def test_mass_means_find_a_planted_direction_that_the_probe_tilts_away_from() -> None:
     generator = torch.Generator().manual_seed(0)
     wide = torch.cat([torch.full((6,), 6.0), torch.ones(26)])  # directions of large variance

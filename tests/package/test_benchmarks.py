@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import build_vectors, growth, peers, probes, starting, steering, table
 from benchmarks.__main__ import keep
-from benchmarks.common import load, off_the_line, slope
+from benchmarks.common import load, load_plain, off_the_line, slope
 from benchmarks.gpu_shapes import JOBS, Machine, measure, predict, rows
 from benchmarks.rows import Row, as_json, python_shares, torch_shares
 from grains_tl.finding.workload import Workload
@@ -73,7 +73,7 @@ def test_steering_and_sweep(small: Any) -> None:
 
 
 def test_peers_do_the_same_work(small: object) -> None:
-    plain = load("random:2x64").original_model
+    plain = load_plain("random:2x64")
     found = [
         *peers.caa(small, plain, records=2, repeats=1),
         *peers.leave_one_out(small, plain, records=1, repeats=1),
@@ -86,6 +86,8 @@ def test_peers_do_the_same_work(small: object) -> None:
         assert row.agreement.startswith("cosine") and float(row.agreement.split()[1]) > 0.9999
         assert row.rest.count("%") == 4 and row.ours > 0
     assert found[-1].work.startswith("generation, 3 tokens after 4 prompts")
+    for row in peers.sweep(small, plain, records=1, repeats=1):
+        assert row.agreement.startswith("within") and float(row.agreement.split()[1]) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -184,3 +186,14 @@ def test_gpu_shapes_run_on_a_cpu(tmp_path: Path) -> None:
                 job[k] for k in ("tokens", "tokens_back", "unembedded")
             ]
     assert len(rows(json.loads(out.read_text()))) == len(JOBS)
+
+
+def test_the_page_has_the_last_figures() -> None:
+    figures = json.loads(table.LAST.read_text(encoding="utf-8"))
+    page = table.PAGE.read_text(encoding="utf-8")
+    assert table.page_with(page, table.markdown(figures)) == page, "run python -m benchmarks.table"
+    works = {row.work for row, _ in table.rows_of(figures)}
+    for kind in ("CAA", "generation", "integrated", "leave-one-out", "sweep", "probes", "peak memory", "tokenizing",
+                 "import load_model", "load_model"):  # fmt: skip
+        assert any(work.startswith(kind) for work in works), kind
+    assert {what for part in figures["parts"].values() for what, _ in part["lines"] if "growth" in what}
