@@ -1,9 +1,10 @@
 """How far half precision moves attributions, vectors and effects from float32's, per model and dtype.
 
-    python -m studies.precision --model smollm2 --model gemma=gemma3-270m.Q4_K_M.gguf --out studies/results/precision
+    python -m studies.precision --model smollm2 --model Gemma-3-270M=gemma3-270m.Q4_K_M.gguf --device cuda --records 24
 
-A model is a name of ``gr.load_model`` or ``NAME=PATH`` of a GGUF file or folder. Finished pairs of model and dtype are kept
-as JSON files, and the same command goes on from them; the table is written at the end.
+A model is a name of ``gr.load_model`` or ``LABEL=PATH`` of a GGUF file or folder. What was measured of a model in a dtype
+(scores, vectors, effects, margins) is one JSON file; a file that is there is not measured again. The table compares them
+with float32's: ``--page`` writes it into a page, between ``<!-- precision -->`` and ``<!-- /precision -->``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,126 +26,152 @@ import grains_tl as gr
 
 METHODS: dict[str, dict[str, Any]] = {
     "leave_one_out": {},
+    "integrated_gradients": {"n_steps": 16, "nodes": "gauss_legendre"},
     "gradient_x_input": {},
-    "integrated_gradients": {"n_steps": 8, "nodes": "riemann"},
 }
-DTYPES = ("bfloat16", "float16")
+NAMES = {"leave_one_out": "leave-one-out", "integrated_gradients": "integrated gradients", "caa": "CAA"}
+NAMES |= {"gradient_x_input": "gradient x input"}
+DTYPES = ("float32", "bfloat16", "float16")
 ALPHA = 0.2
+RESULTS = Path(__file__).parent / "results" / "precision"
+START, END = "<!-- precision -->\n", "<!-- /precision -->\n"
 
 
-def load(spec: str, dtype: torch.dtype) -> Any:
-    """The model of ``NAME`` or ``NAME=PATH``."""
+def load(spec: str, dtype: str, device: str) -> Any:
+    """The model of ``NAME`` or ``LABEL=PATH``."""
     name, equals, path = spec.partition("=")
-    return gr.load_model(path=path, dtype=dtype) if equals else gr.load_model(name, dtype=dtype)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    return gr.load_model(path=path, **options) if equals else gr.load_model(name, **options)
 
 
-def measured(model: Any, n_records: int, methods: list[str], given: gr.SteeringVectors | None) -> dict[str, Any]:
-    """Scores, vectors and effects of a model; effects are those of ``given`` vectors, or of its own."""
+def measured(model: Any, n_records: int, methods: list[str], steer: dict[str, Any] | None) -> dict[str, Any]:
+    """Scores, vectors, margins, and effects of float32's CAA vectors (``steer``, from its file), or of its own.
+
+    What the model refuses, because of NaN for instance, is kept in words.
+    """
     pairs = gr.load_bundled("sentiment", "build")[:n_records]
     held_out = gr.load_bundled("sentiment", "test")[: 2 * n_records]
     layers = [int(model.cfg.n_layers) * part // 4 for part in (1, 2, 3)]
-    scores = {}
+    found: dict[str, Any] = {"layers": layers, "scores": {}, "vectors": {}, "refused": {}}
+
+    def keep(what: str, name: str, job: Callable[[], Any]) -> None:
+        try:
+            found[what][name] = job()
+        except ValueError as error:
+            found["refused"][f"{what}: {name}"] = str(error)
+
+    def scores(method: str) -> Any:
+        each = [gr.attribute(model, pair, method=method, **METHODS[method]) for pair in pairs]
+        return [[float(f"{x:.6g}") for x in a.scores[a.content].tolist()] for a in each]
+
+    def vectors(**options: Any) -> Any:
+        made = gr.build_vectors(model, pairs, layers=layers, progress=False, **options)
+        rows = [[float(f"{x:.5g}") for x in row] for row in made.raw.tolist()]
+        return {"raw": rows, "resid_norms": made.resid_norms.tolist()}
+
     for method in methods:
-        found = [gr.attribute(model, pair, method=method, **METHODS[method]) for pair in pairs]
-        scores[method] = [a.scores[a.content].tolist() for a in found]
-    vectors = {
-        method: gr.build_vectors(model, pairs, method=method, top_k=3, layers=layers, progress=False)
-        for method in methods
-        if method != "integrated_gradients"
-    }
-    vectors["caa"] = gr.build_vectors(model, pairs, recipe="caa", layers=layers, progress=False)
-    steer = vectors["caa"] if given is None else given
-    base = gr.score_pairs(model, held_out, progress=False)
-    effects = {}
-    for layer in steer.layers:
-        moved = gr.score_pairs(model, held_out, steer.hooks(ALPHA, [layer]), progress=False)
-        effects[layer] = ((moved - base)[:, 0] - (moved - base)[:, 1]).tolist()
-    return {"scores": scores, "vectors": vectors, "effects": effects, "margins": (base[:, 0] - base[:, 1]).tolist()}
+        keep("scores", method, partial(scores, method))
+        keep("vectors", method, partial(vectors, method=method, top_k=3, **METHODS[method]))
+    keep("vectors", "caa", lambda: vectors(recipe="caa"))
+    given = steer or found["vectors"].get("caa")
+
+    def effects() -> Any:
+        raw, norms = torch.tensor(given["raw"]), torch.tensor(given["resid_norms"])
+        ours = gr.SteeringVectors.from_raw(raw, layers, norms)
+        base = gr.score_pairs(model, held_out, progress=False)
+        found["margins"] = (base[:, 0] - base[:, 1]).tolist()
+        moved = [gr.score_pairs(model, held_out, ours.hooks(ALPHA, [layer]), progress=False) for layer in layers]
+        return [((m - base)[:, 0] - (m - base)[:, 1]).tolist() for m in moved]
+
+    found["effects"] = {}
+    if given is not None:
+        keep("effects", "caa of float32", effects)
+    return found
 
 
-def compared(full: dict[str, Any], half: dict[str, Any]) -> dict[str, Any]:
-    """What changed from one precision to the other."""
-    out: dict[str, Any] = {"rank_correlation": {}, "cosine": {}}
-    for method in full["scores"]:
-        pairs = zip(full["scores"][method], half["scores"][method], strict=True)
-        ranks = [float(spearmanr(a, b).statistic) for a, b in pairs]
-        out["rank_correlation"][method] = {"median": sorted(ranks)[len(ranks) // 2], "least": min(ranks)}
-    for method, vectors in full["vectors"].items():
-        out["cosine"][method] = [round(x, 5) for x in vectors.cosine(half["vectors"][method]).tolist()]
-    margins = torch.tensor(full["margins"]) - torch.tensor(half["margins"])
-    out["margin_change"] = {"rms": float(margins.square().mean().sqrt()), "largest": float(margins.abs().max())}
-    out["effects"] = {}
-    for layer, wanted in full["effects"].items():
-        a, b = torch.tensor(wanted), torch.tensor(half["effects"][layer])
-        out["effects"][str(layer)] = {
-            "float32": float(a.mean()),
-            "here": float(b.mean()),
-            "rms_difference_of_a_record": float((a - b).square().mean().sqrt()),
-        }
-    return out
-
-
-def run(spec: str, out: Path, n_records: int, methods: list[str]) -> None:
+def run(spec: str, args: argparse.Namespace) -> None:
     """Measure what is missing of one model."""
     name = spec.partition("=")[0]
-    todo = [dtype for dtype in DTYPES if not (out / f"{name}-{dtype}.json").exists()]
-    if not todo:
-        return
-    full = measured(load(spec, torch.float32), n_records, methods, None)
-    for dtype in todo:
+    for dtype in args.dtype or DTYPES:
+        file = args.out / f"{name}-{dtype}.json"
+        if file.exists():
+            continue
+        full = args.out / f"{name}-float32.json"
+        steer = json.loads(full.read_text(encoding="utf-8"))["vectors"].get("caa") if full.exists() else None
         gc.collect()
-        started = time.process_time()
-        model = load(spec, getattr(torch, dtype))
+        started, cpu = time.perf_counter(), time.process_time()
+        model = load(spec, dtype, args.device)
+        found: dict[str, Any] = {"model": name, "dtype": dtype, "device": args.device, "records": args.records}
         checks = gr.check_model(model)
-        found: dict[str, Any] = {"model": name, "dtype": dtype, "records": n_records, "alpha": ALPHA}
         found["checks_that_fail"] = checks.query("not ok")[["check", "detail"]].to_dict("records")
-        try:
-            found |= compared(full, measured(model, n_records, methods, full["vectors"]["caa"]))
-        except ValueError as error:
-            found["refused"] = str(error)
-        found["cpu_seconds"] = round(time.process_time() - started, 1)
-        (out / f"{name}-{dtype}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        found |= measured(model, args.records, args.method or list(METHODS), steer)
+        found |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def row(full: dict[str, Any], half: dict[str, Any]) -> list[str]:
+    """Cells of one model and dtype beside float32."""
+    cells = [half["model"], half["dtype"], str(half["records"])]
+    for method in METHODS:
+        if method not in full["scores"] or method not in half["scores"]:
+            cells.append("refused" if f"scores: {method}" in half["refused"] else "")
+            continue
+        pairs = zip(full["scores"][method], half["scores"][method], strict=True)
+        ranks = sorted(float(spearmanr(a, b).statistic) for a, b in pairs)
+        cells.append(f"{ranks[len(ranks) // 2]:.3f} ({ranks[0]:.2f})")
+    cosines = []
+    for method in (*METHODS, "caa"):
+        if method in full["vectors"] and method in half["vectors"]:
+            a, b = (torch.tensor(x["vectors"][method]["raw"]) for x in (full, half))
+            cosines.append(f"{torch.cosine_similarity(a, b, dim=-1).min():.4f}")
+        else:
+            cosines.append("refused" if f"vectors: {method}" in half["refused"] else "")
+    cells += cosines
+    if full["effects"] and half["effects"]:
+        a, b = (torch.tensor(x["effects"]["caa of float32"][1]) for x in (full, half))
+        off = (torch.tensor(full["margins"]) - torch.tensor(half["margins"])).square().mean().sqrt()
+        return [*cells, f"{a.mean():+.2f}, {b.mean():+.2f}", f"{off:.3f}"]
+    return [*cells, "refused", "refused"]
 
 
 def table(out: Path) -> str:
-    """All results so far, as markdown."""
-    lines = [
-        "| model | dtype | ranks: leave-one-out | gradient x input | integrated gradients | least cosine of vectors: "
-        "leave-one-out | gradient x input | CAA | effect at mid-depth, float32 and here, nats | margin off by (rms), nats |",
-        "|---" * 10 + "|",
-    ]
+    """All results so far beside those of float32, as markdown."""
+    heads = ["model", "dtype", "records", *(f"ranks: {NAMES[m]}" for m in METHODS)]
+    heads += [f"cosine: {NAMES[m]}" for m in (*METHODS, "caa")] + ["effect: float32, here", "margin off by"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for file in sorted(out.glob("*.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        cells = [found["model"], found["dtype"]]
-        if "refused" in found:
-            lines.append(f"| {' | '.join(cells)} | refused: {found['refused']} |" + " |" * 7)
-            continue
-        ranks = found["rank_correlation"]
-        cells += [f"{ranks[m]['median']:.3f} ({ranks[m]['least']:.2f})" if m in ranks else "" for m in METHODS]
-        cosines = found["cosine"]
-        cells += [
-            f"{min(cosines[m]):.4f}" if m in cosines else "" for m in ("leave_one_out", "gradient_x_input", "caa")
-        ]
-        middle = list(found["effects"].values())[1]
-        cells += [f"{middle['float32']:+.2f}, {middle['here']:+.2f}", f"{found['margin_change']['rms']:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        half = json.loads(file.read_text(encoding="utf-8"))
+        full = out / f"{half['model']}-float32.json"
+        if half["dtype"] != "float32" and full.exists():
+            lines.append(f"| {' | '.join(row(json.loads(full.read_text(encoding='utf-8')), half))} |")
     return "\n".join(lines) + "\n"
+
+
+def write_page(page: Path, text: str) -> None:
+    """Put the table between its marks."""
+    old = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(f"{START}.*?{END}", lambda _: START + text + END, old, flags=re.DOTALL), encoding="utf-8")
 
 
 def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", required=True, help="NAME or NAME=PATH (repeatable)")
+    parser.add_argument("--model", action="append", default=[], help="NAME or LABEL=PATH (repeatable)")
     parser.add_argument("--method", action="append", choices=METHODS, help="only this attribution method (repeatable)")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this dtype, float32 first (repeatable)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--records", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "precision")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, help="write the table into this page, too")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     for spec in args.model:
-        run(spec, args.out, args.records, args.method or list(METHODS))
-        (args.out / "table.md").write_text(table(args.out), encoding="utf-8")
-    print(table(args.out))
+        run(spec, args)
+    text = table(args.out)
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    if args.page:
+        write_page(args.page, text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ def placed(way: str, hf_model: Any, folder: Path) -> Any:
     )
 
 
+def needs_tl4() -> None:
+    if int(metadata.version("transformer-lens").split(".")[0]) < 4:
+        pytest.skip("TransformerLens 3 gives the unembedding a bias that an offloaded one lacks; keep it in memory")
+
+
 def numbers_of(model: Any, pairs: list[gr.PreferencePair], vectors: gr.SteeringVectors) -> dict[str, Any]:
     """Attribution with and without gradients, builds, a sweep, steered scores and steered generation."""
     with gr.settings(progress=False):
@@ -91,6 +97,9 @@ def numbers_of(model: Any, pairs: list[gr.PreferencePair], vectors: gr.SteeringV
 def test_offloaded_models_give_the_numbers_of_the_whole_one(
     way: str, tied: bool, tmp_path: Path, pairs: list[gr.PreferencePair]
 ) -> None:
+    if way != "device_map":
+        needs_tl4()
+
     def fresh() -> Any:
         hf_model = tiny_hf()
         if tied:
@@ -168,6 +177,7 @@ def large_pairs() -> list[gr.PreferencePair]:
 def test_a_model_larger_than_the_memory_it_may_have(tmp_path: Path) -> None:
     """135 MiB of weights in float32; what needs no gradients must stay below 45 MiB."""
     pytest.importorskip("accelerate")
+    needs_tl4()
     config = tiny_hf().config
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 1536, 10
     config.head_dim, config.num_key_value_heads, config.initializer_range = 128, 4, 0.05
