@@ -2,6 +2,7 @@ from .ablation import ablate_hooks as ablate_hooks
 from .ablation import ablation_table as ablation_table
 from .autoencoders import read_sae as read_sae
 from .autoencoders import sae_hooks as sae_hooks
+from .besides import side_effects as side_effects
 from .building_curves import learning_curve as learning_curve
 from .circuit_checks import circuit_faithfulness as circuit_faithfulness
 from .circuit_checks import circuit_overlap as circuit_overlap
