@@ -115,3 +115,13 @@ def test_the_version_and_entry_points_are_declared() -> None:
     for entry in [*about["scripts"].values(), *about["entry-points"]["inspect_ai"].values()]:
         module = entry.partition(":")[0]
         assert importlib.util.find_spec(module) is not None, entry
+
+
+def test_every_release_keeps_its_documentation() -> None:
+    """The site has a menu of versions, and a tag adds one."""
+    workflow = ROOT / ".github" / "workflows" / "docs.yml"
+    if not workflow.exists():
+        pytest.skip("not run from the repository")
+    assert "provider: mike" in (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert 'tags: ["v*"]' in workflow.read_text("utf-8") and "mike deploy" in workflow.read_text("utf-8")
+    assert '"mike>=' in (ROOT / "pyproject.toml").read_text("utf-8")
