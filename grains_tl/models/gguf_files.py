@@ -13,10 +13,12 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from grains_tl._util.settings import current
 
 CACHE_VARIABLE = "GRAINS_TL_CACHE"
 MANIFEST = "grains_tl.json"
+LEFTOVER_SECONDS = 24 * 3600
 
 #: What tokenizers are compared on before a converted one is trusted.
 SAMPLES = ("The capital of France is", " leading space", "Grüße, 世界! 🙂", "def f(x):\n    return x  # 1234", "")
@@ -137,6 +140,7 @@ def _keep(model: Any, tokenizer: Any, folder: Path) -> int:
     from transformers import AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(folder)
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     if shutil.disk_usage(folder.parent).free < 1.1 * needed + (64 << 20):
         raise OSError(f"{needed / 1e9:.2f} GB are needed in {folder.parent}, and there is less free")
@@ -159,6 +163,14 @@ def _keep(model: Any, tokenizer: Any, folder: Path) -> int:
         return sum(size for size, _ in files.values())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what processes that were killed left of this copy; not what is under a day old, it may be in the making."""
+    for left in folder.parent.glob(f".{escape(folder.name)}.*"):
+        with suppress(OSError):  # another process deletes it, too
+            if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_whole(folder: Path) -> bool:
