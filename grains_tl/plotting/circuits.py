@@ -46,7 +46,7 @@ def plot_circuit(nodes: pd.DataFrame, curve: pd.DataFrame | None = None, *, n_to
         if len(other):
             spread = other.assign(size=other["score"].abs()).groupby("rank")["size"].max().reindex(own["rank"])
             ax.barh(places, 2 * spread, left=-spread, color=DRAW, alpha=0.25, height=0.9, label="random directions")
-            ax.legend(loc="lower right")
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize=8)  # inside it hides the last rows
         ax.hlines(places, own["low"], own["high"], color=COLOURS[0], linewidth=2)
         ax.plot(own["score"], places, "o", color=COLOURS[0], markersize=5)
         ax.set_yticks(places, [_name(row) for row in own.itertuples()])

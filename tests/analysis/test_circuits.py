@@ -177,6 +177,8 @@ def test_random_nodes_carry_less_than_the_circuit_and_the_picture_shows_it() -> 
     assert at.kept_share["circuit", 1] > 0.9 > at.kept_share["random nodes", 1] + 0.3
     fig = gr.plotting.plot_circuit(nodes, curve, n_top=5)
     left, right = fig.axes
+    fig.canvas.draw()
+    assert left.get_legend().get_window_extent().y1 < left.get_window_extent().y0  # it hides no row
     assert left.get_yticklabels()[0].get_text() == f"block {LAYER}, head {HEAD}"
     assert list(right.get_lines()[2].get_ydata()) == pytest.approx(curve[curve.order == "circuit"].kept_share.tolist())
 
