@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -117,8 +118,8 @@ def row(full: dict[str, Any], half: dict[str, Any]) -> list[str]:
             cells.append("refused" if f"scores: {method}" in half["refused"] else "")
             continue
         pairs = zip(full["scores"][method], half["scores"][method], strict=True)
-        ranks = sorted(float(spearmanr(a, b).statistic) for a, b in pairs)
-        cells.append(f"{ranks[len(ranks) // 2]:.3f} ({ranks[0]:.2f})")
+        ranks = [float(spearmanr(a, b).statistic) for a, b in pairs]
+        cells.append(f"{median(ranks):.3f} ({min(ranks):.2f})")
     cosines = []
     for method in (*METHODS, "caa"):
         if method in full["vectors"] and method in half["vectors"]:
