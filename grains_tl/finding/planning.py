@@ -23,7 +23,7 @@ import torch
 from typing_extensions import override
 
 from grains_tl._util.errors import MODEL_ERRORS, OptionError, require_from_outside
-from grains_tl._util.settings import settings
+from grains_tl._util.settings import current, settings
 from grains_tl.attribution.methods import METHODS
 from grains_tl.finding.pass_memory import cache_bytes, pass_bytes, weight_bytes
 from grains_tl.finding.workload import ALL_JOBS, USUAL_JOBS, Workload
@@ -246,7 +246,8 @@ def _figures(real: Any, counts: Operations, job: str, work: Workload) -> dict[st
     if job == "sweep":  # the residual stream of every layer, to go on from it
         held = n_layers * int(text.hidden_size) * size * rows * length
     elif METHODS[job].removes if job in METHODS else False:  # keys and values of the prompts that branches go on from
-        held = cache_bytes(real.config, rows * (length + work.prompt_tokens), real.dtype)
+        prompts = min(work.records * work.prompt_tokens, max(current().max_tokens, work.prompt_tokens))
+        held = cache_bytes(real.config, prompts, real.dtype)  # the rows' own last for one layer, before the logits
     return {
         "tokens": counts.forward / n_layers,
         "tokens_back": counts.backward / n_layers,

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from grains_tl._util.errors import MODEL_ERRORS, require_from_outside
 from grains_tl.models.identity import without_hooks
 from grains_tl.models.precision import agrees
 from grains_tl.models.running import device_of, is_bridge, without_image_tokens
@@ -36,7 +37,11 @@ def runs_plain(model: HookedModel) -> bool:
     plan = _plan(model)
     state = plan.state()
     if plan.compared != state:
-        (plan.agree, plan.by_place), plan.compared = _compare(model, plan), state
+        try:
+            (plan.agree, plan.by_place), plan.compared = _compare(model, plan), state
+        except (AttributeError, *MODEL_ERRORS) as error:  # a model that does not run as it is: its own error comes later
+            require_from_outside(error)
+            return False
     return plan.agree
 
 

@@ -297,7 +297,7 @@ def test_the_helper_writes_a_good_file(tmp_path: Path) -> None:
     [
         ({"format": "something else"}, "something else"),
         ({"format": ""}, "None"),
-        ({"version": "3"}, "version 3"),
+        ({"version": "4"}, "version 4"),
         ({"drop": "magnitudes"}, "magnitudes"),
         ({"manifest": json.dumps({"layers": [4]})}, "layers"),
         ({"manifest": json.dumps({})}, r"v\.safetensors"),
