@@ -39,7 +39,10 @@ def runs_plain(model: HookedModel) -> bool:
     if plan.compared != state:
         try:
             (plan.agree, plan.by_place), plan.compared = _compare(model, plan), state
-        except (AttributeError, *MODEL_ERRORS) as error:  # a model that does not run as it is: its own error comes later
+        except (
+            AttributeError,
+            *MODEL_ERRORS,
+        ) as error:  # a model that does not run as it is: its own error comes later
             require_from_outside(error)
             return False
     return plan.agree
