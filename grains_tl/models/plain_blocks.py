@@ -8,7 +8,7 @@ they can be taken out wherever no hook is; what they wrap is what they would hav
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from grains_tl._util.errors import MODEL_ERRORS, require_from_outside
+from grains_tl._util.errors import MODEL_ERRORS
 from grains_tl.models.identity import without_hooks
 from grains_tl.models.precision import agrees
 from grains_tl.models.running import device_of, is_bridge, without_image_tokens
@@ -37,15 +37,9 @@ def runs_plain(model: HookedModel) -> bool:
     plan = _plan(model)
     state = plan.state()
     if plan.compared != state:
-        try:
+        with suppress(AttributeError, *MODEL_ERRORS):  # a model that does not run as it is gets its own error later
             (plan.agree, plan.by_place), plan.compared = _compare(model, plan), state
-        except (
-            AttributeError,
-            *MODEL_ERRORS,
-        ) as error:  # a model that does not run as it is: its own error comes later
-            require_from_outside(error)
-            return False
-    return plan.agree
+    return plan.agree and plan.compared == state
 
 
 #: Rows and positions of a batch, ``[place]`` each.
