@@ -86,6 +86,9 @@ class Weighted:
         Args:
             prompt_len: where the prompts end, padding in front included; ``None`` where a run over several positions is one.
             prompts: each row's prompt.
+
+        Returns:
+            ``activation [batch, pos, d_model] -> [rows, pos]``.
         """
         if callable(self.weights) and not isinstance(self.weights, (Tensor, Mapping)):
             return self._of_function

@@ -31,6 +31,7 @@ def steps(
             ``alpha``.
 
     Examples:
+        >>> import torch
         >>> v = SteeringVectors(torch.eye(2), (4, 5), torch.ones(2), torch.full((2,), 50.0))
         >>> steps(v, 0.2, [5])
         {5: tensor([ 0., 10.])}
