@@ -40,6 +40,7 @@ def plot_generation_kl(frame: pd.DataFrame, *, title: str | None = None) -> Any:
             ax.fill_between(rows["position"], rows["low"].clip(lower=0), rows["high"], color=colour, alpha=0.15, lw=0)
             ax.plot(rows["position"], rows["p95"], ":", color=colour, lw=1.0)
         ax.set(xlabel="generated token", ylabel="KL(steered || base), nats", ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlim(1, max(2, int(curve["position"].max())))
         if curve["vector"].nunique() > 1:
             legend_above(fig, ax.get_legend_handles_labels()[0], "vector")
