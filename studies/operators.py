@@ -30,6 +30,7 @@ from grains_tl._util.stats import crossed_interval
 from grains_tl.evaluate.equal_kl import at_kl
 from grains_tl.records.loading import neutral_texts
 from grains_tl.vectors.building import BuildingRecords
+from studies.pieces import load
 
 #: Operators and the alpha from which the search for the KL begins.
 STARTS = {"add_renorm": 0.1, "add": 0.1, "rotate": 0.2, "clip": 0.2, "match": 1.0, "match 3": 0.5}
@@ -119,8 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.tables:
-        label, _, path = args.model.partition("=")
-        model: Any = gr.load_model(path=path, device=args.device) if path else gr.load_model(label, device=args.device)
+        label, model = load(args.model, args.device)
         layer = args.layer or (18 if label == "smollm2" else round(0.6 * model.cfg.n_layers))
         for draw in range(1 if args.small else args.draws):
             for recipe in RECIPES:

@@ -24,6 +24,7 @@ import torch
 from scipy.stats import spearmanr
 
 import grains_tl as gr
+from studies import pieces
 
 METHODS: dict[str, dict[str, Any]] = {
     "leave_one_out": {},
@@ -40,9 +41,7 @@ START, END = "<!-- precision -->\n", "<!-- /precision -->\n"
 
 def load(spec: str, dtype: str, device: str) -> Any:
     """The model of ``NAME`` or ``LABEL=PATH``."""
-    name, equals, path = spec.partition("=")
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
-    return gr.load_model(path=path, **options) if equals else gr.load_model(name, **options)
+    return pieces.load(spec, device, dtype=getattr(torch, dtype))[1]
 
 
 def measured(model: Any, n_records: int, methods: list[str], steer: dict[str, Any] | None) -> dict[str, Any]:

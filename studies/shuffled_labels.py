@@ -23,9 +23,7 @@ import torch
 import grains_tl as gr
 from grains_tl.models.running import device_of
 from grains_tl.vectors import KLOptimal
-
-#: Tokens of one pass where a GPU runs them.
-GPU_TOKENS = 16384
+from studies.pieces import settings
 
 PAIRS = Path(__file__).parents[1] / "tests" / "data" / "refusal.jsonl"
 
@@ -85,7 +83,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / ("as_written.jsonl" if args.as_written else "results.jsonl")
     pairs, model = gr.load_pairs(PAIRS), gr.load_model("smollm2", device=args.device)
-    with gr.settings(progress=False, max_tokens=None if args.device == "cpu" else GPU_TOKENS):
+    with settings(args.device):
         for seed in range(args.first, args.seeds):
             if any(row["seed"] == seed for row in rows_of(path)):
                 continue

@@ -10,10 +10,8 @@ only the choice of heads differs. Every piece is a file of its own and is not ru
 
 from __future__ import annotations
 
-import argparse
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +19,6 @@ import numpy as np
 import pandas as pd
 
 import grains_tl as gr
-from grains_tl._util.files import write_atomically
 from grains_tl._util.stats import mean_interval
 from grains_tl.baselines.controls import random_direction_vectors
 from grains_tl.evaluate.equal_kl import at_kl
@@ -30,6 +27,7 @@ from grains_tl.hooks.sites import Site
 from grains_tl.inference.objectives import margins
 from grains_tl.records.loading import neutral_texts
 from grains_tl.vectors.steering import Steering
+from studies.pieces import Pieces, settings, study_parser
 
 KL = 0.05
 LAYERS = (3, 9, 15, 21, 27)
@@ -37,11 +35,12 @@ SIZES = (2, 4, 8, 16, 32)
 N_BUILD, N_TEST, N_PATCH, PATCH_LAYER = 40, 40, 12, 9
 
 
-class Study:
+class Study(Pieces):
     """The model and the records."""
 
     def __init__(self, out: Path, device: str, small: bool) -> None:
-        self.out, self.small = out, small
+        super().__init__(out)
+        self.small = small
         self.model: Any = gr.load_model("smollm2", device=device)
         rng = random.Random(7)
         self.build = rng.sample(gr.load_bundled("sentiment", "build"), 6 if small else N_BUILD)
@@ -49,16 +48,6 @@ class Study:
         self.layers: tuple[int, ...] = (15,) if small else LAYERS
         self.sizes: tuple[int, ...] = (2, 4) if small else SIZES
         self.texts = neutral_texts(2 if small else 12)
-
-    def piece(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """A table from its file, or made and kept."""
-        file = self.out / f"{name}.json"
-        if not file.exists():
-            start = time.time()
-            table = make()
-            write_atomically(file, table.to_json(orient="records", indent=0, double_precision=5).encode())
-            print(f"{name}: {len(table)} rows, {time.time() - start:.0f} s", flush=True)
-        return pd.read_json(file)
 
     def run(self) -> None:
         """All pieces."""
@@ -147,17 +136,12 @@ def tables(out: Path) -> None:
 
 def main() -> None:
     """Run, or print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--small", action="store_true", help="a few records, to try it out")
-    parser.add_argument("--tables", action="store_true")
-    args = parser.parse_args()
+    args = study_parser(__doc__).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.tables:
         tables(args.out)
     else:
-        with gr.settings(max_tokens=512 if args.device == "cpu" else 8192, progress=False):
+        with settings(args.device, 8192):
             Study(args.out, args.device, args.small).run()
 
 

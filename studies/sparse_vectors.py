@@ -11,10 +11,9 @@ features that are active as often. Effects at a KL of 0.05 nats per token of neu
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import pandas as pd
 import torch
 
 import grains_tl as gr
-from grains_tl._util.files import write_atomically
 from grains_tl._util.stats import mean_interval
 from grains_tl.analysis.autoencoders import SparseAutoencoder
 from grains_tl.evaluate.costs import kl_per_token, text_costs
@@ -31,6 +29,7 @@ from grains_tl.evaluate.equal_kl import at_kl
 from grains_tl.evaluate.measuring import measure
 from grains_tl.inference.objectives import margins
 from grains_tl.records.loading import neutral_texts
+from studies.pieces import Pieces, settings, study_parser
 from studies.sparse_autoencoder import activations, shuffled, train, written_text
 
 RECIPES = ("caa", "margin_gradient", "grains")
@@ -39,11 +38,12 @@ POINT = f"blocks.{LAYER}.hook_resid_post"
 N_BUILD, N_TEST = 40, 40
 
 
-class Study:
+class Study(Pieces):
     """The model, the records, the vectors and the autoencoder, made when they are first needed."""
 
     def __init__(self, out: Path, device: str, small: bool) -> None:
-        self.out, self.small, self.device = out, small, device
+        super().__init__(out)
+        self.small, self.device = small, device
         self.model: Any = gr.load_model("smollm2", device=device)
         rng = random.Random(7)
         self.build = rng.sample(gr.load_bundled("sentiment", "build"), 6 if small else N_BUILD)
@@ -77,16 +77,6 @@ class Study:
                 flush=True,
             )
         return self._sae
-
-    def piece(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """A table from its file, or made and kept."""
-        file = self.out / f"{name}.json"
-        if not file.exists():
-            start = time.time()
-            table = make()
-            write_atomically(file, table.to_json(orient="records", indent=0, double_precision=5).encode())
-            print(f"{name}: {len(table)} rows, {time.time() - start:.0f} s", flush=True)
-        return pd.read_json(file)
 
     def run(self, pieces: Sequence[str]) -> None:
         """All pieces, or some."""
@@ -232,18 +222,14 @@ def tables(out: Path) -> None:
 
 def main() -> None:
     """Run, or print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cpu")
+    parser = study_parser(__doc__)
     parser.add_argument("--pieces", nargs="+", default=["curves", "lenses", "features"])
-    parser.add_argument("--small", action="store_true", help="a few records, to try it out")
-    parser.add_argument("--tables", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.tables:
         tables(args.out)
     else:
-        with gr.settings(max_tokens=512 if args.device == "cpu" else 8192, progress=False):
+        with settings(args.device, 8192):
             Study(args.out, args.device, args.small).run(args.pieces)
 
 

@@ -10,30 +10,28 @@ Every piece is a file of its own and is not run again.
 
 from __future__ import annotations
 
-import argparse
 import random
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 import grains_tl as gr
-from grains_tl._util.files import write_atomically
 from grains_tl.evaluate.equal_kl import at_kl
 from grains_tl.records.loading import neutral_texts
+from studies.pieces import Pieces, study_parser
 
 RECIPES = ("grains", "caa", "margin_gradient")
 LAYER, KL = 18, 0.05
 N_BUILD, N_RANK, N_TEST = 20, 12, 20
 
 
-class Study:
+class Study(Pieces):
     """The model, the records, and the steps, made when they are first needed."""
 
     def __init__(self, out: Path, device: str, small: bool) -> None:
-        self.out, self.small = out, small
+        super().__init__(out)
+        self.small = small
         self.model: Any = gr.load_model("smollm2", device=device)
         rng = random.Random(5)
         self.build = rng.sample(gr.load_bundled("sentiment", "build"), 4 if small else N_BUILD)
@@ -51,16 +49,6 @@ class Study:
             (step,), _ = at_kl(self.model, [vectors.steering(0.1, LAYER)], KL, neutral_texts(12))
             self._steps[recipe] = step
         return self._steps[recipe]
-
-    def piece(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """A table from its file, or made and kept."""
-        file = self.out / f"{name}.json"
-        if not file.exists():
-            start = time.time()
-            table = make()
-            write_atomically(file, table.to_json(orient="records", indent=0, double_precision=5).encode())
-            print(f"{name}: {len(table)} rows, {time.time() - start:.0f} s", flush=True)
-        return pd.read_json(file)
 
     def run(self) -> None:
         """All pieces."""
@@ -109,12 +97,7 @@ def tables(out: Path) -> None:
 
 def main() -> None:
     """Run, or print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--small", action="store_true", help="a few records, to try it out")
-    parser.add_argument("--tables", action="store_true")
-    args = parser.parse_args()
+    args = study_parser(__doc__).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.tables:
         tables(args.out)

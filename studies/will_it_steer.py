@@ -24,7 +24,6 @@ from typing import Any
 import pandas as pd
 
 import grains_tl as gr
-from grains_tl._util.files import write_atomically
 from grains_tl._util.stats import standard_error
 from grains_tl.evaluate.equal_kl import at_kl
 from grains_tl.evaluate.settings import Setting
@@ -35,6 +34,7 @@ from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.gradients import mean_cosine
 from grains_tl.vectors.recipes import recipe_of
+from studies.pieces import write_table
 
 KL, N_BUILD, N_TEST = 0.05, 16, 24
 DEPTHS = (0.3, 0.5, 0.7, 0.9)
@@ -151,7 +151,7 @@ def main() -> None:
         rows = measure(model, build, test, args.recipes, args.out / f"{stem}.jsonl")
         about = {"model": label, "set": name, "family": family, "shuffled": name.endswith("shuffled")}
         table = pd.DataFrame([{**about, **row} for row in rows])
-        write_atomically(done, table.to_json(orient="records", indent=0, double_precision=5).encode())
+        write_table(done, table)
         for file in args.out.glob(f"{stem}*.jsonl"):
             file.unlink()
         best = table.loc[table["effect"].abs().idxmax()]

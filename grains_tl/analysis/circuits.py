@@ -28,18 +28,17 @@ from grains_tl._util.errors import OptionError
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.stats import mean_interval
 from grains_tl.analysis.equal_kl import with_random_directions
-from grains_tl.analysis.freezing import RANDOM
+from grains_tl.analysis.freezing import RANDOM, later_blocks
 from grains_tl.analysis.holding import held, keep_values
 from grains_tl.analysis.patching import as_leaf
 from grains_tl.analysis.runs import batch_runner
 from grains_tl.analysis.sites import act_name
-from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import batch_logprobs, hooks_for, score_batches
-from grains_tl.inference.objectives import Objective, margins, require_objective
+from grains_tl.inference.objectives import Objective, margins
 from grains_tl.models.running import require_hook_names
 from grains_tl.models.state import autograd
-from grains_tl.tokens.pairs import Records, TokenizedPair, as_tokenized
+from grains_tl.tokens.pairs import Records, TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
 from grains_tl.vectors.steering import Steering
 
@@ -124,16 +123,8 @@ def prepared(
     model: HookedModel, steering: Steering, pairs: Records, objective: Objective
 ) -> tuple[Sequence[TokenizedPair], list[Node], Points]:
     """The records, the nodes after the steered layer and their hook points, with everything checked."""
-    if not isinstance(steering, Steering):
-        raise OptionError(f"steering is a {type(steering).__name__}; expected vectors.steering(alpha, layer)")
-    residual_stream_only("steering_circuit", steering.vectors.site)
-    require_objective(objective)
-    tokenized = as_tokenized(model, pairs)
-    if not tokenized:
-        raise ValueError("no records; expected at least one")
-    after = range(min(steering.layers) + 1, int(model.cfg.n_layers))
-    if not after:
-        raise ValueError(f"layer {min(steering.layers)} is the model's last, so that no head or MLP comes after it")
+    nothing_after = "no head or MLP comes after it"
+    tokenized, after = later_blocks("steering_circuit", model, steering, pairs, objective, nothing_after)
     points: dict[tuple[str, int], list[str]] = {}
     nodes: list[Node] = []
     for layer in after:

@@ -98,17 +98,9 @@ def mechanism(
     """
     if by not in ("all", "layer", "head"):
         raise OptionError(f"by={by!r}; expected 'all', 'layer' or 'head'")
-    if not isinstance(steering, Steering):
-        raise OptionError(f"steering is a {type(steering).__name__}; expected vectors.steering(alpha, layer)")
-    residual_stream_only("mechanism", steering.vectors.site)
-    require_objective(objective)
     n_random = whole("n_random", n_random, 0)
-    tokenized = as_tokenized(model, pairs)
-    if not tokenized:
-        raise ValueError("no records; expected at least one")
-    after = range(min(steering.layers) + 1, int(model.cfg.n_layers))
-    if not after:
-        raise ValueError(f"layer {min(steering.layers)} is the model's last, so that only the direct path is left")
+    nothing_after = "only the direct path is left"
+    tokenized, after = later_blocks("mechanism", model, steering, pairs, objective, nothing_after)
     points = _points(model, after)
     steps, spent = with_random_directions(model, steering, n_random, texts, seed)
     plan = _plan(by, after, int(model.cfg.n_heads))
@@ -116,6 +108,23 @@ def mechanism(
     groups = [("steering", slice(0, 1)), *([(RANDOM, slice(1, None))] if n_random else [])]
     rows = [_rows(by, after, int(model.cfg.n_heads), plan, effects[own], name, spent[own]) for name, own in groups]
     return pd.DataFrame([row for part in rows for row in part])
+
+
+def later_blocks(
+    caller: str, model: HookedModel, steering: Steering, pairs: Records, objective: Objective, nothing_after: str
+) -> tuple[Sequence[TokenizedPair], range]:
+    """The records and the blocks after the steered layer, with everything checked; ``nothing_after`` ends the message."""
+    if not isinstance(steering, Steering):
+        raise OptionError(f"steering is a {type(steering).__name__}; expected vectors.steering(alpha, layer)")
+    residual_stream_only(caller, steering.vectors.site)
+    require_objective(objective)
+    tokenized = as_tokenized(model, pairs)
+    if not tokenized:
+        raise ValueError("no records; expected at least one")
+    after = range(min(steering.layers) + 1, int(model.cfg.n_layers))
+    if not after:
+        raise ValueError(f"layer {min(steering.layers)} is the model's last, so that {nothing_after}")
+    return tokenized, after
 
 
 # -- what is run ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,18 @@ from typing import Any
 
 import pandas as pd
 
-from grains_tl.plotting.style import COLOURS, DRAW, GREY, figure, numbers, shortened, signed, style
+from grains_tl.plotting.style import (
+    COLOURS,
+    DRAW,
+    GREY,
+    effects_with_band,
+    figure,
+    log_ticks,
+    numbers,
+    shortened,
+    signed,
+    style,
+)
 
 PLACEBO = "random direction"
 
@@ -40,13 +51,9 @@ def plot_learning_curve(frame: pd.DataFrame, *, title: str = "") -> Any:
             ax.axhline(row.effect, color=DRAW, linewidth=1.6, label=f"{PLACEBO}s of equal KL")
         for i, (name, own) in enumerate(curves.groupby("vector", sort=False)):
             own, colour = own.sort_values("size"), COLOURS[i % len(COLOURS)]
-            ax.fill_between(own["size"], own["low"], own["high"], color=colour, alpha=0.15, lw=0)
+            effects_with_band(ax, own, "size", colour, shortened(name))
             ax.vlines(own["size"], own["worst"], own["best"], color=colour, linewidth=1)
-            ax.plot(own["size"], own["effect"], "o-", color=colour, markersize=5, label=shortened(name))
-        sizes = sorted(set(curves["size"]))
-        ax.set_xscale("log")
-        ax.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
-        ax.minorticks_off()
+        log_ticks(ax, {size: f"{size:.0f}" for size in sorted(set(curves["size"]))})
         ax.set_xlabel("building records")
         ax.set_ylabel("effect on test records: change of the\nmargin at equal KL, nats")
         ax.legend(loc="best")

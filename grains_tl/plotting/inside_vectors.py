@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from grains_tl.plotting.style import COLOURS, DRAW, GREY, figure, numbers, style
+from grains_tl.plotting.style import COLOURS, DRAW, GREY, effects_with_band, figure, log_ticks, numbers, style
 
 NAMES = {"size": "largest", "gradient": "largest vector x gradient", "random": "at random"}
 
@@ -38,25 +38,14 @@ def plot_sparsity(frame: pd.DataFrame, *, title: str = "") -> Any:
         for i, (name, own) in enumerate(rows.groupby("by", sort=False)):
             own = own.sort_values("share")
             colour = DRAW if name == "random" else COLOURS[i % len(COLOURS)]
-            ax.fill_between(own["share"], own["low"], own["high"], color=colour, alpha=0.15, lw=0)
-            ax.plot(
-                own["share"], own["effect"], "o-", color=colour, markersize=5, label=NAMES.get(str(name), str(name))
-            )
+            effects_with_band(ax, own, "share", colour, NAMES.get(str(name), str(name)))
         ticks = rows.drop_duplicates("share").sort_values("share")
-        ax.set_xscale("log")
-        ax.set_xticks(
-            list(ticks["share"]), [f"{share:.3g}\n{n:.0f}" for share, n in zip(*_columns(ticks), strict=True)]
-        )
-        ax.minorticks_off()
+        log_ticks(ax, {row.share: f"{row.share:.3g}\n{row.coordinates:.0f}" for row in ticks.itertuples()})
         ax.set_xlabel("share of the coordinates kept, and their number")
         ax.set_ylabel("effect at equal KL: change of the margin, nats")
         ax.legend(loc="best", title="coordinates kept")
         ax.set_title(title or "bands: 95 % over test records", loc="left")
     return fig
-
-
-def _columns(ticks: pd.DataFrame) -> tuple[list[float], list[float]]:
-    return list(ticks["share"]), list(ticks["coordinates"])
 
 
 def plot_lenses(frame: pd.DataFrame, *, title: str = "") -> Any:

@@ -6,7 +6,7 @@ import functools
 import io
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -181,3 +181,16 @@ def wrapped(
         places.append((line, left, width))
         right, before = left + width, token
     return places, line + 1
+
+
+def effects_with_band(ax: Any, rows: pd.DataFrame, x: str, colour: str, label: str) -> None:
+    """Column ``effect`` over column ``x``, from ``low`` to ``high`` a band."""
+    ax.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.15, lw=0)
+    ax.plot(rows[x], rows["effect"], "o-", color=colour, markersize=5, label=label)
+
+
+def log_ticks(ax: Any, labels: Mapping[float, str]) -> None:
+    """A logarithmic x axis with these ticks alone."""
+    ax.set_xscale("log")
+    ax.set_xticks(list(labels), list(labels.values()))
+    ax.minorticks_off()

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import grains_tl as gr
+from studies.pieces import load, settings
 from studies.recipes.cell import extras, prepare, run_cell, timed_line, write_about
 from studies.recipes.directions import ATTRIBUTED, RECIPES, VARIANTS
 from studies.recipes.parts import N_FISHER, contributions, fisher_of
@@ -27,20 +25,6 @@ from studies.recipes.texts import write_texts
 
 #: Candidate layers, as shares of the depth.
 DEPTHS = (0.25, 0.4, 0.5, 0.6, 0.75)
-
-#: Tokens of one pass where a GPU runs them.
-GPU_TOKENS = 16384
-
-
-def load(model: str, device: str = "cpu") -> tuple[str, Any]:
-    """Label and model of ``name`` or ``label=path``."""
-    label, _, path = model.partition("=")
-    return label, gr.load_model(path=path, device=device) if path else gr.load_model(label, device=device)
-
-
-def settings(device: str) -> AbstractContextManager[Any]:
-    """No bars, and larger passes on a GPU."""
-    return gr.settings(progress=False, max_tokens=None if device == "cpu" else GPU_TOKENS)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 
 import grains_tl as gr
 from grains_tl._util.files import write_atomically
-from studies.recipes.__main__ import load, settings
+from studies.pieces import load, settings
 from studies.recipes.cell import prepare, timed_line
 from studies.recipes.parts import contributions, fisher_of
 from studies.recipes.sets import SAMPLE, SIZES, record_set

@@ -23,7 +23,7 @@ import grains_tl as gr
 from grains_tl.attribution.removal import leave_out_scores
 from grains_tl.tokens.pairs import TokenizedPair, tokenize_pairs
 from grains_tl.vectors.building import BuildingRecords
-from studies.recipes.__main__ import load, settings
+from studies.pieces import load, settings
 from studies.recipes.bench import Bench
 from studies.recipes.parts import masked_differences
 from studies.recipes.sets import record_set

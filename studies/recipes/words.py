@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import grains_tl as gr
-from studies.recipes.__main__ import load, settings
+from studies.pieces import load, settings
 from studies.recipes.cell import BUDGETS, Cell, prepare
 from studies.recipes.parts import contributions, fisher_of
 from studies.recipes.sets import SAMPLE, RecordSet, other_wordings, record_set
