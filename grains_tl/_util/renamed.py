@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
+
+from grains_tl._util.warn import warn_caller
 
 #: Old keyword -> (new keyword, what to write instead).
 KEYWORDS = {
@@ -60,19 +60,4 @@ def old_keywords(function: str, given: Mapping[str, Any], instead: Mapping[str, 
 
 def warn_renamed(old: str, instead: str) -> None:
     """Say what to write in place of an old keyword, at the line of the caller's own code."""
-    message = f"{old}= goes in the next release; write {instead}"
-    warnings.warn(message, DeprecationWarning, stacklevel=_level_of_the_caller())
-
-
-def _level_of_the_caller() -> int:
-    """The frame outside the package that called into it: Python hides a DeprecationWarning that points at any other.
-
-    Decorators put frames of torch between those of the package, so all of them are looked at.
-    """
-    package = __name__.partition(".")[0]
-    frame, level, caller = sys._getframe(1).f_back, 2, 2
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] == package:
-            caller = level + 1
-        frame, level = frame.f_back, level + 1
-    return caller
+    warn_caller(f"{old}= goes in the next release; write {instead}", DeprecationWarning)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grains_tl._util.errors import OptionError
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.renamed import current_names
 from grains_tl._util.settings import current, with_settings
@@ -88,6 +89,11 @@ def attribute(
         >>> print(a)                                                               # doctest: +SKIP
         integrated_gradients: f(x) = +0.41 nats, gap -0.52 nats; largest: ' filthy' -1.20, ' fresh' +0.84, ...
     """
+    if isinstance(pair, (list, tuple)):
+        raise OptionError(
+            f"pair is a {type(pair).__name__} of {len(pair)}; attribute takes one record and returns one Attribution. For "
+            "several records: gr.attribution.attribute_all(model, pairs)"
+        )
     return attribute_all(
         model, [pair], method=method, objective=objective, mask=mask, content_only=content_only, **fields
     )[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
-from warnings import warn
 
 import numpy as np
 import pandas as pd
@@ -14,6 +13,7 @@ from typing_extensions import Unpack
 from grains_tl._util import html
 from grains_tl._util.errors import OptionError
 from grains_tl._util.settings import RunOptions, with_settings
+from grains_tl._util.warn import warn_caller
 from grains_tl.evaluate.costs import text_costs
 from grains_tl.evaluate.records import record_effects
 from grains_tl.evaluate.settings import Vectors, grid
@@ -185,7 +185,7 @@ def choose(
     elif best.get("low", 1.0) <= 0 <= best.get("high", 1.0):
         unsure = f"its interval, {best['low']:+.3f} to {best['high']:+.3f} nats, contains 0"
         why += f"; {unsure}: not told apart from no effect"
-        warn(f"the chosen cell may do nothing: {unsure}; measure more records, or larger alphas", stacklevel=2)
+        warn_caller(f"the chosen cell may do nothing: {unsure}; measure more records, or larger alphas")
     return Choice(
         vector=str(best["vector"]),
         layer=int(best["layer"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from grains_tl._util.checks import listed
 from grains_tl._util.files import hash_of
 from grains_tl._util.settings import current
 from grains_tl._util.settings import settings as run_with
+from grains_tl._util.warn import warn_caller
 from grains_tl.evaluate.generated import MAX_LOGITS, generated_costs
 from grains_tl.evaluate.measuring import about_setting, measure_missing, shared_passes
 from grains_tl.evaluate.records import require_keys
@@ -126,11 +126,9 @@ def warn_of_own_texts(infos: Mapping[str, Mapping[str, Any]], rows: Sequence[Seq
     for name, info in infos.items():
         shared = hashes & texts_used(info)
         if shared:
-            warnings.warn(
+            warn_caller(
                 f"{len(shared)} of the {len(rows)} neutral texts were used to build {name!r}, so its cost looks lower than "
                 f"it is; measure on others, by default neutral_texts({COST_TEXTS})",
-                UserWarning,
-                stacklevel=3,
             )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from warnings import warn
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from grains_tl._util.files import hash_of
+from grains_tl._util.warn import warn_caller
 from grains_tl.evaluate.measuring import BASE, SETTING, Slots, measure_responses, pair_batches
 from grains_tl.evaluate.settings import Setting, require_settings
 from grains_tl.evaluate.store import Checkpoint, open_checkpoint
@@ -83,9 +83,8 @@ def record_effects(
     every = {key for row in keys for key in row}
     taken = len(every & store.rows.keys())
     if store.rows and not taken:
-        warn(
+        warn_caller(
             f"{store.path} has {len(store.rows)} results, none of these records and settings; they are left alone",
-            stacklevel=2,
         )
     measure_responses(model, batches, settings, keys, store, desc="steer")
     _warn_of_nan(settings, keys[1:], store)
@@ -113,10 +112,9 @@ def _warn_of_nan(settings: Sequence[Setting], keys: Sequence[Sequence[str]], sto
     of_settings = zip(settings, keys, strict=True)
     broken = [s for s, names in of_settings if not all(np.isfinite(store.rows[name]).all() for name in names)]
     if broken:
-        warn(
+        warn_caller(
             f"{len(broken)} of {len(settings)} settings give NaN or infinite log-likelihoods (the first: layer "
             f"{broken[0].layer}, alpha {broken[0].alpha:g}); the step is too large for this model",
-            stacklevel=3,
         )
 
 

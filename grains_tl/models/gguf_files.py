@@ -14,7 +14,6 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ import torch
 
 from grains_tl._util.files import sha256_of
 from grains_tl._util.settings import current
+from grains_tl._util.warn import warn_caller
 
 CACHE_VARIABLE = "GRAINS_TL_CACHE"
 MANIFEST = "grains_tl.json"
@@ -77,7 +77,7 @@ def load_gguf(path: Path, dtype: torch.dtype, sha256: str | None = None) -> tupl
         size = _keep(model, tokenizer, folder)
         _say(f"kept {size / 1e9:.2f} GB in {folder}; delete it freely, or set {CACHE_VARIABLE} to keep it elsewhere")
     except (OSError, ValueError) as error:
-        warnings.warn(f"the converted model was not kept, the next load converts again: {error}", stacklevel=2)
+        warn_caller(f"the converted model was not kept, the next load converts again: {error}")
     return model.to(dtype), tokenizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from itertools import islice
@@ -12,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from grains_tl._util.checks import whole
 from grains_tl._util.errors import OptionError, RecordError
+from grains_tl._util.warn import warn_caller
 from grains_tl.records.balance import counterbalanced
 from grains_tl.records.columns import FIELDS, pair_of
 from grains_tl.records.pairs import PreferencePair
@@ -110,11 +110,9 @@ def load_pairs(
     _warn_of_repeats(pairs, source)
     _warn_of_glue(pairs, source)
     if cut:
-        warnings.warn(
+        warn_caller(
             f"{source_name(source)}: in {len(cut)} of {len(pairs)} records both responses begin with the whole prompt (the "
             f"first: row {cut[0]}); it was taken off them",
-            UserWarning,
-            stacklevel=2,
         )
     return counterbalanced(pairs) if balanced else pairs
 
@@ -193,11 +191,9 @@ def _warn_of_repeats(pairs: list[PreferencePair], source: Any) -> None:
             if first.setdefault(key, number) != number:
                 again.append(number)
     if again:
-        warnings.warn(
+        warn_caller(
             f"{source_name(source)}: {len(again)} of {len(pairs)} records repeat earlier ones (the first: record "
             f"{again[0]}); they count twice, and standard errors take them as independent",
-            UserWarning,
-            stacklevel=3,
         )
 
 
@@ -212,9 +208,7 @@ def _warn_of_glue(pairs: list[PreferencePair], source: Any) -> None:
     ]
     if glued:
         number, word = glued[0]
-        warnings.warn(
+        warn_caller(
             f"{source_name(source)}: {len(glued)} of {2 * len(pairs)} responses follow the prompt without a space (record "
             f"{number} reads ...{word!r}); begin them with one",
-            UserWarning,
-            stacklevel=3,
         )

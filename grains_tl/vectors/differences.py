@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grains_tl._util.processes import ALONE, Processes
+from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import Selection
 from grains_tl.hooks.mask import Mask, Masker
 from grains_tl.hooks.sites import Site
@@ -198,3 +199,24 @@ def shared_differences(
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def weighted_differences(
+    differences: Differences, selections: Sequence[Selection], attributions: Sequence[Attribution]
+) -> Differences:
+    """Each record's d+ and d- times the summed scores of its masked tokens, relative to the mean over the records.
+
+    Args:
+        differences: one row per record.
+        selections: the tokens that were masked.
+        attributions: their scores.
+    """
+    sides = []
+    for side in ("toward_chosen", "toward_rejected"):
+        sizes = [
+            float(a.scores[list(getattr(s, side))].sum().abs()) for a, s in zip(attributions, selections, strict=True)
+        ]
+        weight = torch.tensor(sizes, dtype=torch.float32)
+        weight = weight / weight.mean() if bool(weight.any()) else torch.ones_like(weight)
+        sides.append(getattr(differences, side) * weight[:, None, None])
+    return replace(differences, toward_chosen=sides[0], toward_rejected=sides[1])

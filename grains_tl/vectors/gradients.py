@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -16,6 +15,7 @@ from grains_tl._util.errors import OptionError, numbered
 from grains_tl._util.files import short_hash
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.rows import TensorRows
+from grains_tl._util.warn import warn_caller
 from grains_tl.attribution.field import graph_tokens, require_finite, run_batches
 from grains_tl.attribution.sharing import prompt_batches, shares_prompts
 from grains_tl.attribution.store import image_key
@@ -269,10 +269,8 @@ def warn_of_few_answers(records: BuildingRecords) -> None:
     chosen, rejected = ([decode(list(getattr(t, side))) for t in records.tokenized] for side in ("chosen", "rejected"))
     counts = unequal_answers(chosen, rejected)
     if counts:
-        warnings.warn(
+        warn_caller(
             f"the responses are a few fixed answers in unequal numbers ({counts}): the vector will mostly push towards the "
             "one that is chosen more often. Counterbalance the records: load_pairs(..., balanced=True), in building and in "
             "test; or take the answers' words out of the vector with gr.vectors.without_words",
-            UserWarning,
-            stacklevel=4,
         )

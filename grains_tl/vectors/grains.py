@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing_extensions import override
 
 from grains_tl._util.checks import finite, whole
 from grains_tl._util.errors import OptionError
+from grains_tl._util.warn import warn_caller
 from grains_tl.attribution.api import check_method, current_options
 from grains_tl.attribution.method_base import Method
 from grains_tl.attribution.methods import method_of
@@ -33,7 +33,7 @@ from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.inference.objectives import Objective
 from grains_tl.models.precision import autocast_dtype
 from grains_tl.vectors.building import BuildingRecords
-from grains_tl.vectors.differences import Differences, shared_differences
+from grains_tl.vectors.differences import Differences, shared_differences, weighted_differences
 from grains_tl.vectors.fisher import Fisher
 from grains_tl.vectors.manifest import manifest
 from grains_tl.vectors.readout import Readout, check_readout
@@ -146,6 +146,8 @@ class Grains(Recipe):
         """The four steps at the top of this file."""
         attributions = self.attribute(records)
         selections = self.select(attributions)
+        if self.readout == "prompt_end":
+            _warn_of_masked_ends(attributions, selections)
         differences = self.differences(records, selections, attributions)
         return self.reduced(records, differences, attributions)
 
@@ -252,35 +254,26 @@ class Grains(Recipe):
         return samples.at(records.layers)
 
 
-def weighted_differences(
-    differences: Differences, selections: Sequence[Selection], attributions: Sequence[Attribution]
-) -> Differences:
-    """Each record's d+ and d- times the summed scores of its masked tokens, relative to the mean over the records.
-
-    Args:
-        differences: one row per record.
-        selections: the tokens that were masked.
-        attributions: their scores.
-    """
-    sides = []
-    for side in ("toward_chosen", "toward_rejected"):
-        sizes = [
-            float(a.scores[list(getattr(s, side))].sum().abs()) for a, s in zip(attributions, selections, strict=True)
-        ]
-        weight = torch.tensor(sizes, dtype=torch.float32)
-        weight = weight / weight.mean() if bool(weight.any()) else torch.ones_like(weight)
-        sides.append(getattr(differences, side) * weight[:, None, None])
-    return replace(differences, toward_chosen=sides[0], toward_rejected=sides[1])
+def _warn_of_masked_ends(attributions: Sequence[Attribution], selections: Sequence[Selection]) -> None:
+    """Say so when most records mask the very token they are read at: the vector then describes the mask."""
+    masked = [
+        len(a.content) - 1 in (*s.toward_chosen, *s.toward_rejected)
+        for a, s in zip(attributions, selections, strict=True)
+    ]
+    if sum(masked) > len(masked) / 2:
+        warn_caller(
+            f"{sum(masked)} of {len(masked)} records mask the prompt's last token, where readout='prompt_end' reads the "
+            "residual: the vector then holds mostly what the mask does there. Keep that token with spare_end=True, or read "
+            "elsewhere, readout='response_mean' for instance",
+        )
 
 
 def _warn_of_gaps(attributions: Sequence[Attribution], method: str) -> None:
     """Say so when a path method did not keep its promise: the choice of tokens then rests on wrong numbers."""
     converged = [a.converged for a in attributions if a.converged is not None]
     if converged and not all(converged):
-        warnings.warn(
+        warn_caller(
             f"{converged.count(False)} of {len(converged)} records: the {method} scores miss completeness by 5 % of "
             "|f(x) - f(x')| or more, so they do not add up to what they should explain. Use more n_steps, nodes='adaptive' "
             "or another reference, or a method without a path (leave_one_out)",
-            UserWarning,
-            stacklevel=5,
         )

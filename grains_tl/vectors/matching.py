@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grains_tl._util.warn import warn_caller
 from grains_tl.hooks.sites import Site, site_width
 from grains_tl.models.identity import model_identity, same_fingerprint
 from grains_tl.tokens.rules import token_rules
@@ -50,11 +50,9 @@ def require_match(
         )
     made, here = str(info.get("token_rules", "")).partition(";")[0], _bos_rule(model)
     if made and here and made != here:
-        warnings.warn(
+        warn_caller(
             f"the vectors were built with {made}, this model's tokenizer gives {here} (TransformerLens may reload "
             "one so that it adds BOS): prompts begin with another token. gr.load_model keeps the tokenizer's own rule",
-            UserWarning,
-            stacklevel=3,
         )
 
 

@@ -50,3 +50,9 @@ def test_errors_survive_a_checkpoint(bridge: Any, pairs: list[gr.PreferencePair]
         torch.testing.assert_close(a.errors, b.errors)
         assert a.errors.shape == a.scores.shape
     assert gr.attribute(bridge, pairs[0], method="leave_one_out").errors is None
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_list_of_records_names_the_function_for_lists(model: Any, pairs: list[gr.PreferencePair]) -> None:
+    with pytest.raises(ValueError, match=r"list of 4; attribute takes one record.*attribute_all"):
+        gr.attribute(model, pairs[:4])  # type: ignore[arg-type]

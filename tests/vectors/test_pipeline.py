@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 import grains_tl as gr
 from grains_tl.attribution.gradient_methods import IntegratedGradients
 from grains_tl.attribution.methods import METHODS
+from grains_tl.vectors.grains import Grains
 from grains_tl.vectors.manifest import manifest
 from tests.conftest import KINDS, TL_MAJOR, tiny_model, tiny_tokenizer
 from tests.helpers.attributing import attribute_records
@@ -459,3 +461,24 @@ def test_broken_weights_are_noticed(kind: str, pairs: list[gr.PreferencePair], m
     next(p for name, p in model.named_parameters() if "mlp" in name).view(-1)[0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         gr.build_vectors(model, pairs, top_k=2, method=method, n_steps=2, progress=False)
+
+
+@pytest.mark.parametrize(("at_the_end", "warned"), [(4, True), (2, False), (0, False)])
+def test_masking_the_token_that_is_read_is_said(
+    at_the_end: int, warned: bool, pairs: list[gr.PreferencePair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = gr.attribution.attribute_all(tiny_model("bridge"), pairs[:4])
+    for i, one in enumerate(found):
+        one.scores[:] = 0.1
+        one.scores[-1 if i < at_the_end else -2] = 3.0
+    monkeypatch.setattr(Grains, "attribute", lambda self, records: found)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        gr.build_vectors(tiny_model("bridge"), pairs[:4])
+    about = [w for w in seen if "prompt's last token" in str(w.message)]
+    assert len(about) == warned and all("4 of 4 records" in str(w.message) for w in about)
+    assert all(w.filename == __file__ for w in about)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gr.build_vectors(tiny_model("bridge"), pairs[:4], spare_end=True)
+        gr.build_vectors(tiny_model("bridge"), pairs[:4], readout="response_mean")
