@@ -59,8 +59,11 @@ class Study(Pieces):
             self.piece(f"{recipe}_mechanism", lambda r=recipe: self.mechanism(r))  # type: ignore[misc]
             self.piece(f"{recipe}_curve", lambda r=recipe, n=nodes: self.curve(r, n))  # type: ignore[misc]
         self.piece("overlap", lambda: gr.analysis.circuit_overlap(circuits, n_top=10))
-        for method in ("exact", "gradient"):
-            self.piece(f"caa_{method}", lambda m=method: self.circuit("caa", 0, method=m))  # type: ignore[misc]
+        self.piece("caa_gradient", lambda: self.circuit("caa", 0, method="gradient"))
+        for recipe in RECIPES:
+            self.piece(f"{recipe}_edges", lambda r=recipe: self.circuit(r, 1, by="edge"))  # type: ignore[misc]
+            self.piece(f"{recipe}_exact", lambda r=recipe: self.circuit(r, 0, method="exact"))  # type: ignore[misc]
+            self.piece(f"{recipe}_layers", lambda r=recipe: self.layers(r))  # type: ignore[misc]
 
     def circuit(self, recipe: str, n_random: int, **options: Any) -> pd.DataFrame:
         """Nodes of a recipe's step and of random directions."""
@@ -69,6 +72,12 @@ class Study(Pieces):
     def mechanism(self, recipe: str) -> pd.DataFrame:
         """Parts of the model."""
         return gr.analysis.mechanism(self.model, self.step(recipe), self.test, n_random=self.n_random)
+
+    def layers(self, recipe: str) -> pd.DataFrame:
+        """Parts of each block, of the records that nodes are ranked on: three hundred passes."""
+        return gr.analysis.mechanism(
+            self.model, self.step(recipe), self.rank, by="layer", n_random=min(2, self.n_random)
+        )
 
     def curve(self, recipe: str, nodes: pd.DataFrame) -> pd.DataFrame:
         """What the first nodes carry of the effect on the other records."""

@@ -103,8 +103,9 @@ def circuit_overlap(circuits: Mapping[str, pd.DataFrame], *, n_top: int = 10) ->
     """How much the circuits of several vectors share, and those of random directions.
 
     Args:
-        circuits: tables of ``steering_circuit`` by name, of the same model and layer. Their random directions are pooled.
-        n_top: how many of the strongest nodes make a circuit.
+        circuits: tables of ``steering_circuit`` by name, of the same model and layer, all of nodes or all of edges. Their
+            random directions are pooled.
+        n_top: how many of the strongest nodes or edges make a circuit.
 
     Returns:
         One row per pair of names ``a``, ``b`` (``"random direction"`` among them, mean over draws and pairs of draws):
@@ -121,7 +122,8 @@ def circuit_overlap(circuits: Mapping[str, pd.DataFrame], *, n_top: int = 10) ->
     scores: dict[str, list[pd.Series]] = {}
     for name, table in circuits.items():
         for vector, own in _checked(table).groupby("vector", sort=False):
-            column = own.set_index(["part", "layer", "head"])["score"]
+            place = [name for name in ("part", "layer", "head", "to", "to_layer") if name in own.columns]
+            column = own.set_index(place)["score"]
             scores.setdefault(str(name) if vector == "steering" else RANDOM, []).append(column)
     if not scores:
         raise ValueError("no circuits; expected tables of steering_circuit by name")
@@ -152,6 +154,10 @@ def _checked(table: pd.DataFrame) -> pd.DataFrame:
 def _ranking(table: pd.DataFrame, known: Sequence[Node]) -> list[Node]:
     """The nodes of a table by rank; ValueError if they are not those of the model after the layer."""
     own = _checked(table)
+    if "to" in own.columns:
+        raise ValueError(
+            "the table ranks edges; expected one of steering_circuit(..., by='node'): nodes are frozen, not edges"
+        )
     own = own[own["vector"] == "steering"].sort_values("rank", kind="stable")
     ranked = [(str(r.part), int(r.layer), int(r.head)) for r in own.itertuples()]
     if len(ranked) != len(known) or set(ranked) != set(known):

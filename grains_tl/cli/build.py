@@ -20,6 +20,10 @@ from grains_tl.cli.options import (
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
+    from typing import get_args
+
+    from grains_tl.hooks.sites import Site
+
     parser.add_argument("--out", required=True, type=file_path, help="file to write, e.g. vectors.safetensors")
     parser.add_argument("--top-k", type=positive, default=2, help="tokens to mask on each side (default 2)")
     parser.add_argument(
@@ -36,6 +40,13 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--layers", type=layer_list, help="layers to build vectors for, e.g. 12,18 or 10-20 (default all)"
+    )
+    parser.add_argument(
+        "--site",
+        default="resid_post",
+        choices=get_args(Site),
+        help="the activation of each block that is read and later steered; the file keeps it, and steer and sweep "
+        "follow it (default resid_post, the residual stream after the block)",
     )
     parser.add_argument("--group-by", choices=["word", "sentence"], help="choose words or sentences instead of tokens")
     add_pair_options(parser)
@@ -63,6 +74,7 @@ def run_build(args: argparse.Namespace) -> None:
         method=chosen_method(args),
         reduce=args.reduce,
         layers=args.layers,
+        site=args.site,
         objective=args.objective,
         mask=args.masker,
         readout=args.readout,
@@ -77,7 +89,11 @@ def run_build(args: argparse.Namespace) -> None:
     path = vectors.save(args.out)
     for file in files(checkpoint):
         file.unlink()
-    print(f"{path}: {len(vectors.layers)} layers x d_model {vectors.directions.shape[1]} from {len(pairs)} records")
+    width = "heads side by side" if args.site == "z" else "d_model"
+    where = "" if args.site == "resid_post" else f", site {args.site}"
+    print(
+        f"{path}: {len(vectors.layers)} layers x {width} {vectors.directions.shape[1]} from {len(pairs)} records{where}"
+    )
     print(f"tokens: {vectors.info['token_rules']}")
     if vectors.info["moved_borders"]:
         print(f"{vectors.info['moved_borders']} records have a token across prompt and response; scored from before it")

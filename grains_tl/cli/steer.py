@@ -52,6 +52,7 @@ def run_steer(args: argparse.Namespace) -> None:
     base = generate(model, prompts, max_new_tokens=args.max_new_tokens)
     steered = generate(model, prompts, steering, max_new_tokens=args.max_new_tokens)
     what = f"steered: alpha {args.alpha:+g}, layer {', '.join(map(str, layers))}"
+    what += "" if vectors.site == "resid_post" else f", {vectors.site}"
     what += "" if args.operator == "add_renorm" else f", {args.operator}"
     what += "" if args.positions == "all" else f", {args.positions}"
     for prompt, before, after in zip(args.prompt, base, steered, strict=True):

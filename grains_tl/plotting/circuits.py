@@ -13,7 +13,7 @@ LINES = (("kept", "only these free", "-"), ("left", "only these frozen", "--"))
 
 
 def plot_circuit(nodes: pd.DataFrame, curve: pd.DataFrame | None = None, *, n_top: int = 12, title: str = "") -> Any:
-    """The strongest nodes with their intervals and, beside them, what share of the effect the first k carry.
+    """The strongest nodes or edges with their intervals and, beside them, what share of the effect the first k carry.
 
     Args:
         nodes: from ``analysis.steering_circuit``; of random directions the range of their scores at each rank is drawn.
@@ -32,13 +32,19 @@ def plot_circuit(nodes: pd.DataFrame, curve: pd.DataFrame | None = None, *, n_to
         >>> fig = plot_circuit(pd.DataFrame(rows).assign(vector="steering", low=0.1, high=0.5))
     """
     rows = numbers(nodes, "vector", ("rank", "layer", "head", "score", "low", "high"))
-    rows["part"] = nodes["part"].astype(str).to_numpy()
+    for name in ("part", "to", "to_layer"):
+        if name in nodes.columns:
+            rows[name] = nodes[name].to_numpy()
     own = rows[rows["vector"] == "steering"].sort_values("rank").head(n_top)
     other = rows[(rows["vector"] != "steering") & (rows["rank"] <= n_top)]
     if own.empty:
         raise ValueError("the table has no rows of 'steering'; expected those of analysis.steering_circuit")
     with style():
-        fig = figure(4.6 if curve is None else 9.0, 1.1 + 0.26 * max(len(own), 8), constrained=True)
+        fig = figure(
+            (6.0 if "to" in own.columns else 4.6) if curve is None else 9.0,
+            1.1 + 0.26 * max(len(own), 8),
+            constrained=True,
+        )
         panels = fig.subplots(1, 1 if curve is None else 2, squeeze=False)[0]
         ax = panels[0]
         places = range(len(own))
@@ -61,7 +67,10 @@ def plot_circuit(nodes: pd.DataFrame, curve: pd.DataFrame | None = None, *, n_to
 
 def _name(row: Any) -> str:
     where = f"block {row.layer:.0f}"
-    return f"{where}, MLP" if row.head < 0 else f"{where}, head {row.head:.0f}"
+    own = f"{where}, head {row.head:.0f}" if row.head >= 0 else "step" if row.part == "step" else f"{where}, MLP"
+    if not hasattr(row, "to"):
+        return own
+    return f"{own} \N{RIGHTWARDS ARROW} {row.to if row.to_layer < 0 else f'block {row.to_layer:.0f}, {row.to}'}"
 
 
 def _curves(ax: Any, curve: pd.DataFrame) -> None:
