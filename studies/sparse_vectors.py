@@ -41,9 +41,10 @@ N_BUILD, N_TEST = 40, 40
 class Study(Pieces):
     """The model, the records, the vectors and the autoencoder, made when they are first needed."""
 
-    def __init__(self, out: Path, device: str, small: bool) -> None:
+    def __init__(self, out: Path, device: str, small: bool, n_texts: int = 1500, n_steps: int = 6000) -> None:
         super().__init__(out)
         self.small, self.device = small, device
+        self.size = (24, 60, 256, 16) if small else (n_texts, n_steps, 2048, 32)
         self.model: Any = gr.load_model("smollm2", device=device)
         rng = random.Random(7)
         self.build = rng.sample(gr.load_bundled("sentiment", "build"), 6 if small else N_BUILD)
@@ -64,19 +65,26 @@ class Study(Pieces):
     def sae(self) -> tuple[SparseAutoencoder, torch.Tensor]:
         """The autoencoder, and activations that it has not seen."""
         if self._sae is None:
-            n_texts, n_steps, n_features, k = (24, 60, 256, 16) if self.small else (1500, 6000, 2048, 32)
-            start = time.time()
-            acts = activations(self.model, written_text(self.model, n_texts, 32 if self.small else 128), LAYER)
-            cut = len(acts) * 9 // 10
-            options: dict[str, Any] = {"n_features": n_features, "k": k, "n_steps": n_steps, "device": self.device}
-            made, losses = train(acts[:cut], POINT, **options)
-            made.save(self.out / "sae")
-            self._sae = (gr.analysis.read_sae(self.out / "sae"), acts[cut:])
-            print(
-                f"autoencoder: loss {np.mean(losses[-100:]):.3f}, {len(acts)} tokens, {time.time() - start:.0f} s",
-                flush=True,
-            )
+            unseen = self.out / "unseen.pt"
+            if not unseen.exists():
+                self.train(unseen)
+            self._sae = (gr.analysis.read_sae(self.out / "sae"), torch.load(unseen))
         return self._sae
+
+    def train(self, unseen: Path) -> None:
+        """Train the autoencoder and keep it, with the activations that were set aside."""
+        n_texts, n_steps, n_features, k = self.size
+        start = time.time()
+        acts = activations(self.model, written_text(self.model, n_texts, 32 if self.small else 128), LAYER)
+        print(f"{len(acts)} tokens written and read, {time.time() - start:.0f} s", flush=True)
+        cut = len(acts) * 9 // 10
+        batch = 1024 if self.device != "cpu" else 512
+        options: dict[str, Any] = {"n_features": n_features, "k": k, "n_steps": n_steps, "device": self.device}
+        made, losses = train(acts[:cut], POINT, batch=batch, **options)
+        made.save(self.out / "sae")
+        torch.save(acts[cut:].clone(), unseen)
+        about = f"{cut} tokens, {n_steps} steps of {batch}, loss {np.mean(losses[-100:]):.3f}"
+        print(f"autoencoder: {about}, {time.time() - start:.0f} s", flush=True)
 
     def run(self, pieces: Sequence[str]) -> None:
         """All pieces, or some."""
@@ -124,7 +132,7 @@ class Study(Pieces):
     def quality(self) -> pd.DataFrame:
         """What the autoencoder reconstructs of text it has not seen, beside random directions in its place."""
         sae, acts = self.sae
-        few, rows = acts[:4096], []
+        few, rows, settings = acts[:4096], [], []
         for name, one in (("trained", sae), ("random directions", shuffled(sae))):
             features = one.features(few)
             left = (few - one.reconstruct(few)).square().sum() / (few - few.mean(0)).square().sum()
@@ -132,13 +140,19 @@ class Study(Pieces):
             dead = float((active == 0).float().mean())
             l0 = float((features > 0).sum(-1).float().mean())
             rows.append({"decoder": name, "explained": 1 - float(left), "active": l0, "dead": dead, "tokens": len(few)})
-        return pd.DataFrame(rows)
+            replaced = [(POINT, lambda act, hook, one=one: one.reconstruct(act).to(act.dtype))]
+            settings.append(gr.evaluate.Setting(LAYER, sparing_first(replaced), vector=name))
+        mean = [(POINT, lambda act, hook: few.mean(0).to(act).expand_as(act))]
+        rows.append({"decoder": "mean activation", "explained": 0.0, "active": 0.0, "dead": 1.0, "tokens": len(few)})
+        settings.append(gr.evaluate.Setting(LAYER, sparing_first(mean), vector="mean activation"))
+        spent = kl_per_token(text_costs(self.model, settings, self.texts), len(settings))
+        return pd.DataFrame(rows).assign(kl_replaced=[float(kl) for kl in spent])
 
     def features(self, recipe: str) -> pd.DataFrame:
         """The vector as a sum of features: explained share, and effect at equal KL, over their number."""
         sae, _ = self.sae
         vectors, rows, steps = self.vectors(recipe), [], []
-        numbers = (1, 4, 8) if self.small else (1, 2, 4, 8, 16, 32, 64)
+        numbers = (1, 4, 8) if self.small else (1, 4, 16, 64)
         for name, decoder in (("trained", sae.W_dec), ("random directions", shuffled(sae).W_dec)):
             for n in numbers:
                 table = gr.analysis.sparse_decomposition(vectors, decoder, layer=LAYER, n_features=n)
@@ -169,14 +183,14 @@ class Study(Pieces):
         rows: list[dict[str, Any]] = []
         settings = []
         for n in (1, 4) if self.small else (1, 4, 16):
-            for draw in range(2 if self.small else 6):
+            for draw in range(2 if self.small else 4):
                 chosen = (up[:n], down[:n]) if not draw else tuple(alike(s[:n], often, alive, draw) for s in (up, down))
                 clamp = {
                     "clamp": {f: high[f] for f in chosen[0]},
                     "ablate": [f for f in chosen[1] if f not in chosen[0]],
                 }
                 for way, options in (("ablate towards chosen", {"ablate": chosen[0]}), ("clamp and ablate", clamp)):
-                    hooks = gr.analysis.sae_hooks(sae, **options)
+                    hooks = sparing_first(gr.analysis.sae_hooks(sae, **options))
                     settings.append(gr.evaluate.Setting(LAYER, hooks, vector=way))
                     rows.append(
                         {"intervention": way, "features": n, "of": "random" if draw else "vector", "draw": draw - 1}
@@ -203,6 +217,19 @@ def alike(chosen: Sequence[int], often: torch.Tensor, alive: torch.Tensor, seed:
     return found
 
 
+def sparing_first(hooks: Sequence[tuple[str, Any]]) -> Any:
+    """Hooks that leave alone what no feature describes: the first position, a hundred times as long as the others."""
+
+    def spare(fn: Any) -> Any:
+        def hook_fn(act: torch.Tensor, hook: Any) -> torch.Tensor:
+            length = act.norm(dim=-1, keepdim=True)
+            return torch.where(length > 5 * length.median(), act, fn(act, hook=hook))
+
+        return hook_fn
+
+    return [(name, spare(fn)) for name, fn in hooks]
+
+
 def tables(out: Path) -> None:
     """Prints the pieces that are there."""
     for recipe in RECIPES:
@@ -224,13 +251,15 @@ def main() -> None:
     """Run, or print."""
     parser = study_parser(__doc__)
     parser.add_argument("--pieces", nargs="+", default=["curves", "lenses", "features"])
+    parser.add_argument("--texts", type=int, default=1500, help="texts of 128 tokens to train the autoencoder on")
+    parser.add_argument("--steps", type=int, default=6000, help="of its training")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.tables:
         tables(args.out)
     else:
         with settings(args.device, 8192):
-            Study(args.out, args.device, args.small).run(args.pieces)
+            Study(args.out, args.device, args.small, args.texts, args.steps).run(args.pieces)
 
 
 if __name__ == "__main__":
