@@ -81,7 +81,7 @@ def edge_scores(
 
 def _written(model: HookedModel, change: Mapping[tuple[str, int], Tensor]) -> dict[tuple[str, int, int], Tensor]:
     """What the step, each head and each MLP add to the change of the residual stream, ``[row, pos, d_model]``."""
-    blocks: Any = model.blocks  # type: ignore[attr-defined]
+    blocks: Any = model.blocks
     found: dict[tuple[str, int, int], Tensor] = {}
     sites = {part: [layer for p, layer in change if p == part] for part in ("start", "MLP", "end")}
     found["step", sites["start"][0] - 1, -1] = total = change["start", sites["start"][0]]
