@@ -61,7 +61,7 @@ class Study(Pieces):
         self.piece("overlap", lambda: gr.analysis.circuit_overlap(circuits, n_top=10))
         self.piece("caa_gradient", lambda: self.circuit("caa", 0, method="gradient"))
         for recipe in RECIPES:
-            self.piece(f"{recipe}_edges", lambda r=recipe: self.circuit(r, 1, by="edge"))  # type: ignore[misc]
+            self.piece(f"{recipe}_edges", lambda r=recipe: self.circuit(r, 1, method="edges"))  # type: ignore[misc]
             self.piece(f"{recipe}_exact", lambda r=recipe: self.circuit(r, 0, method="exact"))  # type: ignore[misc]
             self.piece(f"{recipe}_layers", lambda r=recipe: self.layers(r))  # type: ignore[misc]
 

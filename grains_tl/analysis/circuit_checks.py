@@ -155,9 +155,7 @@ def _ranking(table: pd.DataFrame, known: Sequence[Node]) -> list[Node]:
     """The nodes of a table by rank; ValueError if they are not those of the model after the layer."""
     own = _checked(table)
     if "to" in own.columns:
-        raise ValueError(
-            "the table ranks edges; expected one of steering_circuit(..., by='node'): nodes are frozen, not edges"
-        )
+        raise ValueError("the table ranks edges; expected one of steering_circuit with another method than 'edges'")
     own = own[own["vector"] == "steering"].sort_values("rank", kind="stable")
     ranked = [(str(r.part), int(r.layer), int(r.head)) for r in own.itertuples()]
     if len(ranked) != len(known) or set(ranked) != set(known):

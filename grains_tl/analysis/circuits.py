@@ -46,10 +46,7 @@ from grains_tl.vectors.steering import Steering
 Node = tuple[str, int, int]
 
 #: How nodes are scored.
-Scores = Literal["integrated", "gradient", "exact"]
-
-#: What is scored.
-Scored = Literal["node", "edge"]
+Scores = Literal["integrated", "gradient", "exact", "edges"]
 
 
 @torch.inference_mode(False)
@@ -58,7 +55,6 @@ def steering_circuit(
     steering: Steering,
     pairs: Records,
     *,
-    by: Scored = "node",
     method: Scores = "integrated",
     n_steps: int = 5,
     n_random: int = 3,
@@ -72,12 +68,11 @@ def steering_circuit(
         model: a ``TransformerBridge`` or ``HookedTransformer``.
         steering: ``vectors.steering(alpha, layer)``.
         pairs: the records, tokenized or not.
-        by: ``"node"``: heads and MLPs; ``"edge"``: what the step, a head's change or an MLP's change does through the
-            input of one later attention layer, one later MLP, or the logits.
         method: ``"integrated"``: change of the activation times the gradient of the margin, averaged over points between the
             unsteered and the steered run; ``"gradient"``: the gradient without steering alone; ``"exact"``: what the effect
-            loses if the node alone is frozen (a run of the records per node; not for edges).
-        n_steps: points of ``"integrated"``, a forward and a backward pass each.
+            loses if the node alone is frozen (a run of the records per node); ``"edges"``: as ``"integrated"``, split by
+            what reads the change: the input of one later attention layer or MLP, or of the logits.
+        n_steps: points of ``"integrated"`` and ``"edges"``, a forward and a backward pass each.
         n_random: random directions of equal KL, whose circuits stand in the same table; 0 for none.
         texts: neutral texts to match the KL on; default the first 12 bundled ones.
         seed: of the random directions.
@@ -101,10 +96,11 @@ def steering_circuit(
         >>> nodes[nodes.vector == "steering"].head(5)[["part", "layer", "head", "score", "share"]]  # doctest: +SKIP
     """
     n_steps, n_random = whole("n_steps", n_steps, 1), whole("n_random", n_random, 0)
-    _check_options(by, method)
+    if method not in get_args(Scores):
+        raise OptionError(f"method={method!r}; expected one of {', '.join(get_args(Scores))}")
     tokenized, nodes, points = prepared(model, steering, pairs, objective)
-    edges = _edges(steering, nodes) if by == "edge" else []
-    points = edge_points(model, nodes) if by == "edge" else points
+    edges = _edges(steering, nodes) if method == "edges" else []
+    points = edge_points(model, nodes) if edges else points
     steps, spent = with_random_directions(model, steering, n_random, texts, seed)
     scores = torch.zeros(len(steps), len(edges or nodes), len(tokenized))
     total = torch.zeros(len(steps), len(tokenized))
@@ -112,7 +108,7 @@ def steering_circuit(
         for group, batch in score_batches(model, tokenized, objective):
             for i, step in enumerate(steps):
                 hooks = hooks_for(step, batch)
-                places = [(i + 0.5) / n_steps for i in range(n_steps)] if method == "integrated" else [0.0]
+                places = [(i + 0.5) / n_steps for i in range(n_steps)] if method != "gradient" else [0.0]
                 if method == "exact":
                     found, effect = _frozen_scores(model, batch, hooks, nodes, points)
                 elif edges:
@@ -128,15 +124,6 @@ def steering_circuit(
 
 
 # -- what is scored ---------------------------------------------------------------------------------------------------
-def _check_options(by: Scored, method: Scores) -> None:
-    if method not in get_args(Scores):
-        raise OptionError(f"method={method!r}; expected one of {', '.join(get_args(Scores))}")
-    if by not in get_args(Scored):
-        raise OptionError(f"by={by!r}; expected one of {', '.join(get_args(Scored))}")
-    if by == "edge" and method == "exact":
-        raise OptionError("method='exact' freezes nodes; edges are scored with method='integrated' or 'gradient'")
-
-
 def _edges(steering: Steering, nodes: Sequence[Node]) -> list[Edge]:
     if len(steering.layers) > 1:
         raise OptionError(f"edges of a step at the layers {list(steering.layers)}; expected a step at one layer")

@@ -48,7 +48,9 @@ def _before(writer: tuple[str, int, int], reader: tuple[str, int]) -> bool:
 def edge_points(model: HookedModel, nodes: Sequence[tuple[str, int, int]]) -> Points:
     """Hook points that edges need; ValueError for blocks whose attention and MLP read the same stream side by side."""
     if getattr(model.cfg, "parallel_attn_mlp", False):
-        raise ValueError("attention and MLP of this model read the same residual stream side by side; use by='node'")
+        raise ValueError(
+            "attention and MLP of this model read the same residual stream side by side; use method='integrated'"
+        )
     layers = list(dict.fromkeys(layer for _, layer, _ in nodes))
     points: dict[tuple[str, int], list[str]] = {("start", layers[0]): [act_name("resid_pre", layers[0])]}
     for layer in layers:
@@ -101,7 +103,7 @@ def _require_sum(total: Any, wanted: Tensor, what: str, of: str) -> None:
     if error > 1e-2 * size + 1e-4:
         raise ValueError(
             f"{what} is not the sum of what {of} write (difference {error:.2g} of {size:.2g}), as with norms after "
-            "attention or MLP; use by='node'"
+            "attention or MLP; use method='integrated'"
         )
 
 

@@ -84,35 +84,25 @@ class PlainLlama:
 
 
 def test_scores_follow_exact_ablation_of_each_edge() -> None:
-    """All 33 edges of a random model with grouped queries: correlation 0.997, of the gradient alone 0.982."""
+    """All 33 edges of a random model with grouped queries: correlation 0.997."""
     steering = random_vectors().steering(0.5, 0)
     plain = PlainLlama("the film was", steering)
     pair = gr.PreferencePair("the film was", " great", " awful")
-    steered, found = plain.margin(True), {}
-    for method in ("integrated", "gradient"):
-        edges = steering_circuit(
-            tiny_model("bridge"),
-            steering,
-            [pair],
-            by="edge",
-            method=method,
-            n_steps=20,
-            n_random=0,  # type: ignore[arg-type]
-        )
-        assert len(edges) == 5 + N_HEADS * (4 + 2) + (3 + 1)
-        exact = []
-        for row in edges.itertuples():
-            with plain.cut((row.part, row.layer, row.head), row.to, row.to_layer):
-                exact.append(steered - plain.margin(True))
-        found[method] = np.corrcoef(edges["score"], exact)[0, 1]
-        assert edges["effect"].iloc[0] == pytest.approx(steered - plain.margin(False), abs=2e-4)
-    assert found["integrated"] > 0.99 and found["gradient"] > 0.95
+    steered = plain.margin(True)
+    edges = steering_circuit(tiny_model("bridge"), steering, [pair], method="edges", n_steps=20, n_random=0)
+    assert len(edges) == 5 + N_HEADS * (4 + 2) + (3 + 1)
+    exact = []
+    for row in edges.itertuples():
+        with plain.cut((row.part, row.layer, row.head), row.to, row.to_layer):
+            exact.append(steered - plain.margin(True))
+    assert np.corrcoef(edges["score"], exact)[0, 1] > 0.99
+    assert edges["effect"].iloc[0] == pytest.approx(steered - plain.margin(False), abs=2e-4)
 
 
 def check_sums(model: Any) -> None:
     steering = random_vectors().steering(0.5, 0)
     nodes = steering_circuit(model, steering, PAIRS, n_random=1, texts=TEXTS, n_steps=3)
-    edges = steering_circuit(model, steering, PAIRS, by="edge", n_random=1, texts=TEXTS, n_steps=3)
+    edges = steering_circuit(model, steering, PAIRS, method="edges", n_random=1, texts=TEXTS, n_steps=3)
     sums = edges[edges.part != "step"].groupby(["vector", *PLACE]).score.sum()
     wanted = nodes.set_index(["vector", *PLACE]).score
     np.testing.assert_allclose(sums, wanted.reindex(sums.index), atol=1e-4)
@@ -137,13 +127,13 @@ def test_other_families_add_up_or_are_refused(name: str) -> None:
     if name not in REFUSED:
         check_sums(model)
         return
-    with pytest.raises(ValueError, match="by='node'"):
-        steering_circuit(model, random_vectors().steering(0.5, 0), PAIRS, by="edge", n_random=0)
+    with pytest.raises(ValueError, match="method='integrated'"):
+        steering_circuit(model, random_vectors().steering(0.5, 0), PAIRS, method="edges", n_random=0)
 
 
 def test_the_edges_of_the_planted_circuit_come_first() -> None:
     """The step reaches the head's block, and the head reaches the logits."""
-    edges = steering_circuit(planted_model("bridge"), mood(), PAIRS, by="edge", n_random=0)
+    edges = steering_circuit(planted_model("bridge"), mood(), PAIRS, method="edges", n_random=0)
     first = {(r.part, r.layer, r.head, r.to, r.to_layer) for r in edges.head(2).itertuples()}
     assert first == {("step", LAYER - 1, -1, "attention", LAYER), ("head", LAYER, HEAD, "logits", -1)}
     assert edges["share"].iloc[:2].min() > 0.8 and edges["share"].iloc[2:].abs().max() < 0.15
@@ -160,11 +150,10 @@ def test_what_has_no_edges_is_refused(pairs: Any, unchecked: None) -> None:
     raw = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
     both = gr.SteeringVectors.from_raw(raw, [0, 1], torch.tensor([3.0, 3.0])).steering(0.5, [0, 1])
     for options, words in (
-        ({"by": "edges"}, "by='edges'"),
-        ({"method": "exact"}, "exact"),
+        ({"method": "edge"}, "method='edge'"),
         ({"steering": both}, "one layer"),
     ):
         with pytest.raises(ValueError, match=words):
             steering_circuit(
-                **{"model": model, "steering": steering, "pairs": pairs, "n_random": 0, "by": "edge", **options}  # type: ignore[arg-type]
+                **{"model": model, "steering": steering, "pairs": pairs, "n_random": 0, "method": "edges", **options}  # type: ignore[arg-type]
             )
