@@ -15,6 +15,7 @@ from grains_tl.inference.batches import image_inputs, pad_rows, prompt_key
 from grains_tl.models.hugging_face import plain_decoding
 from grains_tl.models.plain_blocks import plain_blocks, runs_plain
 from grains_tl.models.precision import finite_hook
+from grains_tl.models.prompt_cache import require_filled
 from grains_tl.models.running import hooked, is_bridge, listed_hooks, require_hook_names, resid_post
 from grains_tl.models.state import require_ready
 from grains_tl.records.pairs import prompt_list
@@ -187,14 +188,17 @@ def _continue(
                 sampling |= {"top_k": 0, "top_p": 1.0}
             decoding = plain_decoding(model.original_model, rules.eos, rules.pad)
             with plain_blocks(model) if plain else nullcontext(), decoding as end_ids:
-                out = model.original_model.generate(
+                written = model.original_model.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     **pictures,
                     max_new_tokens=max_new_tokens,
                     do_sample=bool(sampling),
+                    return_dict_in_generate=True,
                     **sampling,
                 )
+            require_filled(written)
+            out = written["sequences"]
         else:
             end_ids = [rules.eos]
             out = model.generate(

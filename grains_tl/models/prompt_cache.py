@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,6 +18,28 @@ def empty_cache() -> Any:
     from transformers import DynamicCache
 
     return DynamicCache()
+
+
+def require_filled(output: Mapping[str, Any]) -> None:
+    """Refuse what ``generate(..., return_dict_in_generate=True)`` gave where attention did not keep its keys and values.
+
+    Each token would then have been written without a look at the prompt. TransformerLens 4.3 does that with transformers
+    5.24 and later, which hand the cache to attention under another name.
+
+    Raises:
+        RuntimeError: which versions are installed, and what to install.
+    """
+    filled = output.get("cache", output.get("past_key_values"))
+    layers = getattr(filled, "layers", None)
+    if layers is None:  # recurrent models, caches of a model's own
+        return
+    kept = [bool(layer.is_initialized) for layer in layers if hasattr(layer, "keys")]
+    if not layers or not all(kept):
+        raise RuntimeError(
+            f"attention kept no keys and values while the model wrote, so that it wrote without the prompt: TransformerLens "
+            f"{metadata.version('transformer-lens')} does not work with transformers {metadata.version('transformers')}; "
+            "pip install 'transformers<5.24', or a TransformerLens that knows the installed transformers"
+        )
 
 
 @dataclass(frozen=True)

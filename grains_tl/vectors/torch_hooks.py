@@ -114,7 +114,10 @@ class _Follow:
                 "several texts are packed into one row (cu_seq_lens), so where each prompt ends is unknown; use "
                 "positions='all', or run them as a padded batch"
             )
-        past = given.get("past_key_values")
+        caches = (
+            given.get(name) for name in ("cache", "past_key_values")
+        )  # its name since transformers 5.24, and before
+        past = next((cache for cache in caches if cache is not None), None)
         self.run = _Run(0 if past is None else int(past.get_seq_length()), given.get("use_cache") is False)
         self.made_for = None
 

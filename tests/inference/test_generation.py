@@ -123,6 +123,16 @@ def test_scopes_differ(hf: Any) -> None:
     assert len(set(texts.values())) == 3
 
 
+def test_attention_that_drops_its_cache_is_refused(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerLens 4.3 with transformers 5.24 wrote every token as if there were nothing before it."""
+    attention = type(bridge.blocks[0].attn)
+    monkeypatch.setattr(attention, "_update_kv_cache", lambda self, k, v, **kwargs: (k, v))
+    inside = [(f"blocks.{LAYER}.attn.hook_q", lambda act, hook: act)]
+    with pytest.raises(RuntimeError, match="transformers"):
+        gr.generate(bridge, PROMPTS[:1], inside, max_new_tokens=3)
+    assert gr.generate(bridge, PROMPTS[:1], hooks(), max_new_tokens=3)  # the model's own attention runs
+
+
 def test_learned_positions() -> None:
     model, hf = tiny_model("bridge", "gpt2"), tiny_hf("gpt2")
     found = gr.generate(model, PROMPTS, hooks(), max_new_tokens=N_NEW)

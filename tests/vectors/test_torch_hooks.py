@@ -11,6 +11,7 @@ from torch import Tensor
 
 import grains_tl as gr
 from grains_tl.models.running import forward_logits
+from grains_tl.vectors.torch_hooks import _Follow
 from tests.conftest import tiny_hf, tiny_tokenizer
 from tests.helpers import vision_families
 from tests.helpers.architectures import CONFIGS, architecture, plain
@@ -292,3 +293,13 @@ def test_the_tokenizer_is_not_needed() -> None:
     with vectors().torch_hooks(hf, 1.5, 1):
         ids = generated(hf, tokenizer("the film was", return_tensors="pt")["input_ids"], torch.ones(1, 3).long())
     assert len(tokenizer.decode(ids[0]).split()) == 6
+
+
+def test_the_cache_under_its_new_name() -> None:
+    """transformers calls it ``cache`` since 5.24; the decoder's place in the text must not start at 0 again."""
+    v = vectors()
+    follow = _Follow(v.steering(0.7, 1, positions="generated"), 4)
+    cache = tiny_hf()(LEFT, use_cache=True).past_key_values
+    for name in ("past_key_values", "cache"):
+        follow.enter(torch.nn.Identity(), (), {name: cache})
+        assert follow.run.past == LEFT.shape[1]
