@@ -10,6 +10,7 @@
 are built from 20 bundled sentiment records of the draw (of ``scenes``: pictures); effects are measured on records of the
 test split. A gate is fitted on prompts of building records (targets) and on questions and beginnings of neutral texts, its
 threshold is set on others of the same kinds for a false-fire rate of 5 %, and it is reported on third ones.
+``--short`` takes half the prompts and texts, 16 tokens of each and fewer gates and weights, for a larger model on a CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Study:
         device: where it runs.
         draw: which building records.
         small: a few records and tokens, to try it out.
+        short: fewer prompts, texts, tokens, gates and weights.
+        alphas: to measure at.
     """
 
     out: Path
@@ -58,14 +61,16 @@ class Study:
     device: str
     draw: int
     small: bool
+    short: bool = False
+    alphas: Sequence[float] = ALPHAS
     model: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.model = gr.load_model("smol-vlm-scenes" if self.label == "scenes" else self.path, device=self.device)
         n_layers = int(self.model.cfg.n_layers)
         self.layer, self.gate_layer = round(0.6 * n_layers), round(0.25 * n_layers)
-        self.n_test, self.n_prompts, self.n_new = (4, 3, 4) if self.small else (24, 16, 24)
-        self.alphas = (0.1, 0.3) if self.small else ALPHAS
+        size = (4, 3, 4, 2) if self.small else (24, 8, 16, 6) if self.short else (24, 16, 24, 12)
+        self.n_test, self.n_prompts, self.n_new, self.n_texts = size
         self.stem = f"{self.label}_draw{self.draw}" + ("_small" if self.small else "")
 
     def build_records(self) -> list[PreferencePair]:
@@ -94,15 +99,27 @@ class Study:
             gr.build_vectors(self.model, self.build_records(), recipe=recipe, layers=[self.layer], **options).save(file)
         return gr.load_vectors(file)
 
-    def keep(self, name: str, table: pd.DataFrame) -> None:
-        """Write a table of this model and draw."""
-        table.to_csv(self.out / f"{self.stem}_{name}.csv", index=False)
+    def keep(self, name: str, table: pd.DataFrame, add: bool = False) -> None:
+        """Write a table of this model and draw; with ``add``, rows of vectors that it does not have stay in the file."""
+        file = self.out / f"{self.stem}_{name}.csv"
+        if add and file.exists():
+            there = pd.read_csv(file)
+            table = pd.concat([there[~there["vector"].isin(set(table["vector"]))], table], ignore_index=True)
+        table.to_csv(file, index=False)
         print(name, len(table), "rows", flush=True)
 
-    def measured(self, name: str, settings: Sequence[Setting], texts: Any) -> None:
+    def known(self, name: str, n_rows: int) -> set[str]:
+        """Vectors of a table that have all their rows, so that they are not measured again."""
+        file = self.out / f"{self.stem}_{name}.csv"
+        if not file.exists():
+            return set()
+        counts = pd.read_csv(file)["vector"].value_counts()
+        return {str(vector) for vector, count in counts.items() if count >= n_rows}
+
+    def measured(self, name: str, settings: Sequence[Setting], texts: Any, add: bool = False) -> None:
         """Costs of some settings, resumable."""
         costs = gr.evaluate.text_costs(self.model, settings, texts, checkpoint=self.out / f"{self.stem}_{name}.jsonl")
-        self.keep(name, costs)
+        self.keep(name, costs, add)
 
 
 def neutral_prompts() -> dict[str, list[str]]:
@@ -125,6 +142,8 @@ def gates_of(study: Study) -> dict[str, Any]:
         for kind, gate in (("probe", probe), ("cosine", cosine)):
             chosen = gate.calibrated(study.model, neutral["choose"], FALSE_FIRE, targets=choose)
             made[f"{kind}, {decide}"] = chosen
+    if study.short:
+        del made["cosine, token"]
     return made
 
 
@@ -147,7 +166,7 @@ def gates(study: Study) -> None:
         study.model, records, settings, checkpoint=study.out / f"{study.stem}_gated.jsonl"
     )
     study.keep("gated_effects", effects)
-    study.measured("gated_neutral_text", settings, neutral_texts(2 if study.small else 12))
+    study.measured("gated_neutral_text", settings, neutral_texts(study.n_texts))
     study.measured("gated_neutral_prompts", settings, Continuations(neutral[: study.n_prompts], study.n_new))
     targets = [r.prompt for r in records][: study.n_prompts]
     study.measured("gated_target_prompts", settings, Continuations(targets, study.n_new))
@@ -164,7 +183,7 @@ def positions(study: Study) -> None:
         records,
         layers=[study.layer],
         alphas=study.alphas,
-        neutral=neutral_texts(2 if study.small else 12),
+        neutral=neutral_texts(study.n_texts),
         checkpoint=study.out / f"{study.stem}_recipes.jsonl",
     )
     assert costs is not None
@@ -189,7 +208,7 @@ def positions(study: Study) -> None:
     study.keep("generated", found)
 
 
-def strength(study: Study) -> None:
+def strength(study: Study, only: Collection[str] | None = None) -> None:
     """Uniform strength, strength by attribution and the same weights at random places, on the prompts alone."""
     records = study.test_records()
     vectors = study.vectors("caa")
@@ -204,6 +223,10 @@ def strength(study: Study) -> None:
             f"random, half {seed}": {"method": "leave_one_out", "floor": 0.5, "shuffle_seed": seed} for seed in range(3)
         },
     }
+    if study.short:
+        makers = {name: options for name, options in makers.items() if "half" not in name and name != "random 2"}
+    known = study.known("weighted_costs", len(study.alphas) * study.n_prompts)
+    makers = {name: options for name, options in makers.items() if name in (only or makers) and name not in known}
     tokenized = gr.tokens.tokenize_pairs(study.model, records)
     methods = ("gradient_x_input", "leave_one_out")
     scores = {method: gr.attribution.attribute_all(study.model, tokenized, method=method) for method in methods}
@@ -216,10 +239,11 @@ def strength(study: Study) -> None:
     effects = gr.evaluate.record_effects(
         study.model, records, settings, checkpoint=study.out / f"{study.stem}_weighted.jsonl"
     )
-    study.keep("weighted_effects", effects)
+    study.keep("weighted_effects", effects, add=True)
     part = records[: study.n_prompts]
     images = [r.image for r in part] if study.label == "scenes" else None
-    study.measured("weighted_costs", settings, Continuations([r.prompt for r in part], study.n_new, images=images))
+    texts = Continuations([r.prompt for r in part], study.n_new, images=images)
+    study.measured("weighted_costs", settings, texts, add=True)
 
 
 def main() -> None:
@@ -231,6 +255,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--draw", type=int, default=0, choices=range(4))
     parser.add_argument("--small", action="store_true", help="a few records and tokens, to try it out")
+    parser.add_argument("--short", action="store_true", help="fewer prompts, texts, tokens, gates and weights")
+    parser.add_argument("--alphas", type=float, nargs="+", help="default 0.1 and 0.3 with --small, else six to 0.45")
+    parser.add_argument("--only", nargs="+", help="of strength: these weights alone")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part == "report":
@@ -239,8 +266,12 @@ def main() -> None:
     if args.device == "cpu":
         torch.set_num_threads(1)
     label, _, path = args.model.partition("=")
-    study = Study(args.out, label, path or label, args.device, args.draw, args.small)
-    {"gates": gates, "positions": positions, "strength": strength}[args.part](study)
+    alphas = args.alphas or ((0.1, 0.3) if args.small else ALPHAS)
+    study = Study(args.out, label, path or label, args.device, args.draw, args.small, args.short, tuple(alphas))
+    if args.part == "strength":
+        strength(study, args.only)
+    else:
+        {"gates": gates, "positions": positions}[args.part](study)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ KL, AGAINST = 0.05, "add_renorm"
 N_DRAWS, N_BUILD, N_TEST = 4, 20, 40
 
 
-def steps_of(model: Any, vectors: Any, pairs: Any, layer: int) -> dict[str, Any]:
+def steps_of(model: Any, vectors: Any, pairs: Any, layer: int, starts: dict[str, float]) -> dict[str, Any]:
     """The operators' steps, to be scaled."""
     vectors = vectors.with_means(model, pairs)
     made: dict[str, Any] = {
-        name: vectors.steering(alpha, layer, operator=name) for name, alpha in STARTS.items() if name != "match 3"
+        name: vectors.steering(alpha, layer, operator=name) for name, alpha in starts.items() if name != "match 3"
     }
     records = BuildingRecords(model, gr.tokens.tokenize_pairs(model, pairs), (layer,))
     differences = records.response_differences[:, 0].double()
@@ -54,19 +54,21 @@ def steps_of(model: Any, vectors: Any, pairs: Any, layer: int) -> dict[str, Any]
     ]
     across = sum(one.steering(0.1, layer, operator="add") for one in [vectors, *more]).orthogonal()
     made["match 3"] = sum(
-        part.vectors.with_means(model, pairs).steering(STARTS["match 3"], layer, operator="match")
+        part.vectors.with_means(model, pairs).steering(starts["match 3"], layer, operator="match")
         for part in across.parts
     )
     return made
 
 
-def measured(model: Any, recipe: str, draw: int, layer: int, small: bool) -> Iterator[dict[str, Any]]:
+def measured(
+    model: Any, recipe: str, draw: int, layer: int, small: bool, starts: dict[str, float]
+) -> Iterator[dict[str, Any]]:
     """One row for every operator: what it costs, and its change of each test record's margin."""
     build = random.Random(draw).sample(gr.load_bundled("sentiment", "build"), 6 if small else N_BUILD)
     test = random.Random(1000).sample(gr.load_bundled("sentiment", "test"), 4 if small else N_TEST)
     texts = neutral_texts(2 if small else 12)
     vectors = gr.build_vectors(model, build, recipe=recipe, layers=[layer])
-    steps = steps_of(model, vectors, build, layer)
+    steps = steps_of(model, vectors, build, layer, starts)
     found, spent = at_kl(model, list(steps.values()), KL, texts)
     frame = gr.evaluate.record_effects(
         model, test, [gr.evaluate.Setting.of(one, vector=name) for name, one in zip(steps, found, strict=True)]
@@ -81,6 +83,13 @@ def measured(model: Any, recipe: str, draw: int, layer: int, small: bool) -> Ite
             "changes": [round(float(x), 5) for x in changes],
             "scaled_by": alpha / first.parts[0].alpha,
         }
+
+
+def beginnings(out: Path, label: str, recipe: str) -> dict[str, float]:
+    """Where the search for each alpha begins: at what another draw found, if there is one."""
+    files = sorted(out.glob(f"{label}_{recipe}_draw*.json"))
+    rows = json.loads(files[-1].read_text())["rows"] if files else []
+    return STARTS | {row["operator"]: row["alpha"] for row in rows}
 
 
 def tables(out: Path) -> pd.DataFrame:
@@ -128,7 +137,8 @@ def main() -> None:
                 if file.exists():
                     continue
                 start = time.time()
-                rows = list(measured(model, recipe, draw, layer, args.small))
+                starts = beginnings(args.out, label, recipe)
+                rows = list(measured(model, recipe, draw, layer, args.small, starts))
                 piece = {"model": label, "recipe": recipe, "draw": draw, "layer": layer, "rows": rows}
                 write_atomically(file, json.dumps(piece, indent=1).encode())
                 print(f"{file.name}: {time.time() - start:.0f} s", flush=True)

@@ -15,6 +15,12 @@ from grains_tl.types import HookedModel
 from grains_tl.vectors.combined import CombinedSteering
 from grains_tl.vectors.steering import Steering
 
+#: How many times a step is scaled at most, how many of them are for all steps, and how near to the KL the others must come.
+ROUNDS, FIRST, NEAR = 8, 2, 0.05
+
+#: A step that is this near is left alone even in the first rounds.
+EXACT = 0.01
+
 #: One steering, or several at once.
 AnySteering = TypeVar("AnySteering", Steering, CombinedSteering, Steering | CombinedSteering)
 
@@ -37,15 +43,36 @@ def at_kl(
         checkpoint: receives every text's result.
 
     Returns:
-        The steps, and ``[step]`` what they do cost: within a few percent of ``kl`` unless the model breaks first.
+        The steps, and ``[step]`` what they do cost: within 5 % of ``kl`` unless the model breaks first or a gate keeps shut.
     """
     steps = list(steps)
     spent = kl_of(model, steps, texts, checkpoint)
-    for _ in range(2):  # the KL of a step grows about with its square
-        factors = np.clip(np.sqrt(kl / np.maximum(np.nan_to_num(spent, nan=np.inf), 1e-12)), 0.2, 5.0)
-        steps = [one.scaled(float(factor)) for one, factor in zip(steps, factors, strict=True)]
-        spent = kl_of(model, steps, texts, checkpoint)
+    power = np.full(len(steps), 2.0)  # the KL of a small step grows about with its square
+    for number in range(ROUNDS):
+        off = np.abs(np.nan_to_num(spent, nan=np.inf) / kl - 1)
+        again = [i for i in range(len(steps)) if off[i] > (EXACT if number < FIRST else NEAR)]
+        if number >= FIRST:
+            again = [i for i in again if spent[i] > 0]  # a gate that stays shut costs nothing at any alpha
+        if not again:
+            break
+        before = spent.copy()
+        known = np.maximum(np.nan_to_num(before[again], nan=np.inf), 1e-12)
+        factors = np.clip((kl / known) ** (1 / power[again]), 0.2, 5.0)
+        for i, factor in zip(again, factors, strict=True):
+            steps[i] = steps[i].scaled(float(factor))
+        spent[again] = kl_of(model, [steps[i] for i in again], texts, checkpoint)
+        if number >= FIRST - 1:  # from here on with the power that the last two measurements show
+            power[again] = _power(before[again], spent[again], factors)
     return steps, spent
+
+
+def _power(
+    before: NDArray[np.float64], after: NDArray[np.float64], factors: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """By which power of a factor the KL grew, where that can be read off; 2 elsewhere."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        power = np.log(after / before) / np.log(factors)
+    return np.where(np.isfinite(power) & (power > 0.3) & (power < 8), power, 2.0)
 
 
 def kl_of(

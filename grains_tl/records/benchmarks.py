@@ -14,6 +14,7 @@ from grains_tl.records.balance import counterbalanced
 from grains_tl.records.choices import MultipleChoice
 from grains_tl.records.pairs import PreferencePair
 from grains_tl.records.sources import source_name
+from grains_tl.records.steering_sets import steereval, steeringsafety
 
 #: Above this sum of ``toxicity_ai`` and ``toxicity_human`` (each 1 to 5) a statement counts as hateful, as in
 #: lm-evaluation-harness.
@@ -73,6 +74,11 @@ def load_benchmark(
     - ``"mmlu"`` (arXiv 2009.03300): the csv of a subject, with or without a header, the answer a letter or an index from
       0; or the hub form (``question``, ``choices``, ``answer``). The subject is the column ``subject`` or the file's name.
     - ``"anthropic"`` (arXiv 2212.09251): the persona and risk jsonl files; right is the answer that matches the behaviour.
+    - ``"steereval"`` (arXiv 2603.02578): ``question``, ``matching``, ``not_matching``; right is the answer that shows the
+      concept. ``meta`` holds ``concept_id`` and ``concept``, by which a file can be divided into sets.
+    - ``"steeringsafety"`` (arXiv 2509.13450), those of its sets whose answers can be scored without a judge; the columns
+      tell which: ARC_C, TruthfulQA, GPQA, BBQ (by the letter or number that the prompt lists), Twinviews ("right" is the
+      answer from the political left), CMTEST ("wrong" or "not wrong") and ToxiGen (hateful: "Yes" or "No").
 
     Args:
         name: see above.
@@ -80,7 +86,8 @@ def load_benchmark(
         prompt_format: ``"qa"`` (``Q: ...\nA:``), ``"qa_preset"`` (the same after TruthfulQA's six examples),
             ``"letters"`` (the answers stand in the prompt and a letter is scored; MMLU and FaithEval), ``"chat"`` (one
             user message), or a text with ``{question}`` in it. Default: ``"qa_preset"`` for TruthfulQA, ``"letters"`` for
-            MMLU, ``"qa"`` for the others. ToxiGen's prompt rows stand as they are.
+            MMLU, the prompt as it stands and ``Answer:`` for SteeringSafety, ``"qa"`` for the others. ToxiGen's prompt rows
+            stand as they are.
         limit: keep the first ``limit`` questions.
 
     Returns:
@@ -210,4 +217,6 @@ READERS: dict[str, tuple[Callable[[Iterator[Row], str], Iterator[MultipleChoice]
     "faitheval": (_faitheval, "qa"),
     "mmlu": (_mmlu, "letters"),
     "anthropic": (_anthropic, "qa"),
+    "steereval": (steereval, "qa"),
+    "steeringsafety": (steeringsafety, "{question}\nAnswer:"),
 }

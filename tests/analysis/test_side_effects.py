@@ -10,6 +10,7 @@ import torch
 import grains_tl as gr
 from grains_tl.analysis import side_effects
 from grains_tl.analysis.besides import ANSWERS, REFUSAL, REFUSES
+from grains_tl.evaluate.costs import cost_rows
 
 TEXTS = ["the film was good and the room was warm .", "we liked the soup and they liked the hotel room ."]
 
@@ -23,6 +24,12 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def steering(seed: int, operator: Any = "add") -> gr.Steering:
     raw = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed))
     return gr.SteeringVectors.from_raw(raw, range(3), torch.full((3,), 5.0)).steering(0.4, 1, operator=operator)
+
+
+def log_probs(model: Any, ids: list[int], steered: Any) -> torch.Tensor:
+    """Of the tokens that are predicted."""
+    hooks = [] if steered is None else steered.hooks()
+    return model.run_with_hooks(torch.tensor([ids]), fwd_hooks=hooks)[0, :-1].log_softmax(-1)
 
 
 def change(model: Any, records: Any, hooks: Any) -> float:
@@ -76,3 +83,35 @@ def test_bad_input_is_refused_before_anything_runs(pairs: Any) -> None:
     for steerings in ({"a": a}, {"a": a, "together": a}):
         with pytest.raises(ValueError, match="two names"):
             side_effects(None, steerings, {"s": pairs}, together=True)  # type: ignore[arg-type]
+
+
+def test_steerings_can_be_compared_at_one_kl(model: Any, pairs: Any) -> None:
+    """Each costs the KL, and its effects are those of the step at the alpha that the table names."""
+    a, b = steering(0), steering(1).scaled(0.4)
+    table = side_effects(model, {"a": a, "b": b, "both": a + b}, {"own": pairs}, kl=0.02).set_index("built_on")
+    assert table["kl"].tolist() == pytest.approx([0.02] * 3, rel=0.2)
+    for name, one in {"a": a, "b": b}.items():
+        scaled = one.scaled(table.loc[name, "alpha"] / one.alpha)
+        assert table.loc[name, "effect"] == pytest.approx(change(model, pairs, scaled), abs=1e-3)
+        plain, steered = ([log_probs(model, ids, hooks) for ids in cost_rows(model, TEXTS)] for hooks in (None, scaled))
+        kl = [(p.exp() * (p - q)).sum(-1) for p, q in zip(steered, plain, strict=True)]
+        assert table.loc[name, "kl"] == pytest.approx(float(torch.cat(kl).mean()), rel=0.01)
+    assert table.loc["both", "alpha"] != table.loc["both", "alpha"]
+    joint = side_effects(model, {"a": a, "b": b}, {"own": pairs}, kl=0.02, together=True).set_index("built_on")
+    assert joint.loc["a", "effect"] == pytest.approx(table.loc["a", "effect"], abs=1e-4)
+    parts = [one.scaled(joint.loc[name, "alpha"] / one.alpha) for name, one in {"a": a, "b": b}.items()]
+    assert joint.loc["together", "effect"] == pytest.approx(change(model, pairs, parts[0] + parts[1]), abs=1e-3)
+
+
+def test_what_cannot_cost_a_kl_is_refused(model: Any, pairs: Any) -> None:
+    a: Any = steering(0)
+    shut = gr.hooks.FunctionGate(lambda resid: resid[..., 0] > 1e9, layer=0)
+    never = a.vectors.steering(0.4, 1, gate=shut)
+    for given, kl, message in (
+        ({"a": a}, 0.0, "kl=0"),
+        ({"a": a}, -1.0, "kl=-1"),
+        ({"a": a, "nothing": a.scaled(0)}, 0.02, "'nothing'.*do nothing"),
+        ({"a": a, "shut": never}, 0.02, "was not reached: 'shut' costs 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            side_effects(model, given, {"own": pairs}, kl=kl)

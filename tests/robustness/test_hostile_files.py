@@ -93,7 +93,9 @@ def test_what_csv_writes_is_read_back(cells: list[list[str]], tmp_path: Path) ->
 
 @MANY
 @given(rows=st.lists(ROW, min_size=1, max_size=3))
-@pytest.mark.parametrize("name", ["truthfulqa", "toxigen", "faitheval", "mmlu", "anthropic"])
+@pytest.mark.parametrize(
+    "name", ["truthfulqa", "toxigen", "faitheval", "mmlu", "anthropic", "steereval", "steeringsafety"]
+)
 def test_any_rows_as_benchmark(name: str, rows: list[dict[str, Any]]) -> None:
     quiet(gr.records.load_benchmark, name, rows)
 
