@@ -28,10 +28,26 @@ def with_prompts_of_the_tokenizer(model: Any) -> Any:
     return model
 
 
+def _major() -> int:
+    return int(metadata.version("transformer-lens").split(".")[0])
+
+
+def _require_usable_unembedding(hf_model: Any) -> None:
+    """TransformerLens 3 gives the unembedding a bias, which nothing brings in where its weights are offloaded."""
+    table: Any = hf_model.get_output_embeddings() if hasattr(hf_model, "get_output_embeddings") else None
+    offloaded = hasattr(table, "_hf_hook") and table.weight.device.type == "meta"  # accelerate brings it in
+    if offloaded and getattr(table, "bias", None) is None and _major() < 4:
+        raise ValueError(
+            "the model's unembedding (lm_head) is offloaded, which TransformerLens 3 cannot run; keep it in memory "
+            "(device_map={..., 'lm_head': 'cpu'}), or use TransformerLens 4"
+        )
+
+
 def bridge_of(hf_model: Any, tokenizer: Any, label: str) -> Any:
     """A Hugging Face model as a ``TransformerBridge``, wrapped in place."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
+    _require_usable_unembedding(hf_model)
     with _torchvision_not_required(), warnings.catch_warnings():
         # a dozen lines on vision towers in TransformerLens 3; the language model has all its hooks
         warnings.filterwarnings("ignore", message="Hook alias", category=UserWarning)
@@ -65,7 +81,7 @@ def _torchvision_not_required() -> Iterator[None]:
 def require_hooked_transformer() -> None:
     """Refuse a TransformerLens that has no ``HookedTransformer`` (ImportError)."""
     version = metadata.version("transformer-lens")
-    if int(version.split(".")[0]) >= 4:
+    if _major() >= 4:
         raise ImportError(
             f"TransformerLens {version} has no HookedTransformer (removed in 4.0). Use kind='bridge', or install the "
             "last 3.x: pip install 'grains-tl[hooked]'"

@@ -140,7 +140,8 @@ def wrap_model(hf_model: Any, tokenizer: Any, processor: Any = None, *, name: st
         A ``TransformerBridge``.
 
     Raises:
-        ValueError: no Hugging Face model, one that is wrapped already, or no tokenizer.
+        ValueError: no Hugging Face model, one that is wrapped already, or no tokenizer; on TransformerLens 3 also an
+            offloaded unembedding.
 
     Examples:
         >>> model = wrap_model(trainer.model, tokenizer)          # doctest: +SKIP
