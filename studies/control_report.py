@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from grains_tl.evaluate.equal_cost import crossing
 
 N_RESAMPLES = 2000
 NEUTRAL_KL, GENERATED_KL = 0.05, 0.03
+
+#: The model of the picture, and the alpha at which weights of one sum are compared (0.1 elsewhere).
+PICTURED = "smollm2"
+SHOWN = {"gemma3-270m": 0.04}
 
 Arrays = dict[str, dict[str, NDArray[np.float64]]]
 
@@ -69,69 +74,101 @@ def said(matrix: NDArray[np.float64]) -> str:
     return f"{mean:.3g} ({low:.3g} to {high:.3g})"
 
 
+def stems(out: Path, label: str, kind: str) -> list[Path]:
+    """The table of effects of each draw of a model."""
+    return sorted(out.glob(f"{label}_draw[0-9]_{kind}_effects.csv"))
+
+
+def at_alphas(parts: Sequence[Arrays], name: str, alphas: Sequence[float], what: str = "change") -> NDArray[np.float64]:
+    """``[draw, record]`` at one alpha for each draw; NaN where there is none."""
+    rows = zip(parts, alphas, strict=True)
+    return np.stack(
+        [value_at(x[name], a, what) if a == a else np.full(x[name][what].shape[1], np.nan) for x, a in rows]
+    )
+
+
 def gate_tables(out: Path, label: str) -> dict[str, pd.DataFrame]:
-    """Every gate at the alpha at which the ungated vector spends the budget, and at equal KL."""
-    draws = sorted(out.glob(f"{label}_draw[0-9]_gated_effects.csv"))
-    text, prompts, fires = [], [], []
+    """Every gate at the alpha at which the ungated vector spends the budget, at equal KL, and at equal generated KL."""
+    draws = stems(out, label, "gated")
+    costs: dict[str, list[Arrays]] = {"neutral_text": [], "neutral_prompts": [], "target_prompts": []}
     for file in draws:
-        effects, stem = pd.read_csv(file), str(file).removesuffix("_effects.csv")
-        text.append(arrays(effects, pd.read_csv(f"{stem}_neutral_text.csv")))
-        prompts.append(arrays(effects, pd.read_csv(f"{stem}_neutral_prompts.csv")))
-        fires.append(pd.read_csv(str(file).replace("gated_effects", "fires")))
+        for kind, parts in costs.items():
+            table = pd.read_csv(str(file).replace("effects", kind))
+            parts.append(arrays(pd.read_csv(file), table))
+    fires = pd.read_csv(str(draws[0]).replace("gated_effects", "fires"))
+    text, prompts = costs["neutral_text"], costs["neutral_prompts"]
     begin = [alpha_at(one["no gate"], NEUTRAL_KL) for one in text]
-    same, equal = [], []
+    base = at_alphas(text, "no gate", begin)
+    both = [_mixed(*one) for one in zip(prompts, costs["target_prompts"], strict=True)]
+    free = at_alphas(text, "no gate", [alpha_at(one["no gate"], GENERATED_KL) for one in both])
+    same, equal, generated = [], [], []
     for name in text[0]:
-        opened = fires[0][fires[0]["gate"] == name].groupby("kind")["opened"].agg(["mean", "size"])
-        row: dict[str, Any] = {"gate": name, "opens for targets": 1.0, "opens for neutral": 1.0}
-        if len(opened):
-            row |= {f"opens for {kind}": float(opened.loc[kind, "mean"]) for kind in ("targets", "neutral")}
-        change = np.stack([value_at(x[name], a, "change") for x, a in zip(text, begin, strict=True)])
-        base = np.stack([value_at(x["no gate"], a, "change") for x, a in zip(text, begin, strict=True)])
-        row["effect, nats"], row["minus no gate"] = said(change), said(change - base)
-        for kind, parts in (("KL neutral text", text), ("KL neutral prompts", prompts)):
-            row[kind] = said(np.stack([value_at(x[name], a, "kl") for x, a in zip(parts, begin, strict=True)]))
-        same.append(row)
+        opened = fires[fires["gate"] == name].groupby("kind")["opened"].mean()
+        row: dict[str, Any] = {"model": label, "gate": name, "draws": len(draws), "records": base.shape[1]}
+        change = at_alphas(text, name, begin)
+        about: dict[str, Any] = {f"opens for {kind}": float(opened.get(kind, 1.0)) for kind in ("targets", "neutral")}
+        about |= {"effect, nats": said(change), "minus no gate": said(change - base)}
+        about |= {"KL neutral text": said(at_alphas(text, name, begin, "kl"))}
+        same.append({**row, **about, "KL neutral prompts": said(at_alphas(prompts, name, begin, "kl"))})
         alphas = [alpha_at(x[name], NEUTRAL_KL) for x in text]
-        at = np.stack(
-            [
-                value_at(x[name], a, "change") if a == a else np.full(base.shape[1], np.nan)
-                for x, a in zip(text, alphas, strict=True)
-            ]
-        )
-        equal.append(
-            {
-                "gate": name,
-                "alpha": " ".join(f"{a:.2f}" for a in alphas),
-                "effect, nats": said(at),
-                "minus no gate": said(at - base),
-            }
-        )
-    return {"same_alpha": pd.DataFrame(same), "equal_kl": pd.DataFrame(equal)}
+        equal.append({**row, **_compared(text, name, alphas, base)})
+        if not all(name in x for x in both):
+            continue
+        alphas = [alpha_at(x[name], GENERATED_KL) for x in both]
+        spent = {f"KL {kind}": said(at_alphas(costs[kind], name, alphas, "kl")) for kind in list(costs)[1:]}
+        generated.append({**row, **_compared(text, name, alphas, free), **spent})
+    return {
+        "same_alpha": pd.DataFrame(same),
+        "equal_kl": pd.DataFrame(equal),
+        "equal_generated_kl": pd.DataFrame(generated),
+    }
+
+
+def _mixed(one: Arrays, other: Arrays) -> Arrays:
+    """With the mean KL of two kinds of prompts, half of each, in place of the KL of texts; gates that both have."""
+    found: Arrays = {}
+    for name in (name for name in one if name in other):
+        n = min(len(x[name]["alpha"]) for x in (one, other))  # both begin at 0 and rise alike
+        kl = (one[name]["kl"][:n].mean(1) + other[name]["kl"][:n].mean(1)) / 2
+        found[name] = {"alpha": one[name]["alpha"][:n], "change": one[name]["change"][:n], "kl": kl[:, None]}
+    return found
+
+
+def _compared(parts: Sequence[Arrays], name: str, alphas: Sequence[float], base: NDArray[np.float64]) -> dict[str, Any]:
+    at = at_alphas(parts, name, alphas)
+    return {
+        "alpha": " ".join(f"{a:.2g}" for a in alphas),
+        "effect, nats": said(at),
+        "minus no gate": said(at - base),
+    }
 
 
 def strength_table(out: Path, label: str) -> pd.DataFrame:
-    """Strength by attribution against uniform strength and random places, at one KL along generated tokens."""
-    found = []
-    for file in sorted(out.glob(f"{label}_draw[0-9]_weighted_effects.csv")):
-        found.append(arrays(pd.read_csv(file), pd.read_csv(str(file).replace("effects.csv", "costs.csv"))))
+    """Strength by attribution against uniform strength and random places, each at the alpha of one generated KL."""
+    files = stems(out, label, "weighted")
+    found = [arrays(pd.read_csv(file), pd.read_csv(str(file).replace("effects.csv", "costs.csv"))) for file in files]
     rows = []
-    base = np.stack([value_at(x["uniform"], alpha_at(x["uniform"], GENERATED_KL), "change") for x in found])
-    for name in [n for n in found[0] if all(n in x for x in found)]:
-        alphas = [alpha_at(x[name], GENERATED_KL) for x in found]
-        if not np.isfinite(alphas).all():
-            continue
-        at = np.stack([value_at(x[name], a, "change") for x, a in zip(found, alphas, strict=True)])
-        kl = np.stack([value_at(x[name], 0.1, "kl") for x in found])
-        rows.append({"weights": name, "alpha": " ".join(f"{a:.2f}" for a in alphas), "KL at alpha 0.1": said(kl),
-                     "effect, nats": said(at), "minus uniform": said(at - base), "draws": len(at),
-                     "records": at.shape[1]})  # fmt: skip
+    names = list(dict.fromkeys(name for x in found for name in x))
+    chance = {
+        name: [x for x in found if name in x] for name in names if name.startswith("random") and "half" not in name
+    }
+    for name in names:
+        own = [x for x in found if name in x]
+        alphas = [alpha_at(x[name], GENERATED_KL) for x in own]
+        row: dict[str, Any] = {"model": label, "weights": name, "alpha": " ".join(f"{a:.2g}" for a in alphas)}
+        at = at_alphas(own, name, alphas)
+        uniform = at_alphas(own, "uniform", [alpha_at(x["uniform"], GENERATED_KL) for x in own])
+        row |= {"effect, nats": said(at), "minus uniform": said(at - uniform)}
+        if name == "leave-one-out" and chance and all(len(x) == len(own) for x in chance.values()):
+            others = [at_alphas(own, r, [alpha_at(x[r], GENERATED_KL) for x in own]) for r in chance]
+            row["minus random"] = said(at - np.mean(others, axis=0))
+        rows.append({**row, "draws": len(own), "records": at.shape[1], "prompts": own[0][name]["kl"].shape[1]})
     return pd.DataFrame(rows)
 
 
 def strength_at_one_alpha(out: Path, label: str, alpha: float = 0.1) -> pd.DataFrame:
     """Effects of all weights at one alpha (their prompts' weights have one sum), beside uniform and random places."""
-    files = sorted(out.glob(f"{label}_draw[0-9]_weighted_effects.csv"))
-    tables = [t[t["alpha"] == alpha] for t in map(pd.read_csv, files)]
+    tables = [t[t["alpha"] == alpha] for t in map(pd.read_csv, stems(out, label, "weighted"))]
     change = {
         str(name): np.stack([t[t["vector"] == name].sort_values("record")["change"].to_numpy() for t in tables])
         for name in tables[0]["vector"].unique()
@@ -140,7 +177,12 @@ def strength_at_one_alpha(out: Path, label: str, alpha: float = 0.1) -> pd.DataF
     for name, own in change.items():
         kind = "random, half" if name.endswith("half") else "random"
         chance = np.mean([x for other, x in change.items() if other.rpartition(" ")[0] == kind], axis=0)
-        row = {"weights": name, "effect, nats": said(own), "minus uniform": said(own - change["uniform"])}
+        row = {
+            "model": label,
+            "weights": name,
+            "effect, nats": said(own),
+            "minus uniform": said(own - change["uniform"]),
+        }
         rows.append(row if name == "uniform" or "random" in name else {**row, "minus random": said(own - chance)})
     return pd.DataFrame(rows)
 
@@ -160,13 +202,21 @@ def generated(out: Path, label: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     return tokens, pd.concat(rows, ignore_index=True)
 
 
-def report(out: Path, label: str = "smollm2") -> None:
-    """Write ``tables_*.csv`` and the picture, and print everything."""
-    tables = gate_tables(out, label)
-    tables["strength"] = strength_table(out, label)
-    tables["strength_at_alpha_0.1"] = strength_at_one_alpha(out, label)
-    tokens, tables["generated"] = generated(out, label)
-    for name, table in tables.items():
+def report(out: Path) -> None:
+    """Write ``table_*.csv`` and the picture, and print everything."""
+    made: dict[str, list[pd.DataFrame]] = {}
+    labels = sorted({file.name.partition("_draw")[0] for file in out.glob("*_draw[0-9]_*_effects.csv")}, reverse=True)
+    for label in labels:
+        tables = gate_tables(out, label) if stems(out, label, "gated") else {}
+        if stems(out, label, "weighted"):
+            tables["strength"] = strength_table(out, label)
+            tables["strength_at_one_alpha"] = strength_at_one_alpha(out, label, SHOWN.get(label, 0.1))
+        if label == PICTURED:
+            tokens, tables["generated"] = generated(out, label)
+        for name, table in tables.items():
+            made.setdefault(name, []).append(table)
+    for name, parts in made.items():
+        table = pd.concat(parts, ignore_index=True)
         write_atomically(out / f"table_{name}.csv", table.to_csv(index=False, float_format="%.4g").encode())
         print(f"\n{name}\n{table.to_string(index=False)}")
     print(tokens.groupby("vector")[["alpha", "effect"]].agg(["min", "max"]))

@@ -69,6 +69,11 @@ class Weighted:
         return isinstance(self.weights, Mapping)
 
     @property
+    def by_function(self) -> bool:
+        """Whether a function of the activation gives the weights."""
+        return not isinstance(self.weights, (Tensor, Mapping))
+
+    @property
     def key(self) -> str:
         """What tells it apart in a checkpoint; empty for a function without a name."""
         if isinstance(self.weights, Tensor):
@@ -90,10 +95,11 @@ class Weighted:
         Returns:
             ``activation [batch, pos, d_model] -> [rows, pos]``.
         """
-        if callable(self.weights) and not isinstance(self.weights, (Tensor, Mapping)):
+        if self.by_function:
             return self._of_function
         if isinstance(self.weights, Mapping):
             return self._of_prompts(self.weights, prompt_len, prompts)
+        assert isinstance(self.weights, Tensor)
         given = self.weights.double().cpu()
         return lambda act: self._placed(given, act)
 

@@ -93,7 +93,8 @@ class Steps:
         Scopes need no ``prompt_len`` in generation with a key-value cache, as transformers does by default: the first run
         over several positions is the prompt. Without a cache, with speculative decoding or a prompt in chunks it is needed.
         A mask or a ``[batch, pos]`` gate counts positions from the beginning of the text, padding included; behind its end
-        nothing is steered.
+        nothing is steered. Weights (``hooks.Weighted``) count alike, with ``after`` behind their end; weights by prompt are
+        found by the tokens of each row.
 
         Args:
             hf_model: a decoder-only model of transformers: Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, OLMo, Phi, Mixtral,

@@ -227,7 +227,7 @@ class Steering(Steps):
             The path.
 
         Raises:
-            ValueError: a mask of positions, or a gate that runs a function, which a file cannot hold.
+            ValueError: a mask or weights of positions, or a gate that runs a function, which a file cannot hold.
 
         Examples:
             >>> vectors.steering(0.2, 12).save("v.safetensors")             # doctest: +SKIP
@@ -239,11 +239,12 @@ class Steering(Steps):
 
     @property
     def choice(self) -> dict[str, Any]:
-        """What a manifest says of it; OptionError for a mask of positions or a gate without a layer of its own."""
+        """What a manifest says; OptionError for a mask or weights of positions, or a gate without a layer of its own."""
         if not isinstance(self.positions, str) or not (self.gate is None or isinstance(self.gate, LayerGate)):
             raise OptionError(
-                f"the steering is {self.label}; a file holds no mask of positions, and only gates that read a layer "
-                "(ProbeGate, CosineGate). Save its vectors (steering.vectors.save), or steering without them"
+                f"the steering is {self.label}; a file holds no mask or weights of positions, and only gates that read a "
+                "layer (ProbeGate, CosineGate). Save its vectors (steering.vectors.save) and give positions or gate again "
+                "after loading, or save the steering without them"
             )
         named = {name: getattr(self, name) for name in ("alpha", "operator", "positions", "scale")}
         return {"layers": list(self.layers), **named, **({} if self.gate is None else {"gated": True})}

@@ -31,11 +31,6 @@ class TorchHooks:
         stack, layers = decoder(hf_model)
         for part in steering.parts:
             residual_stream_only("torch_hooks", part.vectors.site)
-            if isinstance(part.positions, Weighted):
-                raise ValueError(
-                    "weights of positions need hooks on a TransformerLens model (gr.wrap_model(hf_model, tokenizer)); on a "
-                    "plain Hugging Face model give a scope or a mask as positions"
-                )
             _require_fit(part, hf_model, len(layers))
         follows = [_Follow(part, require_border(prompt_len)) for part in steering.parts]
         self._handles: list[Any] = [
@@ -81,10 +76,14 @@ class _Run:
     Attributes:
         past: positions in the key-value cache, which come before this run's.
         growing: whether the whole text runs again at every step of a generation, as without a cache.
+        ids: the tokens, where the decoder is called with tokens.
+        real: True where they are no padding; ``None`` if all are.
     """
 
     past: int = 0
     growing: bool = False
+    ids: Int[Tensor, "batch pos"] | None = None
+    real: Bool[Tensor, "batch all_pos"] | None = None
 
 
 class _Follow:
@@ -97,7 +96,8 @@ class _Follow:
     def __init__(self, steering: Any, prompt_len: int | Int[Tensor, "batch"] | None) -> None:
         self.steering, self.prompt_len = steering, prompt_len
         self.gate = steering.gate if isinstance(steering.gate, Tensor) and steering.gate.ndim == 2 else None
-        self.alike = steering.positions == "all" if isinstance(steering.positions, str) else False
+        where = steering.positions
+        self.alike = where == "all" if isinstance(where, str) else isinstance(where, Weighted) and where.by_function
         self.alike = self.alike and self.gate is None and not isinstance(steering.gate, LayerGate)
         self.opened: Tensor | None = None
         self.run = _Run()
@@ -118,7 +118,9 @@ class _Follow:
             given.get(name) for name in ("cache", "past_key_values")
         )  # its name since transformers 5.24, and before
         past = next((cache for cache in caches if cache is not None), None)
-        self.run = _Run(0 if past is None else int(past.get_seq_length()), given.get("use_cache") is False)
+        mask, growing = given.get("attention_mask"), given.get("use_cache") is False
+        real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.run = _Run(0 if past is None else int(past.get_seq_length()), growing, given.get("input_ids"), real)
         self.made_for = None
 
     def read(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -151,7 +153,8 @@ class _Follow:
         shape = (*act.shape[:2], act.device)
         if not self.alike and self.made_for != shape:
             batch, n_pos = act.shape[:2]
-            where = self._where(batch, n_pos).to(act.device)
+            weights = self.steering.positions if isinstance(self.steering.positions, Weighted) else None
+            where = self._where(batch, n_pos).to(act.device) if weights is None else self._weights(weights, act)
             gate = self.steering.gate if self.gate is None else self._part("the gate", self.gate, batch, n_pos)
             if isinstance(gate, LayerGate):
                 gate = self._said
@@ -163,6 +166,43 @@ class _Follow:
         """What the gate decided."""
         assert self.opened is not None, "its layer runs first"
         return self.opened
+
+    def _weights(self, given: Weighted, act: Tensor) -> Weighted:
+        """The part of the weights that this run is about; those behind the prompt have ``after``."""
+        batch, n_pos = act.shape[:2]
+        if given.by_function:
+            return given
+        if isinstance(given.weights, Tensor):
+            rows = given.weights[:, self.run.past :]
+            if self.run.past == 0 and rows.shape[1] > n_pos:
+                raise ValueError(f"weights of shape {list(rows.shape)} for a run of {batch} rows and {n_pos} positions")
+            rows = torch.nn.functional.pad(rows[:, :n_pos].double(), (0, n_pos - rows.shape[1]), value=given.after)
+        elif self.run.past == 0:
+            border = self._border(batch, n_pos)
+            rows = given.of_batch(border.flatten(), self._prompts(border.expand(batch, 1)))(act)
+        elif n_pos == 1:
+            rows = torch.full((1, 1), given.after, dtype=torch.float64)
+        else:
+            raise ValueError(
+                f"weights by prompt for {n_pos} positions behind a cache of {self.run.past}, which may be part of a prompt; "
+                "run each prompt at once, or give the weights as a [batch, pos] tensor"
+            )
+        return Weighted(rows, given.after)
+
+    def _prompts(self, border: Int[Tensor, "batch 1"]) -> list[tuple[int, ...]]:
+        """The tokens of each row in front of its border, padding left out."""
+        ids = self.run.ids
+        if ids is None:
+            raise ValueError(
+                "weights by prompt, but the decoder is called with embeddings, so which prompts run is not known; give the "
+                "weights as a [batch, pos] tensor, or steer a TransformerLens model (gr.wrap_model)"
+            )
+        real = torch.ones_like(ids, dtype=torch.bool) if self.run.real is None else self.run.real[:, : ids.shape[1]]
+        keep = (real.cpu() & (torch.arange(ids.shape[1])[None] < border)).tolist()
+        return [
+            tuple(one for one, kept in zip(row, here, strict=True) if kept)
+            for row, here in zip(ids.tolist(), keep, strict=True)
+        ]
 
     def _where(self, batch: int, n_pos: int) -> Bool[Tensor, "rows pos"]:
         """True at the steered positions of this run."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import grains_tl as gr
+from grains_tl.inference.generation import continue_prompts
 from grains_tl.models.running import forward_logits
 from grains_tl.vectors.engines import export_easysteer, export_steered, vllm_lens_vector
 from tests.conftest import tiny_hf
@@ -249,6 +250,13 @@ def test_generation_with_a_cache_without_one_and_in_a_padded_batch(model: Any, p
             for cached in (True, False):
                 out = hf.generate(input_ids=LEFT, attention_mask=LEFT_MASK, use_cache=cached, **options)
                 assert out[:, LEFT.shape[1] :].tolist() == alone
+        prompts = ["the film was", "the food in this hotel was very", "we liked it"]
+        rows = [t.prompt for t in continue_prompts(model, prompts, max_new_tokens=1)]
+        wanted = [greedy(tiny_hf(), row, 6, 1, edit) for row in rows]
+        assert wanted != [greedy(tiny_hf(), row, 6) for row in rows]
+        for size in (1, 3):
+            found = continue_prompts(model, prompts, steering, max_new_tokens=6, batch_size=size)
+            assert [t.new for t in found] == wanted
 
 
 @pytest.mark.parametrize("operator", ["rotate", "clip", "match"])

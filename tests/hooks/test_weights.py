@@ -150,6 +150,76 @@ def test_left_padding_and_gates(model: Any) -> None:
     torch.testing.assert_close(gated[1], base[1])
 
 
+# -- on a plain Hugging Face model ------------------------------------------------------------------------------------
+
+LEFT = torch.tensor([[0, 0, 3, 5, 8], [4, 7, 9, 10, 11]])
+LEFT_MASK = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+ROWS: list[tuple[int | str, ...]] = [(3, 5, 8), (4, 7, 9, 10, 11)]
+
+
+def probed(act: Tensor) -> Tensor:
+    return (act @ torch.randn(act.shape[-1], generator=torch.Generator().manual_seed(3))).sigmoid()
+
+
+def padded() -> Tensor:
+    return torch.tensor([[9.0] * (5 - len(row)) + some_weights(row) for row in ROWS])
+
+
+@pytest.mark.parametrize("after", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["by prompt", "tensor", "function"])
+def test_torch_hooks_weigh_alike(bridge: Any, kind: str, after: float) -> None:
+    """A padded batch with a cache and without one, and whole runs, against single rows with a plain hook."""
+    given: Any = {"by prompt": {row: some_weights(row) for row in ROWS}, "tensor": padded(), "function": probed}[kind]
+    steering = vectors().steering(0.8, 1, positions=Weighted(given, after))
+
+    def edit(row: Any) -> Any:
+        return moved if kind == "function" else weighted_edit(some_weights(row), after)
+
+    def moved(act: Tensor) -> Tensor:
+        v = vectors()
+        new = act + probed(act)[..., None] * 0.8 * v.resid_norms[1] * v.directions[1]
+        return new / new.norm(dim=-1, keepdim=True) * act.norm(dim=-1, keepdim=True)
+
+    hf = tiny_hf()
+    hf.config.eos_token_id = -1
+    wanted = [greedy(hf, [int(x) for x in row], 6, 1, edit(row)) for row in ROWS]
+    assert wanted != [greedy(hf, [int(x) for x in row], 6) for row in ROWS]
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
+    with steering.torch_hooks(hf, prompt_len=5):
+        for cached in (True, False):
+            out = hf.generate(input_ids=LEFT, attention_mask=LEFT_MASK, use_cache=cached, **options)
+            assert out[:, 5:].tolist() == wanted
+    with steering.torch_hooks(hf), torch.no_grad():
+        assert hf.generate(input_ids=LEFT, attention_mask=LEFT_MASK, **options)[:, 5:].tolist() == wanted
+    position = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
+    with steering.torch_hooks(hf), torch.no_grad():
+        found = hf(input_ids=LEFT, attention_mask=LEFT_MASK, position_ids=position).logits
+    lens = forward_logits(bridge, LEFT, LEFT_MASK, torch.arange(5), steering.for_prompt(5, ROWS))
+    for i, row in enumerate(ROWS):
+        torch.testing.assert_close(found[i, 5 - len(row) :], lens[i, 5 - len(row) :], atol=1e-4, rtol=1e-4)
+
+
+def test_torch_hooks_refuse_weights_of_other_prompts() -> None:
+    hf = tiny_hf()
+    by_prompt = vectors().steering(0.8, 1, positions=Weighted({ROWS[0]: some_weights(ROWS[0])}))
+    embeds = hf.get_input_embeddings()(LEFT)
+    wide = vectors().steering(0.8, 1, positions=Weighted(torch.ones(1, 9)))
+    several = vectors().steering(0.8, 1, positions=Weighted(torch.ones(3, 5)))
+    with torch.no_grad():
+        for steering, call, message in (
+            (by_prompt, {"input_ids": LEFT, "attention_mask": LEFT_MASK}, "no weights for prompt 2"),
+            (by_prompt, {"inputs_embeds": embeds}, "called with embeddings"),
+            (wide, {"input_ids": LEFT}, r"\[1, 9\]"),
+            (several, {"input_ids": LEFT}, r"\(3, 5\)"),
+        ):
+            with steering.torch_hooks(hf), pytest.raises(ValueError, match=message):
+                hf(**call)
+        with by_prompt.torch_hooks(hf):
+            first = hf(input_ids=torch.tensor([[3, 5, 8]]), use_cache=True)
+            with pytest.raises(ValueError, match="behind a cache of 3"):
+                hf(input_ids=torch.tensor([[9, 10]]), past_key_values=first.past_key_values)
+
+
 # -- weights from attributions ----------------------------------------------------------------------------------------
 
 
@@ -193,7 +263,6 @@ def test_prompt_weights_are_shares_of_what_pushes_toward_rejected(model: Any, pa
         (lambda m, p: prompt_weights(m, []), "no records"),
         (lambda m, p: prompt_weights(m, p, attributions=[]), "0 attributions for 4"),
         (lambda m, p: prompt_weights(m, p[:1], attributions=[gr.attribute(m, p[3])]), "record 1 has another"),
-        (lambda m, p: vectors().steering(0.2, 1, positions=Weighted(torch.ones(1, 3))).torch_hooks(tiny_hf()), "plain"),
         (lambda m, p: m.run_with_hooks(torch.tensor([[3, 4]]), fwd_hooks=vectors().steering(
             0.2, 1, positions=Weighted({(3, 4): [1.0, 1.0]})).hooks()), "belong to prompts"),
         (lambda m, p: m.run_with_hooks(torch.tensor([[3, 4]]), fwd_hooks=vectors().steering(
@@ -214,8 +283,11 @@ def test_keys_and_labels(bridge: Any, pairs: Any, tmp_path: Path) -> None:
     assert len(keys) == len(made) and "" not in keys
     nameless = vectors().steering(0.2, 1, positions=Weighted(torch.relu))
     assert nameless.key == "" and "weighted positions" in nameless.label and "weighted" in nameless._repr_html_()
-    with pytest.raises(ValueError, match="weighted positions"):
-        nameless.save(tmp_path / "v.safetensors")
+    for where in made:
+        weighted = vectors().steering(0.2, 1, positions=where)
+        with pytest.raises(ValueError, match="weighted positions.*no mask or weights.*again after loading"):
+            weighted.save(tmp_path / "v.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pictures_of_one_question_have_weights_of_their_own() -> None:
