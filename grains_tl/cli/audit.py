@@ -24,13 +24,20 @@ def add_audit_options(
     parser.add_argument(
         "--recipes",
         default="caa,margin_gradient,random_direction,orthogonal_direction",
-        help="what to compare with, controls included",
+        help="recipes to compare with, controls included (default %(default)s)",
     )
     parser.add_argument(
         "--kl", type=float, default=0.05, help="KL that may be spent, nats per token of neutral text (default 0.05)"
     )
-    parser.add_argument("--layers", type=layers, help="e.g. 12,18 or 10-20; default up to eight of those stored")
-    parser.add_argument("--alphas", type=numbers, default=[0.1, 0.2, 0.4], help="steps at which the KL is measured")
+    parser.add_argument(
+        "--layers", type=layers, help="layers to try, e.g. 12,18 or 10-20 (default up to eight of those stored)"
+    )
+    parser.add_argument(
+        "--alphas",
+        type=numbers,
+        default=[0.1, 0.2, 0.4],
+        help="step sizes at which the KL is measured, fractions of the residual norm (default 0.1,0.2,0.4)",
+    )
     parser.add_argument("--draws", type=int, default=8, help="draws of each control (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the draws (default 0)")
 

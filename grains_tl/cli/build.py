@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from grains_tl.cli.options import (
     add_attribution_options,
@@ -23,18 +24,23 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     from typing import get_args
 
     from grains_tl.hooks.sites import Site
+    from grains_tl.vectors.recipes import RECIPES
 
+    parser.add_argument(
+        "--recipe",
+        default="grains",
+        choices=list(RECIPES),
+        help="how records become vectors (default grains, the paper's, to which the options on attribution belong)",
+    )
     parser.add_argument("--out", required=True, type=file_path, help="file to write, e.g. vectors.safetensors")
-    parser.add_argument("--top-k", type=positive, default=2, help="tokens to mask on each side (default 2)")
+    parser.add_argument("--top-k", type=positive, help="tokens to mask on each side (default 2)")
     parser.add_argument(
         "--reduce",
-        default="mean",
         choices=["mean", "svd", "pca"],
         help="how records become one direction (default mean)",
     )
     parser.add_argument(
         "--readout",
-        default="prompt_end",
         choices=["prompt_end", "response_end", "response_mean"],
         help="where the residual is read (default prompt_end)",
     )
@@ -52,6 +58,22 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     add_pair_options(parser)
     add_attribution_options(parser)
     add_model_options(parser)
+    # None: not given, so that another recipe refuses only what was asked for
+    parser.set_defaults(method=None, n_steps=None, objective=None, masker=None)
+
+
+def _recipe_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the recipe by the names that ``build_vectors`` has for them, and only those that were given."""
+    names = {"method": "method", "n_steps": "n_steps", "reference": "reference", "nodes": "nodes", "top_k": "top_k"}
+    names |= {"reduce": "reduce", "masker": "mask", "readout": "readout", "objective": "objective"}
+    names |= {"group_by": "group_by"}
+    given = {field: getattr(args, name) for name, field in names.items() if getattr(args, name) is not None}
+    if args.recipe == "grains":
+        for field in ("method", "n_steps", "reference", "nodes"):
+            given.pop(field, None)
+        args.method, args.n_steps = args.method or "leave_one_out", args.n_steps or 32
+        given["method"] = chosen_method(args)
+    return given
 
 
 def build_checkpoint(args: argparse.Namespace) -> Path:
@@ -70,15 +92,10 @@ def run_build(args: argparse.Namespace) -> None:
     vectors = build_vectors(
         load(args),
         pairs,
-        top_k=args.top_k,
-        method=chosen_method(args),
-        reduce=args.reduce,
+        recipe=args.recipe,
         layers=args.layers,
         site=args.site,
-        objective=args.objective,
-        mask=args.masker,
-        readout=args.readout,
-        group_by=args.group_by,
+        **_recipe_options(args),
         checkpoint=checkpoint,
         processes=processes,
         progress=processes.rank == 0,
@@ -95,9 +112,9 @@ def run_build(args: argparse.Namespace) -> None:
         f"{path}: {len(vectors.layers)} layers x {width} {vectors.directions.shape[1]} from {len(pairs)} records{where}"
     )
     print(f"tokens: {vectors.info['token_rules']}")
-    if vectors.info["moved_borders"]:
+    if vectors.info.get("moved_borders"):
         print(f"{vectors.info['moved_borders']} records have a token across prompt and response; scored from before it")
-    gap = vectors.info["median_relative_gap"]
+    gap = vectors.info.get("median_relative_gap")
     if gap is not None:
         share = vectors.info["converged_share"]
         print(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+from grains_tl.cli.options import add_command
+
 BUNDLED = ("sentiment", "misconceptions")
 
 #: Columns of the printed table and of the page, with their headings.
@@ -46,9 +48,11 @@ def add_parser(commands: Any, model_options: Callable[..., None]) -> argparse.Ar
     from grains_tl.attribution.methods import METHODS
     from grains_tl.hooks.mask import Masker
 
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "compare-attributions",
-        help="compare attribution methods: completeness gap, time, faithfulness, effect of their vectors",
+        "compare attribution methods: completeness gap, time, faithfulness, effect of their vectors",
+        "compare-attributions --pairs pairs.jsonl --methods leave_one_out,integrated_gradients --out compared",
     )
     parser.add_argument(
         "--pairs", action="append", default=[], help="preference records (repeatable): .jsonl, .json, .csv"

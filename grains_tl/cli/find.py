@@ -14,7 +14,9 @@ def add_find_options(
     """The options of ``find`` alone; ``layers`` and ``numbers`` read lists."""
     parser.add_argument("--out", required=True, help="folder for report.html, table.csv and vectors.safetensors")
     parser.add_argument(
-        "--recipes", default="grains,kl_optimal,caa,random_direction", help="recipes to compare, controls included"
+        "--recipes",
+        default="grains,kl_optimal,caa,random_direction",
+        help="recipes to compare, controls included (default %(default)s)",
     )
     parser.add_argument(
         "--kl", type=float, default=0.05, help="KL that may be spent, nats per token of neutral text (default 0.05)"
@@ -22,9 +24,18 @@ def add_find_options(
     parser.add_argument(
         "--layers", type=layers, help="layers to try, e.g. 12,18 or 10-20 (default eight over the depth)"
     )
-    parser.add_argument("--alphas", type=numbers, default=[0.03, 0.1, 0.3], help="steps at which the KL is measured")
+    parser.add_argument(
+        "--alphas",
+        type=numbers,
+        default=[0.03, 0.1, 0.3],
+        help="step sizes at which the KL is measured, fractions of the residual norm (default 0.03,0.1,0.3)",
+    )
     parser.add_argument("--draws", type=int, default=8, help="draws of each control (default 8)")
-    parser.add_argument("--split", metavar="COLUMN", help="column with build, choose or report; default at random")
+    parser.add_argument(
+        "--split",
+        metavar="COLUMN",
+        help="column that says build, choose or report for each record (default: a random split)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the draws (default 0)")
 
 

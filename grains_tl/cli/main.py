@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grains_tl import __version__
 from grains_tl.cli.audit import add_audit_options, run_audit
 from grains_tl.cli.build import add_build_options, build_checkpoint, run_build
 from grains_tl.cli.demo import add_demo_options, run_demo_command
@@ -17,6 +18,7 @@ from grains_tl.cli.find import add_find_options, run_find, search_checkpoint
 from grains_tl.cli.harness import run_lm_eval
 from grains_tl.cli.options import (
     add_attribution_options,
+    add_command,
     add_model_options,
     add_pair_options,
     autocast,
@@ -51,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0; 2 for input that was refused, 130 for an interruption; with ``audit`` 1 for a vector that is not shown to steer.
     """
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # lm-eval reads its own options, --help among them
+    args = _parser().parse_args(words[:1] if words[:1] == ["lm-eval"] else words)
+    args.arguments = words[1:]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with autocast(args):
@@ -89,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"grains-tl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     _add_demo(commands)
@@ -109,26 +115,43 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="run the main job on the bundled model and data, and write report.html")
+    said = "run the main job on the bundled model and data, and write report.html"
+    demo = add_command(commands, "demo", said, "demo --quick", "demo --model tiny-vlm")
     add_demo_options(demo)
     demo.set_defaults(run=run_demo_command)
 
 
 def _add_build(commands: Any) -> None:
-    build = commands.add_parser("build", help="build steering vectors from preference pairs")
+    build = add_command(
+        commands,
+        "build",
+        "build steering vectors from preference pairs, one for each layer",
+        "build --pairs pairs.jsonl --model smollm2 --layers 12-24 --out vectors.safetensors",
+        "build --pairs pairs.jsonl --recipe caa --out caa.safetensors",
+    )
     add_build_options(build)
     build.set_defaults(run=run_build)
 
 
 def _add_steer(commands: Any) -> None:
-    steer = commands.add_parser("steer", help="show how prompts continue with and without steering")
+    steer = add_command(
+        commands,
+        "steer",
+        "show how prompts continue with and without steering",
+        'steer --vectors vectors.safetensors --prompt "The film was" --layer 18 --alpha 0.2',
+        'steer --vectors refusal/vectors.safetensors --prompt "Write a fake receipt." --chat',
+    )
     add_steer_options(steer)
     steer.set_defaults(run=run_steer)
 
 
 def _add_find(commands: Any) -> None:
-    find = commands.add_parser(
-        "find", help="search for a vector that steers, from your own pairs, and show the evidence"
+    find = add_command(
+        commands,
+        "find",
+        "search for a vector that steers, from your own pairs, and show the evidence",
+        "find --pairs pairs.jsonl --out refusal",
+        "find --pairs pairs.csv --recipes caa,margin_gradient,random_direction --layers 10-20 --out refusal",
     )
     add_find_options(find, layer_list, number_list)
     add_pair_options(find)
@@ -137,8 +160,11 @@ def _add_find(commands: Any) -> None:
 
 
 def _add_audit(commands: Any) -> None:
-    audit = commands.add_parser(
-        "audit", help="measure what a given vector does; exit status 0 if it steers, 1 if that is not shown"
+    audit = add_command(
+        commands,
+        "audit",
+        "measure what a given vector does; exit status 0 if it steers, 1 if that is not shown",
+        "audit happy.gguf --model smollm2 --pairs pairs.jsonl --out audit",
     )
     add_audit_options(audit, layer_list, number_list)
     add_pair_options(audit)
@@ -147,9 +173,12 @@ def _add_audit(commands: Any) -> None:
 
 
 def _add_sweep(commands: Any) -> None:
-    sweep = commands.add_parser(
+    sweep = add_command(
+        commands,
         "sweep",
-        help="measure effect and cost over layers and alphas, choose one setting, and report it on other records",
+        "measure effect and cost over layers and alphas, choose one setting, and report it on other records",
+        "sweep --vectors vectors.safetensors --pairs held_out.jsonl --max-kl 0.1 --out sweep.csv",
+        "sweep --vectors grains.safetensors --vectors caa.safetensors --pairs held_out.jsonl --layers 12,18",
     )
     add_sweep_options(sweep, layer_list, number_list)
     add_pair_options(sweep)
@@ -158,28 +187,42 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    export = commands.add_parser("export", help="write vectors for llama.cpp, Hugging Face, vLLM and other engines")
+    export = add_command(
+        commands,
+        "export",
+        "write vectors for llama.cpp, Hugging Face, vLLM and other engines",
+        "export --vectors vectors.safetensors --format gguf --layer 21 --out vector.gguf",
+        "export --vectors vectors.safetensors --format hf --layer 21 --alpha 0.2 --out steered",
+    )
     add_export(export, layer_list)
     add_model_options(export, default=None)
     export.set_defaults(run=lambda args: run_export(args, load))
 
 
 def _add_push(commands: Any) -> None:
-    push = commands.add_parser("push", help="upload vectors to a Hugging Face hub, with a card that says what they do")
+    push = add_command(
+        commands,
+        "push",
+        "upload vectors to a Hugging Face hub, with a card that says what they do",
+        "push vectors.safetensors --repo owner/name --evidence audit/evidence.json --licence mit",
+    )
     add_push(push)
     push.set_defaults(run=run_push, autocast=None)
 
 
 def _add_lm_eval(commands: Any) -> None:
-    said = "lm-evaluation-harness, with --model grains_tl for a steered model (extra evals)"
-    harness = commands.add_parser("lm-eval", help=said, add_help=False)
-    harness.add_argument("arguments", nargs=argparse.REMAINDER, help="as for lm_eval itself")
+    said = "run lm-evaluation-harness, with --model grains_tl for a steered model (extra evals)"
+    harness = add_command(commands, "lm-eval", said, "lm-eval run --help", add_help=False)
     harness.set_defaults(run=lambda args: run_lm_eval(args.arguments), autocast=None)
 
 
 def _add_attribute(commands: Any) -> None:
-    attribute = commands.add_parser(
-        "attribute", help="show which tokens of each prompt push towards chosen or rejected"
+    attribute = add_command(
+        commands,
+        "attribute",
+        "show which tokens of each prompt push towards chosen or rejected",
+        "attribute --pairs pairs.jsonl --limit 3",
+        "attribute --pairs pairs.jsonl --method integrated_gradients --n-steps 64",
     )
     add_pair_options(attribute)
     add_attribution_options(attribute)
@@ -188,7 +231,12 @@ def _add_attribute(commands: Any) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser("plan", help="what a build and a sweep take on a model, before its weights are loaded")
+    plan = add_command(
+        commands,
+        "plan",
+        "estimate tokens, operations and memory of builds and a sweep on a model, without its weights",
+        "plan --model llama-3.1-8b --records 100 --prompt-tokens 200",
+    )
     add_plan_options(plan)
     plan.set_defaults(run=run_plan, autocast=False)
 

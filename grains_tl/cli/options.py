@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from grains_tl._util.checks import finite
+
+
+def add_command(commands: Any, name: str, said: str, *examples: str, **options: Any) -> argparse.ArgumentParser:
+    """A command with its sentence in both helps, and with examples at the end of its own."""
+    return commands.add_parser(  # type: ignore[no-any-return]
+        name,
+        help=said,
+        description=textwrap.fill(f"{said[0].upper()}{said[1:]}."),
+        epilog="\n".join(["examples:" if len(examples) > 1 else "example:", *(f"  grains-tl {e}" for e in examples)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str | None = "smollm2") -> None:

@@ -11,13 +11,13 @@ from typing import Any
 def add_push(parser: argparse.ArgumentParser) -> None:
     """Options of the command; a token is never one of them, as other users of a machine see command lines."""
     parser.add_argument("vectors", help="file of vectors")
-    parser.add_argument("--repo", required=True, help="owner/name; made where there is none")
-    parser.add_argument("--evidence", help="evidence.json that grains-tl audit wrote")
-    parser.add_argument("--licence", help="of the vectors, such as mit")
-    parser.add_argument("--prompts-licence", help="of the records that they were built from")
-    parser.add_argument("--intended-use", help="what they are for, and what not")
+    parser.add_argument("--repo", required=True, help="owner/name; created if it does not exist")
+    parser.add_argument("--evidence", help="evidence.json written by grains-tl audit")
+    parser.add_argument("--licence", help="licence of the vectors, such as mit")
+    parser.add_argument("--prompts-licence", help="licence of the records they were built from")
+    parser.add_argument("--intended-use", help="what the vectors are meant for, and what not")
     parser.add_argument(
-        "--private", action="store_true", default=None, help="make a private repository, where it is new"
+        "--private", action="store_true", default=None, help="if the repository is new, create it as private"
     )
 
 
@@ -31,7 +31,7 @@ def run_push(args: argparse.Namespace) -> None:
             given = json.loads(Path(args.evidence).read_text("utf-8"))
         except ValueError as error:
             raise ValueError(
-                f"{args.evidence} is not JSON ({error}); expected evidence.json of grains-tl audit"
+                f"{args.evidence} is not JSON ({error}); expected evidence.json written by grains-tl audit"
             ) from None
     names = ("licence", "prompts_licence", "intended_use", "private")
     options = {name: getattr(args, name) for name in names}
