@@ -13,7 +13,7 @@ from grains_tl._util.checks import finite
 
 def add_command(commands: Any, name: str, said: str, *examples: str, **options: Any) -> argparse.ArgumentParser:
     """A command with its sentence in both helps, and with examples at the end of its own."""
-    return commands.add_parser(  # type: ignore[no-any-return]
+    parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=said,
         description=textwrap.fill(f"{said[0].upper()}{said[1:]}."),
@@ -21,6 +21,7 @@ def add_command(commands: Any, name: str, said: str, *examples: str, **options: 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **options,
     )
+    return parser
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str | None = "smollm2") -> None:

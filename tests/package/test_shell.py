@@ -45,7 +45,7 @@ def test_the_version(capsys: Any) -> None:
 def test_lm_eval_gets_its_own_options_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """``--help`` was refused as unknown."""
     seen: list[list[str]] = []
-    monkeypatch.setattr("grains_tl.cli.main.run_lm_eval", lambda words: seen.append(list(words)) or 0)
+    monkeypatch.setattr("grains_tl.cli.main.run_lm_eval", lambda words: seen.append(list(words)))
     for words in (["--help"], ["run", "--help"], [], ["run", "--model", "grains_tl", "--limit", "3"]):
         assert main(["lm-eval", *words]) == 0
         assert seen[-1] == words
