@@ -68,14 +68,14 @@ class Study(Pieces):
             unseen = self.out / "unseen.pt"
             if not unseen.exists():
                 self.train(unseen)
-            self._sae = (gr.analysis.read_sae(self.out / "sae"), torch.load(unseen))
+            self._sae = (gr.analysis.read_sae(self.out / "sae"), usual(torch.load(unseen)))
         return self._sae
 
     def train(self, unseen: Path) -> None:
         """Train the autoencoder and keep it, with the activations that were set aside."""
         n_texts, n_steps, n_features, k = self.size
         start = time.time()
-        acts = activations(self.model, written_text(self.model, n_texts, 32 if self.small else 128), LAYER)
+        acts = usual(activations(self.model, written_text(self.model, n_texts, 32 if self.small else 128), LAYER))
         print(f"{len(acts)} tokens written and read, {time.time() - start:.0f} s", flush=True)
         cut = len(acts) * 9 // 10
         batch = 1024 if self.device != "cpu" else 512
@@ -217,8 +217,14 @@ def alike(chosen: Sequence[int], often: torch.Tensor, alive: torch.Tensor, seed:
     return found
 
 
+def usual(acts: torch.Tensor) -> torch.Tensor:
+    """Activations of usual length: a few tokens that attention rests on are a hundred times as long as all others."""
+    length = acts.norm(dim=-1)
+    return acts[length < 5 * length.median()]
+
+
 def sparing_first(hooks: Sequence[tuple[str, Any]]) -> Any:
-    """Hooks that leave alone what no feature describes: the first position, a hundred times as long as the others."""
+    """Hooks that leave alone what no feature describes, such as the first position: see ``usual``."""
 
     def spare(fn: Any) -> Any:
         def hook_fn(act: torch.Tensor, hook: Any) -> torch.Tensor:

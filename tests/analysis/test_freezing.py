@@ -10,7 +10,7 @@ import torch
 import grains_tl as gr
 from grains_tl.analysis.freezing import PARTS, mechanism
 from tests.conftest import KINDS, WORDS, tiny_hf, tiny_model
-from tests.helpers.planted import COPY, HEAD, LAYER, MOOD, axis, planted_model, planted_pairs
+from tests.helpers.planted import COPY, HEAD, LAYER, MOOD, axis, planted_model, planted_neuron_hf, planted_pairs
 
 ATOL = 2e-4
 
@@ -75,6 +75,19 @@ def test_the_head_that_reads_the_vector_is_named(kind: str) -> None:
     assert others.lost.abs().max() < 0.1 * own.effect["total"]
     layers = mechanism(model, steering, pairs, by="layer", n_random=0)
     assert tuple(layers.sort_values("lost").iloc[-1][["layer", "part"]]) == (LAYER, "OV")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_neuron_that_reads_the_vector_is_in_the_named_mlp(kind: str) -> None:
+    model, steering = planted_model(kind, planted_neuron_hf()), axis(MOOD, [LAYER - 1]).steering(0.3, LAYER - 1)
+    pairs = planted_pairs()[:6]
+    own = mechanism(model, steering, pairs, n_random=0).set_index("part")
+    assert own.share["MLP"] > 0.9 and own.share[["direct", "QK", "OV"]].abs().max() < 0.06
+    layers = mechanism(model, steering, pairs, by="layer", n_random=0).sort_values("lost", ascending=False)
+    first, total = layers.iloc[0], own.effect["total"]
+    assert (first["layer"], first["part"]) == (LAYER, "MLP")
+    assert first["lost"] > 0.9 * total and first["alone"] > 0.9 * total
+    assert layers["lost"].iloc[1:].abs().max() < 0.15 * total
 
 
 def test_a_vector_that_is_read_directly_needs_no_later_part(bridge: Any) -> None:
