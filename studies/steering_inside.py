@@ -74,10 +74,8 @@ class Study(Pieces):
         return gr.analysis.mechanism(self.model, self.step(recipe), self.test, n_random=self.n_random)
 
     def layers(self, recipe: str) -> pd.DataFrame:
-        """Parts of each block, of the records that nodes are ranked on: three hundred passes."""
-        return gr.analysis.mechanism(
-            self.model, self.step(recipe), self.rank, by="layer", n_random=min(2, self.n_random)
-        )
+        """Parts of each block, and those of one random direction; on the records that nodes are ranked on."""
+        return gr.analysis.mechanism(self.model, self.step(recipe), self.rank, by="layer", n_random=1)
 
     def curve(self, recipe: str, nodes: pd.DataFrame) -> pd.DataFrame:
         """What the first nodes carry of the effect on the other records."""
