@@ -38,10 +38,14 @@ def left_out(frame: pd.DataFrame, by: str) -> pd.DataFrame:
 def worth(frame: pd.DataFrame) -> dict[str, Any]:
     """Correlations of left-out predictions with measured effects, coverage of the intervals, features one by one."""
     found: dict[str, Any] = {"cells": len(frame), "sets": frame["set"].nunique(), "families": frame["family"].nunique()}
-    for by in ("set", "family"):
-        table = left_out(frame, by)
+    tables = {f"without its {by}": left_out(frame, by) for by in ("set", "family")}
+    for recipe, own in tables["without its family"].groupby("recipe"):
+        tables[f"without its family, {recipe}"] = own
+    for name, table in tables.items():
         sets = table.groupby("set")[["predicted", "effect"]].mean()
-        found[f"without its {by}"] = {
+        found[name] = {
+            "cells": len(table),
+            "sets": len(sets),
             "correlation": round(float(np.corrcoef(table["predicted"], table["effect"])[0, 1]), 3),
             "rank correlation": round(rank_correlation(table["predicted"].to_numpy(), table["effect"].to_numpy()), 3),
             "rank correlation of set means": round(

@@ -84,7 +84,8 @@ def steering_circuit(
         over records: what the node's change adds to the effect), ``low``, ``high`` (95 % over records), ``share`` of the
         whole ``effect``, ``kl`` (nats per token), ``n``. Scores do not add up to the effect: later nodes pass on
         what earlier ones changed. Of edges also ``to`` (``"attention"``, ``"MLP"`` or ``"logits"``) and ``to_layer`` (-1 for
-        the logits), with ``"step"`` among the parts; the edges out of a node add up to its score.
+        the logits), with ``"step"`` among the parts; the edges out of a node add up to its score, those out of the step to
+        the effect, as ``n_steps`` grows.
 
     Raises:
         ValueError: steering at the last layer, no records, an unknown option; of edges: steering at several layers, models

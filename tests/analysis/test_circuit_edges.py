@@ -96,6 +96,8 @@ def test_scores_follow_exact_ablation_of_each_edge() -> None:
         with plain.cut((row.part, row.layer, row.head), row.to, row.to_layer):
             exact.append(steered - plain.margin(True))
     assert np.corrcoef(edges["score"], exact)[0, 1] > 0.99
+    # integrated gradients are complete: all of the effect leaves the step
+    assert edges[edges.part == "step"].score.sum() == pytest.approx(steered - plain.margin(False), rel=0.01)
     assert edges["effect"].iloc[0] == pytest.approx(steered - plain.margin(False), abs=2e-4)
 
 
