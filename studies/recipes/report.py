@@ -128,6 +128,7 @@ def parts_of(folder: Path) -> dict[str, str]:
         "variants at 0.05": tables.effects_table(table, 0.05, VARIANTS),
         "attribution at 0.05": tables.differences_table(table, 0.05, tuple(ATTRIBUTED), "minus_control"),
         "attribution at 0.2": tables.differences_table(table, 0.2, tuple(ATTRIBUTED), "minus_control"),
+        "trained": tables.trained_table(table),
         "texts": tables.texts_table(folder) if any(folder.glob("*/reviews-texts.jsonl")) else "",
         "without words": without_words_table(folder),
         "letters": letters_table(folder),

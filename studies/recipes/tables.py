@@ -83,7 +83,11 @@ def table_of(folder: Path, stage: str = "test") -> pd.DataFrame:
                 }
                 row["strict_low"] = estimate(effects, per_question, level=STRICT).low
                 row["per_sample"] = " ".join(f"{x:+.2f}" for x in own.per_sample)
-                for against, other in (("caa", "caa"), ("control", ATTRIBUTED.get(name, ""))):
+                for against, other in (
+                    ("caa", "caa"),
+                    ("kl_optimal", "kl_optimal"),
+                    ("control", ATTRIBUTED.get(name, "")),
+                ):
                     rival = found.get(other)
                     if rival is None or other == name:
                         continue
@@ -150,6 +154,23 @@ def differences_table(table: pd.DataFrame, kl: float, recipes: Sequence[str], co
             continue
         shown = [_shown(_row(cell, r, kl), column, f"{column}_low", f"{column}_high") for r in recipes]
         lines.append(f"| {MODELS[model]} | {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def trained_table(table: pd.DataFrame) -> str:
+    """Markdown: trained vectors, and their paired differences from CAA and from the KL-optimal direction they began at."""
+    own = table[table["recipe"] == "trained"]
+    if own.empty:
+        return ""
+    lines = [
+        "| model | set | KL, nats | samples | trained | minus CAA | minus KL-optimal |",
+        "|---" * 7 + "|",
+    ]
+    for model, name in cells_of(own):
+        for _, row in own[(own["model"] == model) & (own["set"] == name)].iterrows():
+            less = [_shown(row, f"minus_{r}", f"minus_{r}_low", f"minus_{r}_high") for r in ("caa", "kl_optimal")]
+            what = f"| {MODELS[model]} | {name} | {row['kl']:g} | {row['n_samples']} |"
+            lines.append(f"{what} {_shown(row)} | {' | '.join(less)} |")
     return "\n".join(lines)
 
 

@@ -74,7 +74,7 @@ def main() -> None:
         return
     about["layers"]["trained"] = layer
     if seconds:
-        about["seconds_per_record"][args.device]["trained"] = round(sum(seconds) / len(seconds), 2)
+        about["seconds_per_record"].setdefault(args.device, {})["trained"] = round(sum(seconds) / len(seconds), 2)
     write_atomically(about_file, json.dumps(about, indent=1).encode())
 
 
