@@ -147,21 +147,25 @@ def strength_table(out: Path, label: str) -> pd.DataFrame:
     """Strength by attribution against uniform strength and random places, each at the alpha of one generated KL."""
     files = stems(out, label, "weighted")
     found = [arrays(pd.read_csv(file), pd.read_csv(str(file).replace("effects.csv", "costs.csv"))) for file in files]
+    # a run that was cut off leaves weights without their larger alphas
+    found = [{name: y for name, y in x.items() if len(y["alpha"]) == len(x["uniform"]["alpha"])} for x in found]
+
+    def at_budget(parts: Sequence[Arrays], name: str) -> NDArray[np.float64]:
+        return at_alphas(parts, name, [alpha_at(x[name], GENERATED_KL) for x in parts])
+
     rows = []
     names = list(dict.fromkeys(name for x in found for name in x))
-    chance = {
-        name: [x for x in found if name in x] for name in names if name.startswith("random") and "half" not in name
-    }
+    chance = [name for name in names if name.startswith("random ")]
     for name in names:
         own = [x for x in found if name in x]
         alphas = [alpha_at(x[name], GENERATED_KL) for x in own]
         row: dict[str, Any] = {"model": label, "weights": name, "alpha": " ".join(f"{a:.2g}" for a in alphas)}
-        at = at_alphas(own, name, alphas)
-        uniform = at_alphas(own, "uniform", [alpha_at(x["uniform"], GENERATED_KL) for x in own])
-        row |= {"effect, nats": said(at), "minus uniform": said(at - uniform)}
-        if name == "leave-one-out" and chance and all(len(x) == len(own) for x in chance.values()):
-            others = [at_alphas(own, r, [alpha_at(x[r], GENERATED_KL) for x in own]) for r in chance]
-            row["minus random"] = said(at - np.mean(others, axis=0))
+        at = at_budget(own, name)
+        row |= {"effect, nats": said(at), "minus uniform": said(at - at_budget(own, "uniform"))}
+        beside = [x for x in own if chance and all(other in x for other in chance)]
+        if name == "leave-one-out" and beside:  # the random places have its weights
+            others = np.mean([at_budget(beside, other) for other in chance], axis=0)
+            row |= {"minus random": said(at_budget(beside, name) - others), "draws with random": len(beside)}
         rows.append({**row, "draws": len(own), "records": at.shape[1], "prompts": own[0][name]["kl"].shape[1]})
     return pd.DataFrame(rows)
 

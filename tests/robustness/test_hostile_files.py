@@ -17,6 +17,7 @@ from safetensors.torch import save
 import grains_tl as gr
 from grains_tl._util.store import sealed_line, unsealed
 from grains_tl.evaluate.store import open_checkpoint
+from grains_tl.records.steering_sets import FORMS
 from grains_tl.vectors.tensor_files import FORMAT
 from studies.tiny_vlm.state_file import load_state, save_state
 from tests.helpers.attributing import attribute_records
@@ -34,6 +35,10 @@ JSON = st.recursive(
 #: Rows that look like records, with one thing or another in each cell.
 ROW = st.fixed_dictionaries(
     {}, optional=dict.fromkeys(("prompt", "chosen", "rejected", "image", "question", "choices", "answer"), JSON)
+)
+#: Rows of SteerEval and SteeringSafety: all columns of one set, with anything in the cells.
+SET_ROW = st.sampled_from([("question", "matching", "not_matching"), *FORMS]).flatmap(
+    lambda names: st.fixed_dictionaries(dict.fromkeys(names, JSON | st.sampled_from(["A. x\nB. y", "B", 1])))
 )
 PATCH = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6)
 
@@ -92,7 +97,7 @@ def test_what_csv_writes_is_read_back(cells: list[list[str]], tmp_path: Path) ->
 
 
 @MANY
-@given(rows=st.lists(ROW, min_size=1, max_size=3))
+@given(rows=st.lists(ROW | SET_ROW, min_size=1, max_size=3))
 @pytest.mark.parametrize(
     "name", ["truthfulqa", "toxigen", "faitheval", "mmlu", "anthropic", "steereval", "steeringsafety"]
 )
