@@ -119,6 +119,19 @@ def test_the_edges_out_of_a_node_add_up_to_its_score(kind: str) -> None:
     check_sums(tiny_model(kind))
 
 
+def test_half_precision_rounds_and_is_not_refused() -> None:
+    steering = random_vectors().steering(0.5, 0)
+    options: dict[str, Any] = {"method": "edges", "n_random": 0, "n_steps": 3}
+    place = [*PLACE, "to", "to_layer"]
+    whole, half = (
+        steering_circuit(model, steering, PAIRS, **options).set_index(place).score
+        for model in (tiny_model("bridge"), tiny_model("bridge").to(torch.bfloat16))
+    )
+    assert np.corrcoef(whole, half.reindex(whole.index))[0, 1] > 0.95
+    with pytest.raises(ValueError, match="method='integrated'"):
+        steering_circuit(architecture("Gemma 3").to(torch.bfloat16), steering, PAIRS, **options)
+
+
 #: Norms after attention and MLP, or attention and MLP side by side.
 REFUSED = {"Gemma 2", "Gemma 3", "OLMo 2", "Pythia (GPT-NeoX)"}
 
