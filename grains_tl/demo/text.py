@@ -107,6 +107,7 @@ def summary(results: dict[str, Any]) -> str:
                     + (": these scores have not converged" if row["median_relative_gap"] > 0.05 else "")
                 )
         for row in found["continuations"]:
-            lines.append(f"alpha {row['alpha']:+.1f}  ...{row['prompt'][-30:]!r} -> {row['text']!r}")
+            prompt = row["prompt"] if len(row["prompt"]) <= 40 else f"...{row['prompt'][-37:]}"
+            lines.append(f"alpha {row['alpha']:+.1f}  {prompt!r} -> {row['text']!r}")
         lines.append(f"VERDICT {found['headline']}\n{found['verdict']}")
     return "\n".join(lines)

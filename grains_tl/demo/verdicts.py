@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grains_tl.evaluate.controls import RANDOM_TOKENS, SIGN_TUNED, Comparison
@@ -30,22 +30,28 @@ def verdict(
 
     def say(name: str) -> str:
         c = found.against[name]
-        yes = c["low"] > 0 and c["beaten"] >= 0.95 * c["n_draws"]
         return (
-            f"{'yes' if yes else 'no'}, by {c['difference']:+.2f} nats (95 % interval {c['low']:+.2f} to "
+            f"{_answer(c)}, {c['difference']:+.2f} nats (95 % interval {c['low']:+.2f} to "
             f"{c['high']:+.2f}; above {c['beaten']:.0f} of {c['n_draws']:.0f} draws)"
         )
 
     caa = found.table.set_index("vector")["effect"]["CAA"]
     lines = [
         f"attribution beats random tokens: {say(RANDOM_TOKENS)}",
-        f"random tokens, sign tuned on the choosing split: {say(SIGN_TUNED)}",
-        *(f"{name}: {say(name)}" for name in controls if name in found.against),
+        f"it beats random tokens with the sign tuned on the choosing split: {say(SIGN_TUNED)}",
+        *(f"it beats {name}: {say(name)}" for name in controls if name in found.against),
         f"attribution by {method}, layer {layer}, alpha {alpha}; CAA at the same size: {caa:+.2f} nats",
     ]
     if cost is not None:
         lines.append(_at_equal_cost(cost, method))
     return "\n".join(lines)
+
+
+def _answer(against: Mapping[str, float]) -> str:
+    """Above a control: ``"yes"``, ``"no"`` (it is below) or ``"not shown"``."""
+    if against["low"] > 0 and against["beaten"] >= 0.95 * against["n_draws"]:
+        return "yes"
+    return "no" if against["high"] < 0 else "not shown"
 
 
 def headline(found: Comparison, cost: dict[str, Any] | None, *, method: str) -> str:
@@ -62,7 +68,7 @@ def headline(found: Comparison, cost: dict[str, Any] | None, *, method: str) -> 
     says = "The vector steers" if low > 0 else "The vector works backwards" if high < 0 else "Not shown that it steers"
     chance = found.against[RANDOM_TOKENS]
     above = f"{chance['difference']:+.2f} ({chance['low']:+.2f} to {chance['high']:+.2f})"
-    shown = chance["low"] > 0 and chance["beaten"] >= 0.95 * chance["n_draws"]
+    shown = _answer(chance) == "yes"
     return " ".join(
         [
             f"{says}: {effect:+.2f} nats ({low:+.2f} to {high:+.2f}).",
@@ -93,9 +99,9 @@ def _at_equal_cost(cost: dict[str, Any], method: str) -> str:
     own, caa = rows[method], rows["CAA"]
     if own["effect"] is None or own["difference_low"] is None:
         return f"at {cost['kl']:g} nats KL on neutral text: not reached with the alphas that were tried"
-    better = "yes" if own["difference_low"] > 0 else "no"
+    better = "yes" if own["difference_low"] > 0 else "no" if own["difference_high"] < 0 else "not shown"
     return (
         f"better than CAA at its own best layer (layer {caa['layer']}), both at {cost['kl']:g} nats KL on neutral text: "
-        f"{better}, by {own['difference']:+.2f} nats ({own['difference_low']:+.2f} to {own['difference_high']:+.2f}; "
+        f"{better}, {own['difference']:+.2f} nats ({own['difference_low']:+.2f} to {own['difference_high']:+.2f}; "
         f"{own['effect']:+.2f} against {caa['effect']:+.2f})"
     )

@@ -101,7 +101,7 @@ def export_easysteer(steering: Steering, path: str | Path, *, model_hint: str = 
 
     Args:
         steering: from ``vectors.steering``, or ``load_vectors(path).chosen``.
-        path: the file.
+        path: the file, which must end in .gguf: EasySteer takes no other.
         model_hint: the architecture's name; kept in the file.
 
     Returns:
@@ -110,12 +110,14 @@ def export_easysteer(steering: Steering, path: str | Path, *, model_hint: str = 
 
     Raises:
         ImportError: without the ``gguf`` package.
-        OptionError: another operator or amount, positions or a gate.
+        OptionError: another operator or amount, positions or a gate, another suffix.
 
     Examples:
         >>> export_easysteer(vectors.steering(0.2, 21), "v.gguf")                                  # doctest: +SKIP
         {'source': 'v.gguf', 'algorithm': 'direct', 'scale': 1.0, 'layers': [21], 'normalize': True}
     """
+    if Path(path).suffix.lower() != ".gguf":
+        raise OptionError(f"{path}: EasySteer tells such files by their suffix; expected .gguf")
     rows = amounts(steering, ("add", "add_renorm", "ablate"), "EasySteer")
     erases = steering.operator == "ablate"
     if erases and steering.alpha != 1:

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from grains_tl.demo.verdicts import headline
-from grains_tl.evaluate.controls import RANDOM_TOKENS, Comparison
+from grains_tl.demo.verdicts import headline, verdict
+from grains_tl.evaluate.controls import RANDOM_TOKENS, SIGN_TUNED, Comparison
 
 
 def compared(low: float, high: float, caa: float, above: tuple[float, int]) -> Comparison:
@@ -45,3 +45,17 @@ def test_costs_that_were_measured_decide_about_caa() -> None:
     assert headline(found, {"at_kl": rows}, method="ours").endswith("At equal KL CAA is stronger: +2.80 against +2.00.")
     rows[0]["effect"] = None  # type: ignore[assignment]
     assert headline(found, {"at_kl": rows}, method="ours").endswith("CAA is weaker: +0.20.")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "beaten", "word"),
+    [(0.1, 1.2, 20, "yes"), (0.1, 1.2, 18, "not shown"), (-0.2, 1.2, 20, "not shown"), (-1.2, -0.1, 0, "no")],
+)
+def test_an_open_question_is_not_answered_with_no(low: float, high: float, beaten: int, word: str) -> None:
+    """It read "no, by +0.38 nats" where the interval held 0."""
+    found = compared(0.5, 3, 1, (0.1, 20))
+    row = {"difference": (low + high) / 2, "low": low, "high": high, "beaten": beaten, "n_draws": 20}
+    found.against.update(dict.fromkeys((RANDOM_TOKENS, SIGN_TUNED), row))  # type: ignore[attr-defined]
+    first, second, *_ = verdict(found, [], None, method="ours", layer=3, alpha=0.2).splitlines()
+    assert first.startswith(f"attribution beats random tokens: {word}, {row['difference']:+.2f} nats")
+    assert f": {word}, " in second

@@ -120,6 +120,12 @@ def test_easysteer_takes_the_same_step(alpha: float, operator: Any, tmp_path: Pa
     }  # fmt: skip
 
 
+def test_easysteer_takes_no_other_suffix(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected \.gguf"):
+        export_easysteer(vectors().steering(0.3, 1), tmp_path / "v.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_easysteer_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     for options in ({"operator": "clamp"}, {"operator": "ablate"}, {"positions": "prompt"}):
         with pytest.raises(ValueError, match="EasySteer"):
