@@ -19,9 +19,9 @@ FEATURES = ["linear", "slope", "separation", "agree", "split_half", "mean_cosine
 
 
 def load(out: Path) -> pd.DataFrame:
-    """All sets that were measured."""
+    """All sets that were measured; an empty table where there are none."""
     files = sorted(out.glob("smollm2_*.json"))
-    return pd.concat([pd.read_json(file) for file in files], ignore_index=True)
+    return pd.concat([pd.read_json(file) for file in files], ignore_index=True) if files else pd.DataFrame()
 
 
 def left_out(frame: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -35,12 +35,18 @@ def left_out(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def worth(frame: pd.DataFrame) -> dict[str, Any]:
-    """Correlations of left-out predictions with measured effects, coverage of the intervals, features one by one."""
+def worth(frame: pd.DataFrame, later: pd.DataFrame) -> dict[str, Any]:
+    """Correlations of left-out predictions with measured effects, coverage of the intervals, features one by one.
+
+    ``later`` are cells that are not in the table, of the folder ``later``.
+    """
     found: dict[str, Any] = {"cells": len(frame), "sets": frame["set"].nunique(), "families": frame["family"].nunique()}
     tables = {f"without its {by}": left_out(frame, by) for by in ("set", "family")}
     for recipe, own in tables["without its family"].groupby("recipe"):
         tables[f"without its family, {recipe}"] = own
+    if len(later):
+        predicted, low, high = Calibration.of(frame).predict(later["linear"].to_numpy(float))
+        tables["measured after the table was made"] = later.assign(predicted=predicted, low=low, high=high)
     for name, table in tables.items():
         sets = table.groupby("set")[["predicted", "effect"]].mean()
         found[name] = {
@@ -86,7 +92,7 @@ def fit(out: Path) -> None:
     lines = ",\n".join(json.dumps(row) for row in rows)
     text = json.dumps(about)[:-1] + ', "rows": [\n' + lines + "\n]}\n"
     write_atomically(TABLE, text.encode())
-    found = worth(frame)
+    found = worth(frame, load(out / "later"))
     write_atomically(out / "worth.txt", (json.dumps(found, indent=1) + "\n").encode())
     print(json.dumps(found, indent=1))
 
