@@ -165,8 +165,8 @@ def _notes(parts: Mapping[str, Sequence[PreferencePair]]) -> Iterator[str]:
         if again:
             n = sum(plain_text(getattr(r, side)).strip() in again for r in parts["report"])
             yield (
-                f"{n} of {len(parts['report'])} report records have a {side} response that the vectors were built or "
-                f"chosen on word for word, such as {_short(min(again))}."
+                f"In {n} of {len(parts['report'])} report records the {side} response occurs word for word in the records "
+                f"for building or choosing, such as {_short(min(again))}."
             )
 
 
