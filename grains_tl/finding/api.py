@@ -18,6 +18,7 @@ from grains_tl._util.checks import finite, listed, whole
 from grains_tl._util.errors import OptionError
 from grains_tl._util.files import hash_of
 from grains_tl._util.settings import settings as run_with
+from grains_tl._util.warn import warn_caller
 from grains_tl.evaluate.costs import cost_rows
 from grains_tl.evaluate.store import open_checkpoint
 from grains_tl.finding.measuring import Run, report, search
@@ -34,6 +35,9 @@ from grains_tl.tokens.pairs import tokenize_pairs
 from grains_tl.types import HookedModel
 from grains_tl.vectors.building import BuildingRecords
 from grains_tl.vectors.recipes import Recipe, RecipeFunction, recipe_of
+
+#: Nats per token; beyond it a budget is taken for a mistake in its unit.
+LARGE_KL = 2.0
 
 #: Layers that are tried where none are named.
 N_LAYERS = 8
@@ -152,6 +156,11 @@ def _run(model: HookedModel, options: dict[str, Any], *, kl: float, alphas: Sequ
     given = {**OPTIONS, **options}
     if not finite("kl", kl) > 0:
         raise OptionError(f"kl={kl}; expected a budget above 0 nats per token, such as 0.05")
+    if kl > LARGE_KL:
+        warn_caller(
+            f"kl={kl:g} nats per token is a very large budget: such text is hardly the model's own any more. The default is "
+            "0.05, and 0.2 is a strong step"
+        )
     steps = sorted({finite("alpha", alpha) for alpha in listed("alphas", alphas)})
     if not steps or steps[0] <= 0:
         raise OptionError(f"alphas={list(alphas)}; expected positive steps such as [0.03, 0.1, 0.3]")

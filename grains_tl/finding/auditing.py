@@ -198,7 +198,8 @@ def audit(
     layer, alpha = int(row["layer"]), float(row["alpha"])
     change = found.effects[NAME, layer]
     steering = Steering(vectors.at([layer]), alpha, (layer,), positions=given["positions"])
-    level = float(found.about["level"])
+    n_together = int((~found.table["control"]).sum())  # as in the table: intervals that hold for all of them together
+    level = 1 - (1 - float(found.about["level"])) / n_together
     wordings = [_wording("report part", change, level)]
     if others is not None:
         setting = grid({"vector": vectors.at([layer])}, [layer], [alpha], positions=given["positions"])

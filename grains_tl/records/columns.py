@@ -192,8 +192,9 @@ def is_missing(value: Any) -> bool:
 
 
 def _no_column(row: Mapping[str, Any], name: str, column: str, number: int) -> KeyError:
+    wanted = "" if column == name else f" for {name!r}"
     return KeyError(
-        f"row {number} has no column {column!r} for {name!r}; it has {list(row)}. "
+        f"row {number} has no column {column!r}{wanted}; it has {list(row)}. "
         f'Map it: columns={{"{name}": "<your column>"}}, in a shell --column {name}="<your column>"'
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from grains_tl._util.checks import finite
 from grains_tl._util.errors import OptionError
 from grains_tl._util.files import hash_of, write_atomically
+from grains_tl._util.warn import warn_caller
 from grains_tl.hooks.gate_run import GateRun
 from grains_tl.hooks.layer_gates import LayerGate
 from grains_tl.hooks.operators import UNITLESS, Operator
@@ -27,6 +28,9 @@ from grains_tl.vectors.directions import LayerDirections
 from grains_tl.vectors.display import steering_html
 from grains_tl.vectors.means import target_of
 from grains_tl.vectors.tensor_files import vectors_content
+
+#: No step on the residual stream is this many times its norm; such an alpha was meant in per cent.
+HUGE = 10
 
 #: The unit of ``alpha``: the layer's typical residual norm, or the vector's own length.
 Scale = Literal["residual", "raw"]
@@ -83,6 +87,11 @@ class Steering(Steps):
             raise ValueError(f"layers {layers} steer one layer twice; name each once, and give a larger alpha")
         object.__setattr__(self, "layers", tuple(layers))
         require_step(self.operator, self.positions, self.gate)
+        if self.scale == "residual" and self.operator in ("add", "add_renorm", "clip") and abs(self.alpha) >= HUGE:
+            warn_caller(
+                f"alpha={self.alpha:g} is a step of {abs(self.alpha):g} times the layer's residual norm; alpha is a "
+                "fraction, 0.2 for 20 %"
+            )
         if isinstance(self.gate, LayerGate):
             inside = self.vectors.site != "resid_post"
             self.gate.require_below([layer - inside for layer in layers])

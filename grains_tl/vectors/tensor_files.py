@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ FORMAT = "grains_tl.steering_vectors"
 #: stream after the block, which readers of 2 would take them for; other vectors are written as 2.
 FORMAT_VERSION = 3
 
+#: A path that is more likely a repository of the hub.
+OWNER_AND_NAME = re.compile(r"[\w-][\w.-]*/[\w-]+")
+
 
 def vectors_content(vectors: LayerDirections) -> bytes:
     """What ``SteeringVectors.save`` writes: tensors, and a header with the manifest and the checksum of both."""
@@ -37,7 +41,8 @@ def read_vectors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         ValueError: a file of something else, a newer version, or a checksum that does not fit.
     """
     file = Path(path)
-    header, tensors = read_tensors(file, "vectors.save(path)")
+    hub = f", or read one of the hub: load_vectors('hf://{path}')" if OWNER_AND_NAME.fullmatch(str(path)) else ""
+    header, tensors = read_tensors(file, f"vectors.save(path){hub}")
     if header.get("format") != FORMAT:
         raise ValueError(f"{file} holds {header.get('format')!r}, not {FORMAT!r}; write it with vectors.save(path)")
     version = header.get("version", "none")

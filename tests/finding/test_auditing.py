@@ -64,6 +64,8 @@ def test_a_steering_is_judged_at_its_layer_and_on_other_words(planted: Any) -> N
     )
     assert result.row["layer"] == 2
     assert result.wordings["n"].tolist() == [result.row["n"], 10]
+    own = result.wordings.iloc[0]
+    assert (own["low"], own["high"]) == (result.row["low"], result.row["high"])  # one interval, wherever it is shown
     assert "On 10 records in other words" in result.verdict
     assert "<script" not in result._repr_html_() and "audited" in result._repr_html_()
 

@@ -29,8 +29,24 @@ def nothing_chosen() -> Any:
     return choose(sweep(model, {"caa": vectors}, PAIRS, alphas=(1e-6,), layers=[0]))
 
 
+def alpha_in_per_cent() -> Any:
+    return gr.build_vectors(tiny_model("bridge"), PAIRS, recipe="caa").hooks(20, layers=[1])
+
+
+def budget_in_per_cent() -> Any:
+    with pytest.raises(ValueError):  # too few records, said after the warning
+        return gr.find_vector(tiny_model("bridge"), PAIRS, kl=5)
+
+
 @pytest.mark.parametrize(
-    ("call", "said"), [(repeated, "repeat"), (old_name, "masker="), (nothing_chosen, "may do nothing")]
+    ("call", "said"),
+    [
+        (alpha_in_per_cent, "alpha=20 is a step of 20 times"),
+        (budget_in_per_cent, "kl=5 nats per token"),
+        (repeated, "repeat"),
+        (old_name, "masker="),
+        (nothing_chosen, "may do nothing"),
+    ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_the_line_of_the_caller(call: Callable[[], Any], said: str) -> None:

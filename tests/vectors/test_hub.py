@@ -317,3 +317,8 @@ def test_the_command_pushes(hub: StubHub, tmp_path: Path, monkeypatch: pytest.Mo
     assert main(arguments) == 2 and "evidence.json" in capsys.readouterr().err
     told.write_text("[1]", encoding="utf-8")
     assert main(arguments) == 2 and "evidence" in capsys.readouterr().err
+
+
+def test_a_repository_without_its_prefix_is_told_how() -> None:
+    with pytest.raises(FileNotFoundError, match=r"load_vectors\('hf://somebody/warm-vectors'\)"):
+        gr.load_vectors("somebody/warm-vectors")
