@@ -17,6 +17,9 @@ from grains_tl._util.files import write_atomically
 #: Tokens of one pass where a GPU runs them.
 GPU_TOKENS = 16384
 
+#: What figures call the recipes.
+RECIPE_NAMES = {"grains": "GrAInS", "caa": "CAA", "margin_gradient": "margin gradient"}
+
 
 def load(model: str, device: str = "cpu", **options: Any) -> tuple[str, Any]:
     """Label and model of ``name`` or ``label=path``; further options go to ``gr.load_model``."""

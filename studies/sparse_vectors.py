@@ -217,19 +217,23 @@ def alike(chosen: Sequence[int], often: torch.Tensor, alive: torch.Tensor, seed:
     return found
 
 
-def usual(acts: torch.Tensor) -> torch.Tensor:
-    """Activations of usual length: a few tokens that attention rests on are a hundred times as long as all others."""
+def is_usual(acts: torch.Tensor) -> torch.Tensor:
+    """Which activations have a usual length: a few tokens that attention rests on are a hundred times as long as others."""
     length = acts.norm(dim=-1)
-    return acts[length < 5 * length.median()]
+    return length <= 5 * length.median()
+
+
+def usual(acts: torch.Tensor) -> torch.Tensor:
+    """The activations of usual length."""
+    return acts[is_usual(acts)]
 
 
 def sparing_first(hooks: Sequence[tuple[str, Any]]) -> Any:
-    """Hooks that leave alone what no feature describes, such as the first position: see ``usual``."""
+    """Hooks that leave alone what no feature describes, such as the first position: see ``is_usual``."""
 
     def spare(fn: Any) -> Any:
         def hook_fn(act: torch.Tensor, hook: Any) -> torch.Tensor:
-            length = act.norm(dim=-1, keepdim=True)
-            return torch.where(length > 5 * length.median(), act, fn(act, hook=hook))
+            return torch.where(is_usual(act)[..., None], fn(act, hook=hook), act)
 
         return hook_fn
 

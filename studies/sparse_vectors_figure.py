@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 
 from grains_tl.plotting.style import COLOURS, DRAW, GREY, effects_with_band, figure, log_ticks, style
+from studies.pieces import RECIPE_NAMES
 from studies.sparse_vectors import RECIPES
-
-NAMES = {"caa": "CAA", "margin_gradient": "margin gradient", "grains": "GrAInS"}
 
 
 def draw(folder: Path) -> Any:
@@ -22,7 +21,7 @@ def draw(folder: Path) -> Any:
         panels = fig.subplots(2, len(there), squeeze=False, sharey="row")
         for column, recipe in enumerate(there):
             sums(panels[0][column], pd.read_json(folder / f"features_{recipe}.json"))
-            panels[0][column].set_title(NAMES[recipe], loc="left")
+            panels[0][column].set_title(RECIPE_NAMES[recipe], loc="left")
             file = folder / f"interventions_{recipe}.json"
             if file.exists():
                 interventions(panels[1][column], pd.read_json(file))

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from grains_tl.plotting.style import COLOURS, DRAW, GREY, figure, style
+from studies.pieces import RECIPE_NAMES
 from studies.steering_inside import RECIPES
 
-NAMES = {"grains": "GrAInS", "caa": "CAA", "margin_gradient": "margin gradient"}
 PARTS = {"OV": "attention values", "MLP": "MLP", "QK": "attention patterns"}
 
 
@@ -29,7 +29,7 @@ def draw(folder: Path) -> Any:
         panels = fig.subplots(2, len(RECIPES), squeeze=False, sharey="row")
         for column, recipe in enumerate(RECIPES):
             blocks(panels[0][column], pd.read_json(folder / f"{recipe}_layers.json"))
-            panels[0][column].set_title(NAMES[recipe], loc="left")
+            panels[0][column].set_title(RECIPE_NAMES[recipe], loc="left")
             ax, table = panels[1][column], exact[recipe]
             image = ax.pcolormesh(table.columns, table.index, table, cmap="RdBu", vmin=-most, vmax=most)
             ax.set_xlabel("block")

@@ -12,8 +12,11 @@ from jaxtyping import install_import_hook
 
 install_import_hook("grains_tl", "beartype.beartype")
 
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,6 +145,15 @@ def pairs() -> list[gr.PreferencePair]:
         ("this hotel was very bad and cold", " . we hated it", " . we liked it"),
     ]
     return [gr.PreferencePair(prompt=p, chosen=c, rejected=r) for p, c, r in rows]
+
+
+@pytest.fixture
+def folder(bridge: Any, pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of records, and the tiny model wherever the shell loads one."""
+    monkeypatch.setattr("grains_tl.models.loading.load_model", lambda *args, **options: bridge)
+    rows = [{k: v for k, v in asdict(p).items() if k in ("prompt", "chosen", "rejected")} for p in pairs]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Gradients of the margin along a step: at points between the run without steering and the steered one, averaged."""
+"""What a step changes, and the gradients of the margin along it: averaged over points from no steering to all of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from grains_tl.analysis.holding import keep_values
 from grains_tl.analysis.patching import as_leaf
 from grains_tl.inference.batches import Batch
 from grains_tl.inference.logprobs import batch_logprobs
@@ -17,6 +19,24 @@ from grains_tl.types import FwdHooks, HookedModel
 
 #: Hook points by part and layer.
 Points = Mapping[tuple[str, int], list[str]]
+
+
+def both_runs(
+    model: HookedModel, batch: Batch, steering: FwdHooks, points: Points
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Float[Tensor, "record"]]:
+    """Activations at the points without steering and with it, by hook point, and the change of the margin, nats."""
+    kept: dict[str, Tensor] = {}
+    steered: dict[str, Tensor] = {}
+    with torch.no_grad():
+        base = margins(batch_logprobs(model, batch, keep_values(points, kept)))
+        effect = margins(batch_logprobs(model, batch, [*steering, *keep_values(points, steered)])) - base
+    return kept, steered, effect
+
+
+def by_record(rows: Float[Tensor, "item row"], batch: Batch) -> Float[Tensor, "item record"]:
+    """Values of a batch's rows added up over the rows of each record."""
+    zeros = torch.zeros(len(rows), batch.n_records, device=rows.device)
+    return zeros.index_add(1, batch.record.to(rows.device), rows).cpu()
 
 
 def mean_gradients(

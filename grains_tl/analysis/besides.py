@@ -95,7 +95,7 @@ def side_effects(
     given = _sets(sets, harmless)
     _require_steerings(steerings)
     if together:
-        _combined(steerings)
+        _combined(steerings)  # refuses too few of them, before a search for the KL
     alike = dict(steerings) if kl is None else _scaled(model, steerings, kl)
     everything = {**alike, TOGETHER: _combined(alike)} if together else alike
     settings = [Setting.of(one, vector=name) for name, one in everything.items()]

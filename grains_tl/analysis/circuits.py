@@ -27,7 +27,7 @@ from grains_tl._util.checks import whole
 from grains_tl._util.errors import OptionError
 from grains_tl._util.progress import progress_bar
 from grains_tl._util.stats import mean_interval
-from grains_tl.analysis.along_step import Points, mean_gradients
+from grains_tl.analysis.along_step import Points, both_runs, by_record, mean_gradients
 from grains_tl.analysis.edges import Edge, edge_points, edge_scores, edges_between
 from grains_tl.analysis.equal_kl import with_random_directions
 from grains_tl.analysis.freezing import RANDOM, later_blocks
@@ -35,8 +35,8 @@ from grains_tl.analysis.holding import held, keep_values
 from grains_tl.analysis.runs import batch_runner
 from grains_tl.analysis.sites import act_name
 from grains_tl.inference.batches import Batch
-from grains_tl.inference.logprobs import batch_logprobs, hooks_for, score_batches
-from grains_tl.inference.objectives import Objective, margins
+from grains_tl.inference.logprobs import hooks_for, score_batches
+from grains_tl.inference.objectives import Objective
 from grains_tl.models.running import require_hook_names
 from grains_tl.tokens.pairs import Records, TokenizedPair
 from grains_tl.types import FwdHooks, HookedModel
@@ -150,19 +150,14 @@ def _gradient_scores(
     model: HookedModel, batch: Batch, steering: FwdHooks, nodes: Sequence[Node], points: Points, places: Sequence[float]
 ) -> tuple[Float[Tensor, "node record"], Float[Tensor, "record"]]:
     """Change of each node's activation times the mean gradient at some places between the runs, and the whole effect."""
-    kept: dict[str, Tensor] = {}
-    steered: dict[str, Tensor] = {}
-    with torch.no_grad():
-        base = margins(batch_logprobs(model, batch, keep_values(points, kept)))
-        effect = margins(batch_logprobs(model, batch, [*steering, *keep_values(points, steered)])) - base
+    kept, steered, effect = both_runs(model, batch, steering, points)
     mean = mean_gradients(model, batch, steering, points, places, act_name("resid_pre", nodes[0][1]))
     columns = {}
     for (part, layer), (name,) in points.items():
         product = ((steered[name] - kept[name]).float() * mean[name]).sum(-1)
         columns[part, layer] = product.sum(1) if part == "head" else product.sum(1, keepdim=True)  # [row, head or 1]
     rows = torch.stack([columns[part, layer][:, max(head, 0)] for part, layer, head in nodes])
-    zeros = torch.zeros(len(nodes), batch.n_records, device=rows.device)
-    return zeros.index_add(1, batch.record.to(rows.device), rows).cpu(), effect.cpu()
+    return by_record(rows, batch), effect.cpu()
 
 
 def _frozen_scores(

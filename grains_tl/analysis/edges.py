@@ -14,12 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grains_tl.analysis.along_step import Points, mean_gradients
-from grains_tl.analysis.holding import keep_values
+from grains_tl.analysis.along_step import Points, both_runs, by_record, mean_gradients
 from grains_tl.analysis.sites import act_name
 from grains_tl.inference.batches import Batch
-from grains_tl.inference.logprobs import batch_logprobs
-from grains_tl.inference.objectives import margins
 from grains_tl.models.running import require_hook_names
 from grains_tl.types import FwdHooks, HookedModel
 
@@ -66,11 +63,7 @@ def edge_scores(
     model: HookedModel, batch: Batch, steering: FwdHooks, edges: Sequence[Edge], points: Points, places: Sequence[float]
 ) -> tuple[Float[Tensor, "edge record"], Float[Tensor, "record"]]:
     """Change that each writer makes times the mean gradient through each reader's input, and the whole effect, nats."""
-    kept: dict[str, Tensor] = {}
-    steered: dict[str, Tensor] = {}
-    with torch.no_grad():
-        base = margins(batch_logprobs(model, batch, keep_values(points, kept)))
-        effect = margins(batch_logprobs(model, batch, [*steering, *keep_values(points, steered)])) - base
+    kept, steered, effect = both_runs(model, batch, steering, points)
     change = {site: (steered[name] - kept[name]).float() for site, (name,) in points.items()}
     whole_precision = all(act.dtype in (torch.float32, torch.float64) for act in kept.values())
     written = _written(model, change, 0.01 if whole_precision else 0.3)
@@ -78,8 +71,7 @@ def edge_scores(
     start = next(own[0] for (part, _), own in points.items() if part == "start")
     through = _through(needed, mean_gradients(model, batch, steering, needed, places, start))
     rows = torch.stack([(written[writer] * through[reader]).sum((1, 2)) for writer, reader in edges])
-    zeros = torch.zeros(len(edges), batch.n_records, device=rows.device)
-    return zeros.index_add(1, batch.record.to(rows.device), rows).cpu(), effect.cpu()
+    return by_record(rows, batch), effect.cpu()
 
 
 def _written(

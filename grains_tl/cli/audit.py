@@ -10,36 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from grains_tl.cli.find import search_arguments
+from grains_tl.cli.options import add_search_options
 
 #: Exit status where the vector is not shown to steer; 2 is for input that was refused.
 DOES_NOT_STEER = 1
 
 
-def add_audit_options(
-    parser: argparse.ArgumentParser, layers: Callable[[str], list[int]], numbers: Callable[[str], list[float]]
-) -> None:
-    """The options of ``audit`` alone; ``layers`` and ``numbers`` read lists."""
+def add_audit_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``audit`` alone."""
     parser.add_argument("vector", help="file of vectors: safetensors, GGUF control vector, torch.save, NumPy")
     parser.add_argument("--out", required=True, help="folder for report.html, table.csv and evidence.json")
-    parser.add_argument(
-        "--recipes",
-        default="caa,margin_gradient,random_direction,orthogonal_direction",
-        help="recipes to compare with, controls included (default %(default)s)",
+    add_search_options(
+        parser,
+        "caa,margin_gradient,random_direction,orthogonal_direction",
+        "recipes to compare with, controls included",
+        "up to eight of those stored",
+        (0.1, 0.2, 0.4),
     )
-    parser.add_argument(
-        "--kl", type=float, default=0.05, help="KL that may be spent, nats per token of neutral text (default 0.05)"
-    )
-    parser.add_argument(
-        "--layers", type=layers, help="layers to try, e.g. 12,18 or 10-20 (default up to eight of those stored)"
-    )
-    parser.add_argument(
-        "--alphas",
-        type=numbers,
-        default=[0.1, 0.2, 0.4],
-        help="step sizes at which the KL is measured, fractions of the residual norm (default 0.1,0.2,0.4)",
-    )
-    parser.add_argument("--draws", type=int, default=8, help="draws of each control (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the draws (default 0)")
 
 
 def run_audit(args: argparse.Namespace, pairs: Any, load: Callable[[], Any]) -> int:

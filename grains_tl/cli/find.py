@@ -7,36 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from grains_tl.cli.options import add_search_options
 
-def add_find_options(
-    parser: argparse.ArgumentParser, layers: Callable[[str], list[int]], numbers: Callable[[str], list[float]]
-) -> None:
-    """The options of ``find`` alone; ``layers`` and ``numbers`` read lists."""
+
+def add_find_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``find`` alone."""
     parser.add_argument("--out", required=True, help="folder for report.html, table.csv and vectors.safetensors")
-    parser.add_argument(
-        "--recipes",
-        default="grains,kl_optimal,caa,random_direction",
-        help="recipes to compare, controls included (default %(default)s)",
+    add_search_options(
+        parser,
+        "grains,kl_optimal,caa,random_direction",
+        "recipes to compare, controls included",
+        "eight over the depth",
+        (0.03, 0.1, 0.3),
     )
-    parser.add_argument(
-        "--kl", type=float, default=0.05, help="KL that may be spent, nats per token of neutral text (default 0.05)"
-    )
-    parser.add_argument(
-        "--layers", type=layers, help="layers to try, e.g. 12,18 or 10-20 (default eight over the depth)"
-    )
-    parser.add_argument(
-        "--alphas",
-        type=numbers,
-        default=[0.03, 0.1, 0.3],
-        help="step sizes at which the KL is measured, fractions of the residual norm (default 0.03,0.1,0.3)",
-    )
-    parser.add_argument("--draws", type=int, default=8, help="draws of each control (default 8)")
     parser.add_argument(
         "--split",
         metavar="COLUMN",
         help="column that says build, choose or report for each record (default: a random split)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the draws (default 0)")
 
 
 def search_checkpoint(args: argparse.Namespace) -> Path:

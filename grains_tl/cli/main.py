@@ -153,7 +153,7 @@ def _add_find(commands: Any) -> None:
         "find --pairs pairs.jsonl --out refusal",
         "find --pairs pairs.csv --recipes caa,margin_gradient,random_direction --layers 10-20 --out refusal",
     )
-    add_find_options(find, layer_list, number_list)
+    add_find_options(find)
     add_pair_options(find)
     add_model_options(find)
     find.set_defaults(run=lambda args: run_find(args, load_records(args), lambda: load(args)))
@@ -166,7 +166,7 @@ def _add_audit(commands: Any) -> None:
         "measure what a given vector does; exit status 0 if it steers, 1 if that is not shown",
         "audit happy.gguf --model smollm2 --pairs pairs.jsonl --out audit",
     )
-    add_audit_options(audit, layer_list, number_list)
+    add_audit_options(audit)
     add_pair_options(audit)
     add_model_options(audit)
     audit.set_defaults(run=lambda args: run_audit(args, load_records(args), lambda: load(args)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,26 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None = "sm
         help="run the blocks' matrix products in bfloat16 and all else in --dtype: faster where the processor has them",
     )
     parser.add_argument("--threads", type=positive, help="number of torch threads (default: torch's own choice)")
+
+
+def add_search_options(
+    parser: argparse.ArgumentParser, recipes: str, recipes_said: str, layers_said: str, alphas: Sequence[float]
+) -> None:
+    """What a search tries and may spend; recipes and alphas as they are by default, and where layers come from."""
+    parser.add_argument("--recipes", default=recipes, help=f"{recipes_said} (default %(default)s)")
+    parser.add_argument(
+        "--kl", type=float, default=0.05, help="KL that may be spent, nats per token of neutral text (default 0.05)"
+    )
+    parser.add_argument("--layers", type=layer_list, help=f"layers to try, e.g. 12,18 or 10-20 (default {layers_said})")
+    parser.add_argument(
+        "--alphas",
+        type=number_list,
+        default=list(alphas),
+        help="step sizes at which the KL is measured, fractions of the residual norm "
+        f"(default {','.join(map(str, alphas))})",
+    )
+    parser.add_argument("--draws", type=int, default=8, help="draws of each control (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the draws (default 0)")
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,7 @@ from grains_tl.evaluate.summary import STEERS
 from grains_tl.finding.api import OPTIONS, find_vector, spread_over
 from grains_tl.finding.records import split_for_search
 from grains_tl.finding.result import Found, evidence_of, examples_of
+from grains_tl.finding.verdict import joint_level
 from grains_tl.records.loading import preference_pairs
 from grains_tl.records.pairs import PairLike, plain_text
 from grains_tl.types import HookedModel
@@ -198,8 +199,7 @@ def audit(
     layer, alpha = int(row["layer"]), float(row["alpha"])
     change = found.effects[NAME, layer]
     steering = Steering(vectors.at([layer]), alpha, (layer,), positions=given["positions"])
-    n_together = int((~found.table["control"]).sum())  # as in the table: intervals that hold for all of them together
-    level = 1 - (1 - float(found.about["level"])) / n_together
+    level = joint_level(float(found.about["level"]), int((~found.table["control"]).sum()))  # as in the table
     wordings = [_wording("report part", change, level)]
     if others is not None:
         setting = grid({"vector": vectors.at([layer])}, [layer], [alpha], positions=given["positions"])

@@ -25,6 +25,11 @@ COLUMNS = ["recipe", "layer", "alpha", "effect", "low", "high", "kl", "n", "verd
 COLUMNS += ["above_control", "above_low", "above_high", "beaten"]
 
 
+def joint_level(level: float, number: int) -> float:
+    """At which level each of some intervals holds, so that all of them together do at the given one (Bonferroni)."""
+    return 1 - (1 - level) / number
+
+
 def with_verdicts(
     table: pd.DataFrame, effects: Effects, choices: Mapping[str, Chosen], run: Run, parts: Parts
 ) -> tuple[pd.DataFrame, str, str]:
@@ -35,7 +40,7 @@ def with_verdicts(
     Returns:
         ``(table, name of the best recipe, verdict)``.
     """
-    level = 1 - (1 - run.level) / len(choices)
+    level = joint_level(run.level, len(choices))
     rows = [
         _control_row(r, effects, run.level) if r["control"] else _row(r, table, effects, level) for r in _rows(table)
     ]

@@ -28,7 +28,8 @@ def with_prompts_of_the_tokenizer(model: Any) -> Any:
     return model
 
 
-def _major() -> int:
+def transformer_lens_major() -> int:
+    """The installed major version of TransformerLens."""
     return int(metadata.version("transformer-lens").split(".")[0])
 
 
@@ -36,7 +37,7 @@ def _require_usable_unembedding(hf_model: Any) -> None:
     """TransformerLens 3 gives the unembedding a bias, which nothing brings in where its weights are offloaded."""
     table: Any = hf_model.get_output_embeddings() if hasattr(hf_model, "get_output_embeddings") else None
     offloaded = hasattr(table, "_hf_hook") and table.weight.device.type == "meta"  # accelerate brings it in
-    if offloaded and getattr(table, "bias", None) is None and _major() < 4:
+    if offloaded and getattr(table, "bias", None) is None and transformer_lens_major() < 4:
         raise ValueError(
             "the model's unembedding (lm_head) is offloaded, which TransformerLens 3 cannot run; keep it in memory "
             "(device_map={..., 'lm_head': 'cpu'}), or use TransformerLens 4"
@@ -81,7 +82,7 @@ def _torchvision_not_required() -> Iterator[None]:
 def require_hooked_transformer() -> None:
     """Refuse a TransformerLens that has no ``HookedTransformer`` (ImportError)."""
     version = metadata.version("transformer-lens")
-    if _major() >= 4:
+    if transformer_lens_major() >= 4:
         raise ImportError(
             f"TransformerLens {version} has no HookedTransformer (removed in 4.0). Use kind='bridge', or install the "
             "last 3.x: pip install 'grains-tl[hooked]'"

@@ -20,6 +20,15 @@ def empty_cache() -> Any:
     return DynamicCache()
 
 
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The key-value cache among a call's arguments or results, ``None`` without one.
+
+    transformers calls it ``cache`` since 5.24, and ``past_key_values`` before.
+    """
+    caches = (given.get(name) for name in ("cache", "past_key_values"))
+    return next((found for found in caches if found is not None), None)
+
+
 def require_filled(output: Mapping[str, Any]) -> None:
     """Refuse what ``generate(..., return_dict_in_generate=True)`` gave where attention did not keep its keys and values.
 
@@ -29,8 +38,7 @@ def require_filled(output: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: which versions are installed, and what to install.
     """
-    filled = output.get("cache", output.get("past_key_values"))
-    layers = getattr(filled, "layers", None)
+    layers = getattr(cache_of(output), "layers", None)
     if layers is None:  # recurrent models, caches of a model's own
         return
     kept = [bool(layer.is_initialized) for layer in layers if hasattr(layer, "keys")]

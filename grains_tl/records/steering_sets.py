@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
@@ -34,12 +35,12 @@ def steereval(rows: Iterator[Row], style: str) -> Iterator[MultipleChoice]:
 def steeringsafety(rows: Iterator[Row], style: str) -> Iterator[MultipleChoice]:
     """Questions of whichever of its sets a row belongs to, told by the columns."""
     for row in rows:
-        form = next((FORMS[names] for names in FORMS if set(names) <= set(row.cells)), None)
-        if form is None:
+        names = next((names for names in FORMS if set(names) <= set(row.cells)), None)
+        if names is None:
             raise ValueError(f"{row.where}: {_unknown(row)}")
-        if form is _bbq and str(row.cells.get("hate")).lower() in ("true", "1"):
+        if names == BBQ and str(row.cells.get("hate")).lower() in ("true", "1"):
             continue  # as its authors do: these rows ask for the stereotype
-        column, answers, at, used = form(row)
+        column, answers, at, used = FORMS[names](row)
         text = row.text(column).rstrip()
         if style.endswith("Answer:"):
             text = text.removesuffix("Answer:")
@@ -71,26 +72,6 @@ def _by_index(row: Row, key: str) -> Form:
     return "prompt", marks, int(at), ("prompt", key)
 
 
-def _arc(row: Row) -> Form:
-    return _by_mark(row, "prompt", "answerKey")
-
-
-def _truthfulqa(row: Row) -> Form:
-    return _by_mark(row, "prompt", "correct_label")
-
-
-def _twinviews(row: Row) -> Form:
-    return _by_mark(row, "prompts", "left_answer")
-
-
-def _gpqa(row: Row) -> Form:
-    return _by_index(row, "correct_index")
-
-
-def _bbq(row: Row) -> Form:
-    return _by_index(row, "answer")
-
-
 def _cmtest(row: Row) -> Form:
     label = str(row.cells["label"]).strip().strip("[]")
     if label not in ("0", "1"):
@@ -105,14 +86,17 @@ def _toxigen(row: Row) -> Form:
     return "text", ["Yes", "No"], 0 if hateful in ("true", "1") else 1, ("text", "hate")
 
 
-#: The reader of each set, by the columns that tell it.
+#: BBQ, some rows of which are left out.
+BBQ = ("prompt", "answer", "category")
+
+#: The reader of each set, by the columns that tell it: ARC_C, TruthfulQA, Twinviews, GPQA, CMTEST, BBQ, ToxiGen.
 FORMS: dict[tuple[str, ...], Callable[[Row], Form]] = {
-    ("prompt", "answerKey"): _arc,
-    ("prompt", "correct_label"): _truthfulqa,
-    ("prompts", "left_answer"): _twinviews,
-    ("prompt", "correct_index"): _gpqa,
+    ("prompt", "answerKey"): partial(_by_mark, column="prompt", key="answerKey"),
+    ("prompt", "correct_label"): partial(_by_mark, column="prompt", key="correct_label"),
+    ("prompts", "left_answer"): partial(_by_mark, column="prompts", key="left_answer"),
+    ("prompt", "correct_index"): partial(_by_index, key="correct_index"),
     ("prompt", "is_short", "label"): _cmtest,
-    ("prompt", "answer", "category"): _bbq,
+    BBQ: partial(_by_index, key="answer"),
     ("text", "hate"): _toxigen,
 }
 

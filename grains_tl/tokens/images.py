@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from grains_tl.models.building import transformer_lens_major
 from grains_tl.models.running import device_of, hugging_face_model
 from grains_tl.tokens.patches import ImageSpan, image_spans, image_token_id
 from grains_tl.types import HookedModel, Message, Text
@@ -60,7 +60,7 @@ def require_processor(model: HookedModel) -> Any:
     """
     image_token_id(model)
     family = hugging_face_model(model).config.model_type
-    if family in NEEDS_TL4 and int(metadata.version("transformer-lens").split(".")[0]) < 4:
+    if family in NEEDS_TL4 and transformer_lens_major() < 4:
         raise ValueError(
             f"{family} gives wrong results with images in TransformerLens 3 (logits are off by as much as their "
             "size, see docs/vision-families.md); install TransformerLens 4, or leave the image out"

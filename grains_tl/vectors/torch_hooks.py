@@ -18,6 +18,7 @@ from grains_tl.hooks.sites import residual_stream_only
 from grains_tl.hooks.steer import require_border
 from grains_tl.hooks.weights import Weighted
 from grains_tl.models.hugging_face import decoder
+from grains_tl.models.prompt_cache import cache_of
 from grains_tl.types import HookFn
 
 
@@ -114,10 +115,7 @@ class _Follow:
                 "several texts are packed into one row (cu_seq_lens), so where each prompt ends is unknown; use "
                 "positions='all', or run them as a padded batch"
             )
-        caches = (
-            given.get(name) for name in ("cache", "past_key_values")
-        )  # its name since transformers 5.24, and before
-        past = next((cache for cache in caches if cache is not None), None)
+        past = cache_of(given)
         mask, growing = given.get("attention_mask"), given.get("use_cache") is False
         real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.run = _Run(0 if past is None else int(past.get_seq_length()), growing, given.get("input_ids"), real)

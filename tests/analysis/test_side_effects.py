@@ -11,6 +11,7 @@ import grains_tl as gr
 from grains_tl.analysis import side_effects
 from grains_tl.analysis.besides import ANSWERS, REFUSAL, REFUSES
 from grains_tl.evaluate.costs import cost_rows
+from tests.helpers.oracles import plain_kl
 
 TEXTS = ["the film was good and the room was warm .", "we liked the soup and they liked the hotel room ."]
 
@@ -24,12 +25,6 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def steering(seed: int, operator: Any = "add") -> gr.Steering:
     raw = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed))
     return gr.SteeringVectors.from_raw(raw, range(3), torch.full((3,), 5.0)).steering(0.4, 1, operator=operator)
-
-
-def log_probs(model: Any, ids: list[int], steered: Any) -> torch.Tensor:
-    """Of the tokens that are predicted."""
-    hooks = [] if steered is None else steered.hooks()
-    return model.run_with_hooks(torch.tensor([ids]), fwd_hooks=hooks)[0, :-1].log_softmax(-1)
 
 
 def change(model: Any, records: Any, hooks: Any) -> float:
@@ -93,9 +88,7 @@ def test_steerings_can_be_compared_at_one_kl(model: Any, pairs: Any) -> None:
     for name, one in {"a": a, "b": b}.items():
         scaled = one.scaled(table.loc[name, "alpha"] / one.alpha)
         assert table.loc[name, "effect"] == pytest.approx(change(model, pairs, scaled), abs=1e-3)
-        plain, steered = ([log_probs(model, ids, hooks) for ids in cost_rows(model, TEXTS)] for hooks in (None, scaled))
-        kl = [(p.exp() * (p - q)).sum(-1) for p, q in zip(steered, plain, strict=True)]
-        assert table.loc[name, "kl"] == pytest.approx(float(torch.cat(kl).mean()), rel=0.01)
+        assert table.loc[name, "kl"] == pytest.approx(plain_kl(model, scaled, cost_rows(model, TEXTS)), rel=0.01)
     assert table.loc["both", "alpha"] != table.loc["both", "alpha"]
     joint = side_effects(model, {"a": a, "b": b}, {"own": pairs}, kl=0.02, together=True).set_index("built_on")
     assert joint.loc["a", "effect"] == pytest.approx(table.loc["a", "effect"], abs=1e-4)

@@ -11,6 +11,7 @@ import torch
 import grains_tl as gr
 from grains_tl.evaluate.costs import cost_rows
 from grains_tl.evaluate.equal_kl import at_kl, kl_of
+from tests.helpers.oracles import plain_kl
 
 TEXTS = ["the film was good and the room was warm .", "we liked the soup and they liked the hotel room ."]
 KL = 0.02
@@ -21,19 +22,6 @@ def vectors(seed: int = 0) -> gr.SteeringVectors:
     return gr.SteeringVectors.from_raw(raw, range(3), torch.full((3,), 5.0))
 
 
-def plain_kl(model: Any, step: Any) -> float:
-    """KL(steered || base) of the predicted tokens, written out."""
-    found = []
-    both: list[Any] = [[], step.hooks()]
-    for ids in cost_rows(model, TEXTS):
-        base, new = (
-            model.run_with_hooks(torch.tensor([ids]), fwd_hooks=hooks)[0, :-1].double().log_softmax(-1)
-            for hooks in both
-        )
-        found.append((new.exp() * (new - base)).sum(-1))
-    return float(torch.cat(found).mean())
-
-
 @pytest.mark.parametrize("begin", [1e-3, 0.1, 30.0])
 def test_every_operator_gets_there_from_any_beginning(model: Any, begin: float) -> None:
     """Turning saturates and clipping ends at a level, so that their KL does not grow with the square of alpha."""
@@ -41,7 +29,7 @@ def test_every_operator_gets_there_from_any_beginning(model: Any, begin: float) 
     steps, spent = at_kl(model, made, KL, TEXTS)
     np.testing.assert_allclose(spent, KL, rtol=0.05)
     for step, price in zip(steps, spent, strict=True):
-        assert plain_kl(model, step) == pytest.approx(price, rel=1e-3)
+        assert plain_kl(model, step, cost_rows(model, TEXTS)) == pytest.approx(price, rel=1e-3)
 
 
 def test_the_first_search_is_kept_where_it_is_near(model: Any) -> None:

@@ -122,3 +122,16 @@ def greedy(hf: Any, prompt: Sequence[int], n_new: int, layer: int | None = None,
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest entry."""
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+
+
+def plain_kl(model: Any, step: Any, rows: Sequence[Sequence[int]]) -> float:
+    """KL(steered || base) of the tokens that are predicted in some texts, nats per token, written out."""
+    found = []
+    both: list[Any] = [[], step.hooks()]
+    for ids in rows:
+        base, new = (
+            model.run_with_hooks(torch.tensor([list(ids)]), fwd_hooks=hooks)[0, :-1].double().log_softmax(-1)
+            for hooks in both
+        )
+        found.append((new.exp() * (new - base)).sum(-1))
+    return float(torch.cat(found).mean())

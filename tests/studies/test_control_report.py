@@ -13,26 +13,25 @@ from studies.control_report import GENERATED_KL, NEUTRAL_KL, gate_tables, streng
 ALPHAS = np.linspace(0.02, 1.0, 50)
 
 
-def effects(gains: dict[str, float]) -> pd.DataFrame:
-    """Every record gains ``gain`` nats for each unit of alpha."""
+def rising(slopes: dict[str, float], item: str, n_items: int, value: str) -> pd.DataFrame:
+    """``slope`` nats for each unit of alpha, the same for every item."""
     rows = [
-        {"vector": name, "alpha": a, "record": i, "change": gain * a}
-        for name, gain in gains.items()
+        {"vector": name, "alpha": a, item: i, value: slope * a}
+        for name, slope in slopes.items()
         for a in ALPHAS
-        for i in range(3)
+        for i in range(n_items)
     ]
     return pd.DataFrame(rows)
+
+
+def effects(gains: dict[str, float]) -> pd.DataFrame:
+    """What every record gains."""
+    return rising(gains, "record", 3, "change")
 
 
 def costs(prices: dict[str, float]) -> pd.DataFrame:
-    """Every text costs ``price`` nats for each unit of alpha."""
-    rows = [
-        {"vector": name, "alpha": a, "text": i, "kl": price * a}
-        for name, price in prices.items()
-        for a in ALPHAS
-        for i in range(4)
-    ]
-    return pd.DataFrame(rows)
+    """What every text costs."""
+    return rising(prices, "text", 4, "kl")
 
 
 def number(cell: str) -> float:

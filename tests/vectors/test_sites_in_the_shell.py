@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,15 +12,6 @@ import torch
 import grains_tl as gr
 from grains_tl.cli.main import main
 from grains_tl.hooks.sites import Site
-
-
-@pytest.fixture
-def folder(bridge: Any, pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of records, and the tiny model wherever the shell loads one."""
-    monkeypatch.setattr("grains_tl.models.loading.load_model", lambda *args, **options: bridge)
-    rows = [{k: v for k, v in asdict(p).items() if k in ("prompt", "chosen", "rejected")} for p in pairs]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return tmp_path
 
 
 def build(folder: Path, site: str) -> int:
